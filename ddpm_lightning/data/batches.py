@@ -1,0 +1,164 @@
+"""Batches of images that lie in memory: a training order that resumes exactly, and evaluation without padding.
+
+Neither class is a torch DataLoader. Indexing a uint8 tensor with a tensor of rows is about 40 times as fast as a
+DataLoader that fetches image by image (1.1 million against 28 thousand 28x28 images a second on one core), and the
+Trainer takes any iterable with a length.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+
+__all__ = ["Batch", "EvalBatches", "IndexBatches", "Split", "TrainBatches"]
+
+
+class Batch(NamedTuple):
+    """What the model's steps receive."""
+
+    image: Tensor
+    """uint8 ``[B, C, H, W]``, grey levels."""
+    label: Tensor
+    """int64 ``[B]``."""
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch has no use for
+    """int64 ``[B]``, the row of each image in its split: the same image has the same index on every machine."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One of train, val and test, whole and in memory: images uint8 ``[N, C, H, W]``, labels int64 ``[N]``."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, rows: Tensor) -> Batch:
+        """A copy of the given rows (int64 ``[B]``), so that nothing done to a batch reaches the split."""
+        return Batch(self.images[rows], self.labels[rows], rows)
+
+
+class TrainBatches:
+    """Endless shuffled batches whose order is a pure function of (seed, number of batches done).
+
+    Batch b belongs to epoch e = b // len(self), which has its own permutation of the images; the last n mod batch_size
+    images of a permutation are dropped. No state has to be saved: a resumed run that knows how many batches it has done
+    goes on with the very next one, in the middle of an epoch as well as between two.
+
+    Args:
+        split: the training images.
+        batch_size: images per batch, over all processes together.
+        seed: a whole number >= 0; another seed is another order.
+        position: the number of batches done, asked for whenever an iteration starts.
+        rank: this process, 0..world-1; it gets its contiguous share of each batch.
+        world: number of processes. The batches together do not depend on it.
+
+    Raises:
+        InputError: batch_size larger than the split, or not divisible by world.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        position: Callable[[], int],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size % world:
+            raise InputError(
+                f"--data.batch_size={batch_size} counts the images of all processes together and cannot be shared"
+                f" equally by {world} processes: choose a multiple of {world}"
+            )
+        if batch_size > len(split):
+            raise InputError(
+                f"--data.batch_size={batch_size} is larger than the training split: choose at most {len(split)}"
+            )
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self.position = position
+        share = batch_size // world
+        self._share = slice(rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return len(self.split) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, step = divmod(self.position(), len(self))
+        while True:
+            for rows in self._permutation(epoch).split(self.batch_size)[step : len(self)]:
+                yield self.split.batch(rows[self._share])
+            epoch, step = epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Empty: there is nothing to save. Without this pair of methods Lightning would warn of an inexact resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Does nothing; see ``state_dict``."""
+
+    def _permutation(self, epoch: int) -> Tensor:
+        # Hashed, because torch's CPU generator keeps only the low 32 bits of its seed: with seed * constant + epoch
+        # different seeds could share epochs. As spawn_key, because plain (seed, epoch) runs big seeds into the epoch.
+        key = int(np.random.SeedSequence(self.seed, spawn_key=(epoch,)).generate_state(1)[0])
+        return torch.randperm(len(self.split), generator=torch.Generator().manual_seed(key))
+
+
+class IndexBatches:
+    """The indices 0..n-1, each once over all processes; the last batch is shorter rather than padded.
+
+    Rank r of w gets r, r + w, r + 2w, ... The numbers per rank may differ by one, so a mean over ranks is not the mean
+    over indices: sum and count instead.
+
+    Args:
+        n: number of indices.
+        batch_size: indices per batch of this process.
+        rank: this process, 0..world-1.
+        world: number of processes.
+    """
+
+    def __init__(self, n: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self._indices = range(rank, n, world)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return -(-len(self._indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self._indices), self.batch_size):
+            yield torch.tensor(self._indices[start : start + self.batch_size])
+
+
+class EvalBatches:
+    """The images of a split, each once over all processes, in order of rows and shared out as by ``IndexBatches``.
+
+    Args:
+        split: the images.
+        batch_size: images per batch of this process.
+        rank: this process, 0..world-1.
+        world: number of processes.
+        limit: only the first that many images of the split; None for all.
+    """
+
+    def __init__(self, split: Split, batch_size: int, rank: int = 0, world: int = 1, limit: int | None = None) -> None:
+        n = len(split) if limit is None else min(limit, len(split))
+        self.split = split
+        self.batch_size = batch_size
+        self._rows = IndexBatches(n, batch_size, rank, world)
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.split.batch, self._rows)

@@ -1,0 +1,174 @@
+"""The base class of every data set here, and the template for one's own."""
+
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from ddpm_lightning.data.batches import EvalBatches, Split, TrainBatches
+from ddpm_lightning.errors import InputError
+
+__all__ = ["ImageDataModule", "SplitName"]
+
+SplitName = Literal["train", "val", "test"]
+
+_SPLITS_OF_STAGE: dict[str | None, tuple[SplitName, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+    None: ("train", "val", "test"),
+}
+
+
+class ImageDataModule(LightningDataModule):
+    """Labelled uint8 images that fit into memory.
+
+    A data set of your own states three facts about its images, tells the sizes of its splits and loads them::
+
+        class Photos(ImageDataModule):
+            shape = (3, 32, 32)  # channels, height, width
+            levels = 256  # grey levels per channel, values 0..255
+            num_classes = 10
+
+            def __init__(self, root: str = "data", batch_size: int = 128, seed: int = 0) -> None:
+                super().__init__({"train": 45_000, "val": 5_000, "test": 10_000}, batch_size=batch_size, seed=seed)
+                self.root = root
+
+            def load(self, split: SplitName) -> Split:
+                images, labels = torch.load(f"{self.root}/{split}.pt")
+                return Split(images, labels)  # uint8 [N, 3, 32, 32] and int64 [N]
+
+    Then ``--data my_package.Photos --data.root ...`` trains on it. Override ``prepare_data`` to download or to check
+    files; it runs once per machine and must not keep anything in ``self``. What ``load`` returns is compared with the
+    stated facts, so a mistake shows before the first step.
+
+    Args:
+        sizes: number of images in "train", "val" and "test".
+        batch_size: training images per step over all processes together: with 4 GPUs each gets a quarter. A run on
+            another number of processes sees the same batches.
+        eval_batch_size: images per batch in validation, test and predict, per process.
+        seed: order of the training images.
+        limit_val: validate on the first that many images only; None for the whole split.
+        limit_test: the same for test and predict.
+
+    Raises:
+        InputError: an argument out of its range.
+    """
+
+    shape: tuple[int, int, int]
+    """(channels, height, width)."""
+    levels: int
+    """Number of grey levels; pixels are 0..levels-1."""
+    num_classes: int
+    """Labels are 0..num_classes-1."""
+
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        *,
+        batch_size: int = 128,
+        eval_batch_size: int = 500,
+        seed: int = 0,
+        limit_val: int | None = None,
+        limit_test: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_at_least(1, "batch_size", batch_size)
+        _check_at_least(1, "eval_batch_size", eval_batch_size)
+        _check_at_least(0, "seed", seed)
+        if limit_val is not None:
+            _check_at_least(1, "limit_val", limit_val)
+        if limit_test is not None:
+            _check_at_least(1, "limit_test", limit_test)
+        self.sizes = sizes
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.limit_val = limit_val
+        self.limit_test = limit_test
+        self._splits: dict[SplitName, Split] = {}
+
+    def load(self, split: SplitName) -> Split:
+        """Read one split: images uint8 ``[N, *shape]`` with values 0..levels-1, labels int64 ``[N]``.
+
+        Called at most once per split and process. It must return the same images in the same order every time:
+        the training order and the indices in a batch refer to rows.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits that ``stage`` (fit, validate, test, predict; None for all) needs and that are not yet there.
+
+        Raises:
+            InputError: files are missing or damaged, or ``load`` returned other data than the class states.
+        """
+        for name in _SPLITS_OF_STAGE[stage]:
+            self.split(name)
+
+    def split(self, name: SplitName) -> Split:
+        """The whole split, on every process, whatever the limits; loaded on first use.
+
+        Raises:
+            InputError: see ``setup``.
+        """
+        if name not in self._splits:
+            loaded = self.load(name)
+            self._check(name, loaded)
+            self._splits[name] = loaded
+        return self._splits[name]
+
+    def train_dataloader(self) -> TrainBatches:
+        """Endless shuffled batches.
+
+        Raises:
+            InputError: batch_size larger than the training split, or not divisible by the number of processes.
+        """
+        rank, world = self._rank_and_world()
+        return TrainBatches(self.split("train"), self.batch_size, self.seed, self._batches_done, rank, world)
+
+    def val_dataloader(self) -> EvalBatches:
+        """The validation images, each once."""
+        return self._eval_batches("val", self.limit_val)
+
+    def test_dataloader(self) -> EvalBatches:
+        """The test images, each once."""
+        return self._eval_batches("test", self.limit_test)
+
+    def predict_dataloader(self) -> EvalBatches:
+        """The test images, each once."""
+        return self.test_dataloader()
+
+    def _eval_batches(self, name: SplitName, limit: int | None) -> EvalBatches:
+        rank, world = self._rank_and_world()
+        return EvalBatches(self.split(name), self.eval_batch_size, rank, world, limit)
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _batches_done(self) -> int:
+        # total.processed is restored from every kind of checkpoint; total.ready and current_epoch are off in some
+        if self.trainer is None:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+    def _check(self, name: SplitName, split: Split) -> None:
+        images, labels = split.images, split.labels
+        n = self.sizes[name]
+        source = f"{type(self).__name__}.load({name!r})"
+        for what, tensor, dtype, shape, top in (
+            ("images", images, torch.uint8, (n, *self.shape), self.levels - 1),
+            ("labels", labels, torch.int64, (n,), self.num_classes - 1),
+        ):
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise InputError(
+                    f"{source} returned {what} {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+                )
+            low, high = int(tensor.min()), int(tensor.max())
+            if low < 0 or high > top:
+                raise InputError(f"{source} returned {what} from {low} to {high}, expected values in 0..{top}")
+
+
+def _check_at_least(least: int, name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"--data.{name}={value!r} must be a whole number >= {least}")

@@ -1,0 +1,53 @@
+"""Grey levels 0..levels-1 to model range [-1, 1] and back: level k sits at 2 k / (levels - 1) - 1."""
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+
+__all__ = ["levels_to_model", "model_to_levels"]
+
+
+def levels_to_model(images: Tensor, levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Grey levels to model range; ``model_to_levels`` undoes it bit for bit.
+
+    Args:
+        images: uint8 ``[...]``, values 0..levels-1.
+        levels: number of grey levels, 2..256.
+        dtype: torch.float32 or torch.float64 (a half-precision type cannot tell 256 levels apart).
+
+    Returns:
+        ``[...]`` of ``dtype`` in [-1, 1], each value the closest that ``dtype`` has to 2 k / (levels - 1) - 1.
+
+    Raises:
+        InputError: levels outside 2..256.
+    """
+    _check_levels(levels)
+    # 2k - (levels - 1) is a whole number, so the division is the only rounding. Its divisor is a tensor on the
+    # device because CUDA turns the division by a Python number into a product with a rounded reciprocal.
+    top = torch.full((), levels - 1, dtype=dtype, device=images.device)
+    return images.to(dtype).mul_(2).sub_(top).div_(top)
+
+
+def model_to_levels(x: Tensor, levels: int) -> Tensor:
+    """Model range to the nearest grey level; what lies outside [-1, 1] goes to the lowest or highest level.
+
+    Args:
+        x: floating point ``[...]`` in model range, finite.
+        levels: number of grey levels, 2..256.
+
+    Returns:
+        uint8 ``[...]``, values 0..levels-1.
+
+    Raises:
+        InputError: levels outside 2..256.
+    """
+    _check_levels(levels)
+    if x.dtype != torch.float64:
+        x = x.float()
+    return x.add(1).mul_((levels - 1) / 2).round_().clamp_(0, levels - 1).to(torch.uint8)
+
+
+def _check_levels(levels: int) -> None:
+    if not 2 <= levels <= 256:
+        raise InputError(f"levels = {levels} must lie between 2 and 256: images are stored as uint8 grey levels")

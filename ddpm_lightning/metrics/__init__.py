@@ -1,0 +1,6 @@
+"""Figures computed from images and bounds."""
+
+from ddpm_lightning.metrics.bits_per_dim import bits_per_dim
+from ddpm_lightning.metrics.mean import MeanAndError
+
+__all__ = ["MeanAndError", "bits_per_dim"]

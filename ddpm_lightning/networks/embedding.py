@@ -1,0 +1,47 @@
+r"""Sinusoidal embedding of a real scalar (Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SinusoidalEmbedding"]
+
+
+class SinusoidalEmbedding(nn.Module):
+    r"""Cosines and sines of ``scale * t`` at ``dim / 2`` angular frequencies from 1 down to 1 / ``max_period``.
+
+        (cos(w_k scale t), sin(w_k scale t)),   w_k = max_period^(-k / (dim/2 - 1)),   k = 0..dim/2 - 1
+
+    With ``scale = 1000``, steps that are 1/1000 apart differ by a whole radian at the highest frequency, and the
+    sines tell t from -t. Each entry is in [-1, 1], so bfloat16 keeps neighbouring steps apart.
+
+    Args:
+        dim: number of features, even and at least 4.
+        scale: factor on t, in radians at the highest frequency.
+        max_period: ratio of the highest to the lowest frequency.
+
+    Raises:
+        ValueError: if ``dim`` is odd or below 4, or ``scale`` or ``max_period`` is out of range.
+    """
+
+    def __init__(self, dim: int, scale: float = 1000.0, max_period: float = 10_000.0) -> None:
+        super().__init__()
+        if dim < 4 or dim % 2:
+            raise ValueError(f"dim must be even and at least 4, got {dim}")
+        if not (scale > 0 and max_period >= 1):
+            raise ValueError(f"need scale > 0 and max_period >= 1, got scale={scale}, max_period={max_period}")
+        self.dim = dim
+        self.scale = scale
+        self.max_period = max_period
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed ``t`` ``[B]`` as ``[B, dim]``, in float32 or in float64 if ``t`` is float64."""
+        # never below float32: bfloat16 has 8 bits, and 1000 t needs 10 of them before the point. The frequencies
+        # are no buffer for the same reason: module.bfloat16() would round them.
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        half = self.dim // 2
+        k = torch.arange(half, dtype=t.dtype, device=t.device)
+        frequencies = torch.exp(-math.log(self.max_period) / (half - 1) * k)
+        angles = self.scale * t[:, None] * frequencies
+        return torch.cat((angles.cos(), angles.sin()), dim=1)

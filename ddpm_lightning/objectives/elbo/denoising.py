@@ -1,0 +1,46 @@
+"""The bound by matching each reverse step to the posterior that knows x_0."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_lightning.distributions import standard_normal_like
+from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
+from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.times import stratified_steps
+from ddpm_lightning.ops import Generators
+from ddpm_lightning.process import DiffusionModel
+
+__all__ = ["DenoisingElbo"]
+
+
+class DenoisingElbo(ElboEstimator):
+    """``reconstruction - prior_matching - denoising_matching`` (Ho et al. 2020, equation 5).
+
+        prior_matching     = KL(q(x_T|x_0) || p(x_T))
+        denoising_matching = sum_{t=2..T} E_{q(x_t|x_0)} KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))
+
+    Each term averages over one random variable only, x_t, drawn afresh for each step.
+    """
+
+    name = "denoising"
+    term_names = ("reconstruction", "prior_matching", "denoising_matching", "elbo")
+
+    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
+        """Estimate the bound of each image of ``x0`` ``[B, C, H, W]``."""
+        process, reverse, grid = model.forward_process, model.reverse_process, model.grid.to(x0.device)
+        indices, weights = stratified_steps(model.T - 1, self.steps, x0, generators)
+        x1 = process.marginal(x0, grid[1]).sample(generators)
+        step_costs = []
+        for n in indices:
+            s, t = grid[n], grid[n + 1]
+            x_t = process.marginal(x0, t).sample(generators)
+            step_costs.append(process.posterior(x0, x_t, s, t).kl(reverse.transition(x_t, s, t, **cond)))
+        return self.assemble(
+            self.reconstruction(model, x0, x1, **cond),
+            "denoising_matching",
+            step_costs,
+            indices,
+            weights,
+            end_costs={"prior_matching": process.marginal(x0, grid[-1]).kl(standard_normal_like(x0))},
+        )

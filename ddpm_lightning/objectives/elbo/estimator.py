@@ -1,0 +1,142 @@
+r"""What the three forms of the bound share: a walk through the chain and one sum over its reverse steps.
+
+Every form sums over the reverse steps p(x_n | x_{n+1}), n = 1..T-1, and adds the decoder p(x_0 | x_1) and the end x_T.
+Each step costs one evaluation of the network, the decoder one more. Memory does not grow with T.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.times import stratified_steps
+from ddpm_lightning.ops import Generators
+from ddpm_lightning.process import DiffusionModel
+
+__all__ = ["ChainWalk", "ElboEstimator", "Window"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Neighbouring states x_{n-1}, x_n, x_{n+1} of a chain, ``[B, C, H, W]``, and their times ``[B]`` or ``[]``."""
+
+    before: Tensor
+    at: Tensor
+    after: Tensor
+    t_before: Tensor
+    t_at: Tensor
+    t_after: Tensor
+
+
+class ChainWalk:
+    """A walk along q(x_1, ..., x_T | x_0) that shows a window (x_{n-1}, x_n, x_{n+1}) at each chosen n.
+
+    Over all n the windows slide along one draw of the whole path, so the log ratios that a form adds up belong to one
+    path and most of their noise cancels. Over a stratified choice of n each window is a draw of its own.
+    One iteration only; after it ``x_last_but_one`` and ``x_last`` hold the end of the chain.
+
+    Attributes:
+        indices: int64 ``[K, B]``, the n of each window.
+        weights: float64 ``[K]``, what each window stands for in a sum over n.
+        x_first: x_1, ``[B, C, H, W]``.
+    """
+
+    x_last_but_one: Tensor
+    x_last: Tensor
+
+    def __init__(self, model: DiffusionModel, x0: Tensor, steps: int | None, generators: Generators) -> None:
+        self._process, self._x0, self._generators = model.forward_process, x0, generators
+        self._grid = model.grid.to(x0.device)
+        self.indices, self.weights = stratified_steps(model.T - 1, steps, x0, generators)
+        self.x_first = self._process.marginal(x0, self._grid[1]).sample(generators)
+
+    def __iter__(self) -> Iterator[Window]:
+        T = len(self._grid) - 1
+        return self._along_one_path(T) if len(self.indices) == T - 1 else self._apart(T)
+
+    def _move(self, x_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return self._process.transition(x_s, s, t).sample(self._generators)
+
+    def _along_one_path(self, T: int) -> Iterator[Window]:
+        grid = self._grid
+        before, at = self._x0, self.x_first
+        for n in range(1, T):
+            after = self._move(at, grid[n], grid[n + 1])
+            yield Window(before, at, after, grid[n - 1], grid[n], grid[n + 1])
+            before, at = at, after
+        self.x_last_but_one, self.x_last = before, at
+
+    def _apart(self, T: int) -> Iterator[Window]:
+        grid = self._grid
+        for n in self.indices:
+            before = self._process.marginal(self._x0, grid[n - 1]).sample(self._generators)
+            at = self._move(before, grid[n - 1], grid[n])
+            after = self._move(at, grid[n], grid[n + 1])
+            yield Window(before, at, after, grid[n - 1], grid[n], grid[n + 1])
+        self.x_last_but_one = self._process.marginal(self._x0, grid[T - 1]).sample(self._generators)
+        self.x_last = self._move(self.x_last_but_one, grid[T - 1], grid[T])
+
+
+class ElboEstimator:
+    """Base of the estimators of the bound.
+
+    Args:
+        steps: number of reverse steps to evaluate, a stratified choice that leaves the estimate unbiased; None for
+            all T - 1 of them.
+
+    Raises:
+        InputError: ``steps`` < 1 (raised when called).
+    """
+
+    name: str
+    """The form's name in logs and tables."""
+    term_names: tuple[str, ...]
+    """The keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
+
+    def __init__(self, steps: int | None = None) -> None:
+        self.steps = steps
+
+    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
+        """Estimate the bound of each image.
+
+        Args:
+            model: the generative model.
+            x0: images ``[B, C, H, W]`` in model range.
+            generators: source of the noise and of the choice of steps.
+            cond: conditions, passed on to the network.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def reconstruction(model: DiffusionModel, x0: Tensor, x1: Tensor, **cond: Any) -> Tensor:
+        """log p(x_0 | x_1), ``[B]`` nats."""
+        return model.decoder.log_prob(x0, model.decoder_gaussian(x1, **cond))
+
+    @staticmethod
+    def assemble(
+        reconstruction: Tensor,
+        step_cost_name: str,
+        step_costs: list[Tensor],
+        indices: Tensor,
+        weights: Tensor,
+        end_costs: Mapping[str, Tensor],
+        diagnostics: Mapping[str, list[Tensor]] | None = None,
+    ) -> ElboTerms:
+        """Weight and add up the costs of the steps; a cost of the ends under the same name is added to them."""
+
+        def weighted_sum(values: list[Tensor]) -> Tensor:
+            return sum((w * v for w, v in zip(weights, values, strict=True)), torch.zeros_like(reconstruction))
+
+        costs = dict(end_costs)
+        costs[step_cost_name] = weighted_sum(step_costs) + costs.get(step_cost_name, 0.0)
+        stacked = torch.stack(step_costs, 1) if step_costs else reconstruction.new_zeros(len(reconstruction), 0)
+        return ElboTerms(
+            reconstruction=reconstruction,
+            costs=costs,
+            step_costs=stacked,
+            step_indices=indices.T,
+            diagnostics={name: weighted_sum(values) for name, values in (diagnostics or {}).items()},
+        )

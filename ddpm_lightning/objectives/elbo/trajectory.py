@@ -1,0 +1,46 @@
+"""The bound as the log ratio of one path."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_lightning.distributions import standard_normal_like
+from ddpm_lightning.objectives.elbo.estimator import ChainWalk, ElboEstimator
+from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.ops import Generators
+from ddpm_lightning.process import DiffusionModel
+
+__all__ = ["TrajectoryElbo"]
+
+
+class TrajectoryElbo(ElboEstimator):
+    """The Markovian hierarchical VAE's log ratio (Luo 2022, arXiv 2208.11970, equation 34).
+
+        log p(x_0|x_1) - path_log_ratio
+        path_log_ratio = sum_{t=1..T} log q(x_t|x_{t-1}) - sum_{t=2..T} log p(x_{t-1}|x_t) - log p(x_T)
+
+    With ``steps=None`` it is evaluated on one path of all T states.
+    """
+
+    name = "trajectory"
+    term_names = ("reconstruction", "path_log_ratio", "elbo")
+
+    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
+        """Estimate the bound of each image of ``x0`` ``[B, C, H, W]``."""
+        process, reverse = model.forward_process, model.reverse_process
+        walk = ChainWalk(model, x0, self.steps, generators)
+        step_costs = []
+        for w in walk:
+            log_q = process.transition(w.at, w.t_at, w.t_after).log_prob(w.after)
+            log_p = reverse.transition(w.after, w.t_at, w.t_after, **cond).log_prob(w.at)
+            step_costs.append(log_q - log_p)
+        log_q_first = process.marginal(x0, model.grid[1]).log_prob(walk.x_first)
+        log_p_last = standard_normal_like(x0).log_prob(walk.x_last)
+        return self.assemble(
+            self.reconstruction(model, x0, walk.x_first, **cond),
+            "path_log_ratio",
+            step_costs,
+            walk.indices,
+            walk.weights,
+            end_costs={"path_log_ratio": log_q_first - log_p_last},
+        )

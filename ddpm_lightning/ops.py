@@ -1,0 +1,107 @@
+"""Tensor helpers that every layer above uses: broadcasting, sums per image, and random draws.
+
+Shape rule of the whole package: a quantity that belongs to an image and a time (alpha_t, log_var, t, ...) has shape
+``[B]`` and is expanded with :func:`expand_to` to ``[B, 1, 1, 1]`` before it meets images ``[B, C, H, W]``. Nothing
+relies on trailing-dimension broadcasting, so B == W is not a special case.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+
+__all__ = [
+    "Generators",
+    "as_times",
+    "expand_to",
+    "image_generators",
+    "log1mexp",
+    "rand",
+    "randint",
+    "randn_like",
+    "sum_per_image",
+    "sum_per_image_of",
+]
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for the batch, one for each image, or None for torch's global generator.
+
+With one generator for each image, what is drawn for an image does not depend on the batch that it is in."""
+
+
+def expand_to(values: Tensor, like: Tensor) -> Tensor:
+    """Append dimensions of size 1 until there are as many as ``like`` has: ``[B]`` -> ``[B, 1, ...]``, ``[]`` too."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def as_times(t: Tensor | float, like: Tensor) -> Tensor:
+    """Times as float64 on the device of ``like``, either ``[]`` (one for the batch) or ``[B]`` (one for each image).
+
+    Raises:
+        ValueError: another shape.
+    """
+    times = torch.as_tensor(t, dtype=torch.float64, device=like.device)
+    if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != like.shape[0]):
+        raise ValueError(f"expected one time for each of {like.shape[0]} images, got shape {tuple(times.shape)}")
+    return times
+
+
+def sum_per_image(values: Tensor) -> Tensor:
+    """Sum over all dimensions but the first, in float64: ``[B, ...]`` -> ``[B]``."""
+    return values.flatten(1).sum(1, dtype=torch.float64)
+
+
+def sum_per_image_of(values: Tensor, like: Tensor) -> Tensor:
+    """Sum over all dimensions but the first of ``values`` broadcast to the shape of ``like``, ``[B]``, float64."""
+    values = values.double()
+    repeats = like[0].numel() // max(values[0].numel(), 1)
+    return (values.flatten(1).sum(1) * repeats).expand(like.shape[0])
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - exp(-x))`` for x > 0 without cancellation at either end (Maechler 2012)."""
+    return torch.where(x < 0.6931471805599453, torch.log(-torch.expm1(-x)), torch.log1p(-torch.exp(-x)))
+
+
+def image_generators(seed: int, indices: Sequence[int] | Tensor) -> list[torch.Generator]:
+    """A generator for each image, a function of (seed, index of the image) and of nothing else.
+
+    They live on the CPU, so that a seed means the same noise on any device.
+    """
+    # torch's CPU generator keeps the low 32 bits of a seed: the prime keeps images of different seeds apart
+    return [torch.Generator().manual_seed((seed * 1_000_003 + int(index)) % 2**32) for index in indices]
+
+
+def randn_like(x: Tensor, generators: Generators) -> Tensor:
+    """Standard normal noise ``[B, ...]`` of the shape, dtype and device of ``x``."""
+    if isinstance(generators, Sequence):
+        _check_count(x.shape[0], generators)
+        noise = torch.empty(x.shape, dtype=x.dtype)
+        for row, generator in zip(noise, generators, strict=True):
+            torch.randn(row.shape, generator=generator, dtype=x.dtype, out=row)
+        return noise.to(x.device)
+    device = x.device if generators is None else generators.device
+    return torch.randn(x.shape, generator=generators, dtype=x.dtype, device=device).to(x.device)
+
+
+def randint(high: int, like: Tensor, generators: Generators) -> Tensor:
+    """Integers ``[B]`` uniform in [0, high), int64, on the device of ``like`` (B = ``like.shape[0]``)."""
+    return (rand(like, generators) * high).long().clamp_(max=high - 1)
+
+
+def rand(like: Tensor, generators: Generators) -> Tensor:
+    """Numbers ``[B]`` uniform in [0, 1), float64, on the device of ``like`` (B = ``like.shape[0]``)."""
+    count = like.shape[0]
+    if isinstance(generators, Sequence):
+        _check_count(count, generators)
+        draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
+        return torch.stack(draws).to(like.device)
+    device = like.device if generators is None else generators.device
+    return torch.rand(count, generator=generators, dtype=torch.float64, device=device).to(like.device)
+
+
+def _check_count(count: int, generators: Sequence[torch.Generator]) -> None:
+    if len(generators) != count:
+        raise InputError(f"{len(generators)} generators for a batch of {count} images: give one for each image")

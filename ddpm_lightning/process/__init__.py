@@ -1,0 +1,31 @@
+"""Forward process, denoiser, reverse process, decoder, and the generative model that they make up."""
+
+from ddpm_lightning.process.conditioning import GammaConditioning, NoiseConditioning, TimeConditioning
+from ddpm_lightning.process.decoders import Decoder, DiscretizedGaussian, PlainGaussian
+from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
+from ddpm_lightning.process.forward import ForwardProcess
+from ddpm_lightning.process.model import DiffusionModel
+from ddpm_lightning.process.parameterization import EpsParameterization, Parameterization, Prediction
+from ddpm_lightning.process.reverse import ReverseProcess
+from ddpm_lightning.process.variance import FixedLargeVariance, FixedSmallVariance, ReverseVariance
+
+__all__ = [
+    "ClippedDenoiser",
+    "Decoder",
+    "Denoiser",
+    "DiffusionModel",
+    "DiscretizedGaussian",
+    "EpsParameterization",
+    "FixedLargeVariance",
+    "FixedSmallVariance",
+    "ForwardProcess",
+    "GammaConditioning",
+    "NetworkDenoiser",
+    "NoiseConditioning",
+    "Parameterization",
+    "PlainGaussian",
+    "Prediction",
+    "ReverseProcess",
+    "ReverseVariance",
+    "TimeConditioning",
+]

@@ -1,0 +1,40 @@
+"""The one number by which the network is told how noisy its input is. Training and sampling share this place."""
+
+from torch import Tensor
+
+from ddpm_lightning.schedules import Schedule
+
+__all__ = ["GammaConditioning", "NoiseConditioning", "TimeConditioning"]
+
+
+class NoiseConditioning:
+    """Maps the time t ``[B]`` of a schedule to the scalar ``[B]`` that the network receives."""
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """The network's second argument, float64 ``[B]``."""
+        raise NotImplementedError
+
+
+class TimeConditioning(NoiseConditioning):
+    """The time itself, t in (0, 1]: i/T on a chain."""
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """t, unchanged."""
+        return t
+
+
+class GammaConditioning(NoiseConditioning):
+    """gamma(t) / scale: the noise level, whatever the schedule calls its time (as VDM conditions on gamma).
+
+    A network conditioned so can be evaluated under another schedule or another number of steps.
+
+    Args:
+        scale: gamma is divided by it, so that the usual range of gamma, about -13 to 20, becomes about -1 to 1.
+    """
+
+    def __init__(self, scale: float = 20.0) -> None:
+        self.scale = scale
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """gamma(t) / scale."""
+        return schedule.gamma(t) / self.scale

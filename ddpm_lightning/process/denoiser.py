@@ -1,0 +1,73 @@
+"""Denoisers: (x_t, t) -> prediction of x_0 and eps. What changes a prediction wraps a denoiser in another one."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ddpm_lightning.ops import as_times, expand_to
+from ddpm_lightning.process.conditioning import NoiseConditioning
+from ddpm_lightning.process.parameterization import Parameterization, Prediction
+from ddpm_lightning.schedules import Schedule
+
+__all__ = ["ClippedDenoiser", "Denoiser", "NetworkDenoiser"]
+
+
+class Denoiser:
+    """Base of denoisers. Calls take ``x_t`` ``[B, C, H, W]``, ``t`` ``[B]`` or ``[]``, and conditions by name."""
+
+    schedule: Schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """Prediction at (x_t, t)."""
+        raise NotImplementedError
+
+    def scales(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t as ``[B, 1, 1, 1]`` in the dtype of ``x_t``."""
+        t = as_times(t, x_t)
+        alpha_t, sigma_t = self.schedule.alpha(t), self.schedule.sigma(t)
+        return expand_to(alpha_t, x_t).to(x_t.dtype), expand_to(sigma_t, x_t).to(x_t.dtype)
+
+
+class NetworkDenoiser(Denoiser):
+    """A network read through a parameterisation.
+
+    Args:
+        network: called as ``network(x, c, **cond)`` with the scalar c of ``conditioning``; returns ``[B, C, H, W]``.
+        schedule: gives alpha_t and sigma_t.
+        parameterization: meaning of the network's output.
+        conditioning: the scalar that the network is given for t.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        conditioning: NoiseConditioning,
+    ) -> None:
+        self.network = network
+        self.schedule = schedule
+        self.parameterization = parameterization
+        self.conditioning = conditioning
+
+    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """Prediction at (x_t, t); only the network runs in its own precision, the rest in that of ``x_t``."""
+        dtype = next((p.dtype for p in self.network.parameters()), x_t.dtype)
+        level = self.conditioning(self.schedule, as_times(t, x_t)).to(dtype).expand(x_t.shape[0])
+        output = self.network(x_t.to(dtype), level, **cond).to(x_t.dtype)
+        return self.parameterization.predict(output, x_t, *self.scales(x_t, t))
+
+
+class ClippedDenoiser(Denoiser):
+    """A denoiser whose x0 is clipped to [-1, 1], the range of the data.
+
+    For data in that range this can only lower the squared error of x0, hence each denoising-matching term.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """The wrapped prediction, clipped, with eps to match."""
+        return self.denoiser(x_t, t, **cond).clipped(x_t, *self.scales(x_t, t))

@@ -1,0 +1,65 @@
+"""The fixed forward process q (Ho et al. 2020, equations 2, 4, 6, 7; any pair of times, after Kingma et al. 2021)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.distributions import DiagonalGaussian
+from ddpm_lightning.ops import Generators, as_times, expand_to
+from ddpm_lightning.schedules import Schedule
+
+__all__ = ["ForwardProcess"]
+
+
+class ForwardProcess:
+    """q(x_t | x_0), q(x_t | x_s), q(x_s | x_t, x_0) and whole paths of them.
+
+    Images are ``[B, C, H, W]`` in model range; times are ``[B]`` or ``[]`` in [0, 1] with s < t.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def marginal(self, x0: Tensor, t: Tensor) -> DiagonalGaussian:
+        """q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)."""
+        t = as_times(t, x0)
+        alpha_t = expand_to(self.schedule.alpha(t), x0).to(x0.dtype)
+        return DiagonalGaussian(alpha_t * x0, expand_to(self.schedule.log_sigma2(t), x0))
+
+    def transition(self, x_s: Tensor, s: Tensor, t: Tensor) -> DiagonalGaussian:
+        """q(x_t | x_s) = N(alpha_t/alpha_s x_s, sigma^2_{t|s} I); with s = 0 this is the marginal."""
+        s, t = as_times(s, x_s), as_times(t, x_s)
+        ratio = torch.exp(self.schedule.log_alpha(t) - self.schedule.log_alpha(s))
+        mean = expand_to(ratio, x_s).to(x_s.dtype) * x_s
+        return DiagonalGaussian(mean, expand_to(self.schedule.log_step_var(s, t), x_s))
+
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_s | x_t, x_0), ``[B, C, H, W]``; x_0 itself at s = 0."""
+        s, t = as_times(s, x_t), as_times(t, x_t)
+        fraction = torch.exp(self.schedule.log_step_fraction(s, t))
+        log_alpha_s = self.schedule.log_alpha(s)
+        weight_x0 = fraction * torch.exp(log_alpha_s)
+        weight_x_t = (1 - fraction) * torch.exp(log_alpha_s - self.schedule.log_alpha(t))
+        return expand_to(weight_x_t, x_t).to(x_t.dtype) * x_t + expand_to(weight_x0, x_t).to(x_t.dtype) * x0
+
+    def posterior(self, x0: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> DiagonalGaussian:
+        """q(x_s | x_t, x_0) for 0 < s < t."""
+        log_var = self.schedule.log_posterior_var(as_times(s, x_t), as_times(t, x_t))
+        return DiagonalGaussian(self.posterior_mean(x0, x_t, s, t), expand_to(log_var, x_t))
+
+    def path(self, x0: Tensor, times: Tensor, generators: Generators = None) -> Iterator[Tensor]:
+        """One joint draw of x at increasing times, one time after the other: a Markov walk that keeps one state.
+
+        Args:
+            x0: ``[B, C, H, W]``.
+            times: ``[K]``, strictly increasing in (0, 1].
+            generators: source of the noise.
+
+        Yields:
+            K times ``[B, C, H, W]``, jointly distributed as q(x_{t_1}, ..., x_{t_K} | x_0).
+        """
+        x_s, s = x0, torch.zeros((), dtype=torch.float64, device=x0.device)
+        for t in times:
+            x_s, s = self.transition(x_s, s, t).sample(generators), t
+            yield x_s

@@ -1,0 +1,78 @@
+"""The generative model: prior, reverse steps and decoder, with the forward process that trains and bounds it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lightning.distributions import DiagonalGaussian
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.process.conditioning import NoiseConditioning
+from ddpm_lightning.process.decoders import Decoder
+from ddpm_lightning.process.denoiser import ClippedDenoiser, NetworkDenoiser
+from ddpm_lightning.process.forward import ForwardProcess
+from ddpm_lightning.process.parameterization import Parameterization
+from ddpm_lightning.process.reverse import ReverseProcess
+from ddpm_lightning.process.variance import ReverseVariance
+from ddpm_lightning.schedules import Schedule, chain_grid
+
+__all__ = ["DiffusionModel"]
+
+
+class DiffusionModel(nn.Module):
+    """Everything that the objectives, the bound and the samplers need, and nothing of training.
+
+    Args:
+        network: ``network(x, c, **cond) -> [B, C, H, W]``.
+        schedule: the noise schedule, whose chain of T steps is the model.
+        parameterization: meaning of the network's output.
+        conditioning: the scalar that the network is given for t.
+        variance: variance of the reverse steps.
+        decoder: p(x_0 | x_1).
+        clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers (never in the training loss).
+            The bound is that of the model so clipped.
+
+    Attributes:
+        denoiser: the network's own prediction, unclipped; what the training objective sees.
+        reverse_process: the reverse process, whose ``denoiser`` is clipped where ``clip_x0`` is set.
+        T: number of steps.
+        grid: float64 ``[T + 1]`` times of the chain, 0 first.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        conditioning: NoiseConditioning,
+        variance: ReverseVariance,
+        decoder: Decoder,
+        clip_x0: bool = True,
+    ) -> None:
+        super().__init__()
+        # The two nn.Modules are held here and nowhere else; processes and denoisers are views of them, so that a
+        # state dict names each tensor once and a deep copy of the model is a model of its own.
+        self.network = network
+        self.schedule = schedule
+        self.forward_process = ForwardProcess(schedule)
+        self.denoiser = NetworkDenoiser(network, schedule, parameterization, conditioning)
+        reverse_denoiser = ClippedDenoiser(self.denoiser) if clip_x0 else self.denoiser
+        self.reverse_process = ReverseProcess(reverse_denoiser, self.forward_process, variance)
+        self.decoder = decoder
+        self.clip_x0 = clip_x0
+        self.grid = chain_grid(schedule.T)
+        first_log_var = variance.decoder_log_var(schedule, self.grid[1], self.grid[min(2, self.T)])
+        if not bool(torch.isfinite(first_log_var)):
+            raise InputError(
+                f"{type(variance).__name__} gives the decoder of a chain of T = {self.T} steps no variance: "
+                "use --model.variance FixedLargeVariance, or a larger T"
+            )
+
+    @property
+    def T(self) -> int:
+        """Number of steps of the chain."""
+        return len(self.grid) - 1
+
+    def decoder_gaussian(self, x1: Tensor, **cond: Any) -> DiagonalGaussian:
+        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1 ``[B, C, H, W]``."""
+        return self.reverse_process.decoder_gaussian(x1, self.grid[1], self.grid[min(2, self.T)], **cond)

@@ -1,0 +1,56 @@
+"""What the network's output means. Every parameterisation converts to one canonical form: x_0 and eps.
+
+From x_t = alpha_t x_0 + sigma_t eps either of the two follows from the other, so n parameterisations need n
+conversions, and everything behind the denoiser is written once.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["EpsParameterization", "Parameterization", "Prediction"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A denoiser's answer at (x_t, t), in the canonical form.
+
+    Attributes:
+        x0: predicted clean image ``[B, C, H, W]``.
+        eps: predicted standardised noise ``[B, C, H, W]``; x_t = alpha_t x0 + sigma_t eps holds.
+        output: what the network itself returned, ``[B, C, H, W]``.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    output: Tensor
+
+    def clipped(self, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> "Prediction":
+        """The same with x0 clipped to [-1, 1] and eps recomputed from it, so that the two stay consistent."""
+        x0 = self.x0.clamp(-1, 1)
+        return Prediction(x0, (x_t - alpha_t * x0) / sigma_t, self.output)
+
+
+class Parameterization:
+    """Meaning of the network's output. ``alpha_t``, ``sigma_t`` are ``[B, 1, 1, 1]``, images ``[B, C, H, W]``."""
+
+    def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
+        """Canonical form of the network's ``output``."""
+        raise NotImplementedError
+
+    def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """What the output would be for a perfect guess of this ``x0`` and ``eps``."""
+        raise NotImplementedError
+
+
+class EpsParameterization(Parameterization):
+    """The output is eps, the standardised noise (Ho et al. 2020, equation 11)."""
+
+    def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
+        """x0 = (x_t - sigma_t eps) / alpha_t."""
+        # alpha_t can be as small as 1e-5 at the end of a cosine chain: divide in the images' own dtype, never in half
+        return Prediction(x0=(x_t - sigma_t * output) / alpha_t, eps=output, output=output)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """eps itself."""
+        return eps

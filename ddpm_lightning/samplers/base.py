@@ -1,0 +1,73 @@
+"""Samplers walk a time grid from noise to data. A solver's grid is an argument of the call, not part of the solver."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import Generators
+from ddpm_lightning.process import DiffusionModel
+
+__all__ = ["Sampler"]
+
+
+class Sampler:
+    """Base of samplers: subclasses define :meth:`step`."""
+
+    def step(
+        self,
+        model: DiffusionModel,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        generators: Generators = None,
+        **cond: Any,
+    ) -> Tensor:
+        """x_s from x_t ``[B, C, H, W]``, for scalar times 0 < s < t."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        model: DiffusionModel,
+        x_T: Tensor,
+        *,
+        grid: Tensor | None = None,
+        generators: Generators = None,
+        callback: Callable[[Tensor, Tensor], None] | None = None,
+        **cond: Any,
+    ) -> Tensor:
+        """Walk from x_T ~ N(0, I) to an image.
+
+        The walk ends with the decoder's mode at the grid's first time above 0, so every image is made of grey levels.
+
+        Args:
+            model: the generative model.
+            x_T: ``[B, C, H, W]``, the start.
+            grid: float64 ``[K + 1]``, increasing from 0 to 1, for K evaluations of the network (``strided_grid``
+                makes one); None for all T steps of the chain.
+            generators: source of the noise of the steps.
+            callback: called with (x_s, s) after each step.
+            cond: conditions, passed on to the network.
+
+        Returns:
+            Images ``[B, C, H, W]`` in model range.
+
+        Raises:
+            InputError: a grid that does not increase from 0 to 1.
+        """
+        grid = model.grid if grid is None else grid
+        if grid.ndim != 1 or len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or bool((grid.diff() <= 0).any()):
+            raise InputError("a sampler's grid must increase from 0 to 1")
+        x = x_T
+        times = grid.flip(0).to(x.device)
+        for t, s in pairwise(times[:-1]):
+            x = self.step(model, x, t, s, generators, **cond)
+            if callback is not None:
+                callback(x, s)
+        gaussian = model.reverse_process.decoder_gaussian(x, times[-2], times[max(len(times) - 3, 0)], **cond)
+        x0 = model.decoder.mode(gaussian)
+        if callback is not None:
+            callback(x0, times[-1])
+        return x0

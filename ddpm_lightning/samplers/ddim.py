@@ -1,0 +1,50 @@
+"""DDIM (Song et al. 2021, arXiv 2010.02502): good images from few evaluations."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import Generators, as_times, expand_to, randn_like
+from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.samplers.base import Sampler
+
+__all__ = ["DDIMSampler"]
+
+
+class DDIMSampler(Sampler):
+    """x_s = alpha_s x0-hat + sqrt(sigma_s^2 - v) eps-hat + sqrt(v) noise, v = eta^2 beta-tilde (equation 12, 16).
+
+    Args:
+        eta: 0 is deterministic, 1 has the ancestral sampler's small variance.
+
+    Raises:
+        InputError: eta outside [0, 1].
+    """
+
+    def __init__(self, eta: float = 0.0) -> None:
+        if not 0 <= eta <= 1:
+            raise InputError(f"eta = {eta:g} must lie between 0 and 1")
+        self.eta = eta
+
+    def step(
+        self,
+        model: DiffusionModel,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        generators: Generators = None,
+        **cond: Any,
+    ) -> Tensor:
+        """x_s from x_t; draws noise only where eta > 0."""
+        prediction = model.reverse_process.denoiser(x_t, t, **cond)
+        s, t = as_times(s, x_t), as_times(t, x_t)
+        schedule = model.schedule
+        noise_var = self.eta**2 * torch.exp(schedule.log_posterior_var(s, t))
+        eps_scale = torch.sqrt(torch.exp(schedule.log_sigma2(s)) - noise_var)
+        alpha_s, eps_scale, noise_scale = (
+            expand_to(value, x_t).to(x_t.dtype) for value in (schedule.alpha(s), eps_scale, noise_var.sqrt())
+        )
+        x_s = alpha_s * prediction.x0 + eps_scale * prediction.eps
+        return x_s + noise_scale * randn_like(x_t, generators) if self.eta > 0 else x_s

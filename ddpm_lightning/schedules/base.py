@@ -1,0 +1,65 @@
+r"""A noise schedule is one function, gamma(t) = -log SNR(t), increasing in t on [0, 1].
+
+With SNR = alpha^2 / sigma^2 and variance preservation (alpha^2 + sigma^2 = 1):
+
+    alpha^2 = sigmoid(-gamma)        sigma^2 = sigmoid(gamma)
+
+and a step s -> t (s < t) follows from differences of gamma alone (Kingma et al. 2021, arXiv 2107.00630, appendix A):
+
+    r           = SNR(t) / SNR(s)  = exp(gamma_s - gamma_t)
+    alpha_{t|s} = alpha_t / alpha_s
+    sigma^2_{t|s} = sigma_t^2 (1 - r)                       the step's variance: beta_t of Ho et al. 2020
+    q(x_s|x_t,x_0): mean = r alpha_s/alpha_t x_t + (1 - r) alpha_s x_0,  variance = sigma_s^2 (1 - r)
+
+gamma(0) may be -inf (a clean image): every formula above stays finite there. All of it is computed in float64.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from ddpm_lightning.ops import log1mexp
+
+__all__ = ["Schedule"]
+
+
+class Schedule(nn.Module):
+    """Base of all schedules. Subclasses define :meth:`gamma` and ``T``; everything else follows.
+
+    Times ``t``, ``s`` are float64 tensors of any shape with values in [0, 1]; results have the same shape, float64.
+    """
+
+    T: int
+    """Number of steps of the discrete chain: its times are i/T, i = 0..T, and i = 0 is the data."""
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """-log SNR(t), increasing in t."""
+        raise NotImplementedError
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        """Natural logarithm of the signal's scale; exp(2 log_alpha) is alpha-bar of Ho et al. 2020."""
+        return 0.5 * logsigmoid(-self.gamma(t))
+
+    def log_sigma2(self, t: Tensor) -> Tensor:
+        """Natural logarithm of the noise variance sigma_t^2 (-inf at a clean t = 0)."""
+        return logsigmoid(self.gamma(t))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Scale of the signal in x_t = alpha_t x_0 + sigma_t eps."""
+        return torch.exp(self.log_alpha(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Standard deviation of the noise in x_t = alpha_t x_0 + sigma_t eps."""
+        return torch.exp(0.5 * self.log_sigma2(t))
+
+    def log_step_fraction(self, s: Tensor, t: Tensor) -> Tensor:
+        """log(1 - r) with r = SNR(t)/SNR(s): the part of sigma_t^2 that the step s -> t adds."""
+        return log1mexp(self.gamma(t) - self.gamma(s))
+
+    def log_step_var(self, s: Tensor, t: Tensor) -> Tensor:
+        """log sigma^2_{t|s}, the variance of q(x_t | x_s): log beta_t on the chain's own grid."""
+        return self.log_sigma2(t) + self.log_step_fraction(s, t)
+
+    def log_posterior_var(self, s: Tensor, t: Tensor) -> Tensor:
+        """log variance of q(x_s | x_t, x_0): log of beta-tilde_t on the chain's own grid (-inf at s = 0)."""
+        return self.log_sigma2(s) + self.log_step_fraction(s, t)

@@ -1,0 +1,135 @@
+"""Discrete chains: a list of betas, held as one float64 table of -log(alpha-bar)."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import log1mexp
+from ddpm_lightning.schedules.base import Schedule
+
+__all__ = ["BetaChain", "CosineChain", "LinearChain"]
+
+
+class BetaChain(Schedule):
+    r"""A chain given by its step variances beta_1..beta_T.
+
+    With L_i = -log(alpha-bar_i) = -sum_{j<=i} log(1 - beta_j) and L_0 = 0:
+
+        gamma(i/T) = log(1/alpha-bar_i - 1) = L_i + log(1 - exp(-L_i))
+
+    Between grid points L is interpolated linearly, which is a continuous process whose restriction to the grid is
+    exactly the chain; a sampler may therefore stop at any t.
+
+    Args:
+        betas: the T step variances, each in (0, 1).
+
+    Raises:
+        InputError: a beta outside (0, 1), or no betas.
+    """
+
+    def __init__(self, betas: Sequence[float] | Tensor) -> None:
+        super().__init__()
+        self.betas = betas
+        values = torch.as_tensor(betas, dtype=torch.float64, device="cpu").flatten()
+        if values.numel() == 0:
+            raise InputError("a chain needs at least one beta: set --model.schedule.init_args.T to 1 or more")
+        if not bool(((values > 0) & (values < 1)).all()):
+            low, high = float(values.min()), float(values.max())
+            raise InputError(
+                f"every beta must lie strictly between 0 and 1, these span {low:g} to {high:g}: "
+                "change the end points of --model.schedule"
+            )
+        self.T = values.numel()
+        table = torch.cat([values.new_zeros(1), -torch.log1p(-values).cumsum(0)])
+        # Not a buffer: module.half() and precision plugins cast buffers, and this table must stay float64.
+        self._tables = {torch.device("cpu"): table}
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device]
+
+    def neg_log_alpha_bar(self, t: Tensor) -> Tensor:
+        """L(t) = -log alpha-bar(t), shape of ``t``, float64."""
+        table = self._table(t.device)
+        position = t.double().clamp(0, 1) * self.T
+        lower = position.floor().long().clamp(max=self.T - 1)
+        return torch.lerp(table[lower], table[lower + 1], position - lower)
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """-log SNR(t), shape of ``t``, float64; -inf at t = 0, where alpha-bar is 1."""
+        neg_log_alpha_bar = self.neg_log_alpha_bar(t)
+        return neg_log_alpha_bar + log1mexp(neg_log_alpha_bar)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        """Natural logarithm of the signal's scale, read from the table itself."""
+        return -0.5 * self.neg_log_alpha_bar(t)
+
+
+class LinearChain(BetaChain):
+    """Betas linear from ``beta_start`` to ``beta_end`` in T steps (Ho et al. 2020, arXiv 2006.11239, section 4).
+
+    The usual end points 1e-4 and 0.02 belong to T = 1000: with T = 300 they leave alpha-bar_T = 0.048, so x_T still
+    shows the image and prior matching is not small. ``reference_T`` scales both betas by reference_T / T.
+
+    Args:
+        T: number of steps, at least 1.
+        beta_start: beta_1, in (0, 1).
+        beta_end: beta_T, in (0, 1).
+        reference_T: number of steps that the two betas are meant for; None takes them as they are.
+
+    Raises:
+        InputError: T < 1, or a beta outside (0, 1).
+    """
+
+    def __init__(
+        self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, reference_T: int | None = None
+    ) -> None:
+        _check_steps(T)
+        scale = 1.0 if reference_T is None else reference_T / T
+        for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+            if not 0 < beta * scale < 1:
+                scaled = "" if reference_T is None else f" (times reference_T / T = {scale:g})"
+                raise InputError(
+                    f"{name} = {beta:g}{scaled} must lie strictly between 0 and 1: "
+                    f"change --model.schedule.init_args.{name}"
+                )
+        super().__init__(torch.linspace(beta_start, beta_end, T, dtype=torch.float64) * scale)
+        self.beta_start, self.beta_end, self.reference_T = beta_start, beta_end, reference_T
+
+
+class CosineChain(BetaChain):
+    """The cosine chain of Nichol & Dhariwal 2021 (arXiv 2102.09672, equation 17).
+
+    Betas are clipped first and alpha-bar is derived from the clipped ones, so that the two always agree.
+
+    Args:
+        T: number of steps, at least 1.
+        offset: the small s that keeps beta_1 from vanishing.
+        max_beta: largest beta, in (0, 1).
+
+    Raises:
+        InputError: T < 1, or max_beta outside (0, 1).
+    """
+
+    def __init__(self, T: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> None:
+        _check_steps(T)
+        if not 0 < max_beta < 1:
+            raise InputError(
+                f"max_beta = {max_beta:g} must lie strictly between 0 and 1: change --model.schedule.init_args.max_beta"
+            )
+        super().__init__(betas_of(lambda t: math.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2, T, max_beta))
+        self.offset, self.max_beta = offset, max_beta
+
+
+def betas_of(alpha_bar: Callable[[float], float], T: int, max_beta: float) -> list[float]:
+    """The T betas of a continuous alpha-bar, beta_i = 1 - alpha_bar(i/T) / alpha_bar((i-1)/T), clipped from above."""
+    return [min(1 - alpha_bar(i / T) / alpha_bar((i - 1) / T), max_beta) for i in range(1, T + 1)]
+
+
+def _check_steps(T: int) -> None:
+    if T < 1:
+        raise InputError(f"T = {T} is no number of steps: set --model.schedule.init_args.T to 1 or more")

@@ -1,0 +1,16 @@
+"""Callbacks: each decides when something is logged, drawn, written or saved."""
+
+from ddpm_lightning.training.callbacks.checkpoint import LastCheckpoint
+from ddpm_lightning.training.callbacks.pictures import ForwardStrip, SampleGrid
+from ddpm_lightning.training.callbacks.progress import EpochLines, ImagesPerSecond
+from ddpm_lightning.training.callbacks.reports import BoundTable, ImageTermsWriter
+
+__all__ = [
+    "BoundTable",
+    "EpochLines",
+    "ForwardStrip",
+    "ImageTermsWriter",
+    "ImagesPerSecond",
+    "LastCheckpoint",
+    "SampleGrid",
+]

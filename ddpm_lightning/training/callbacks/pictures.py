@@ -1,0 +1,91 @@
+"""Callbacks that decide when a picture is made."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from ddpm_lightning.data import ImageDataModule, levels_to_model
+from ddpm_lightning.ops import image_generators
+from ddpm_lightning.samplers import Sampler
+from ddpm_lightning.schedules import strided_grid
+from ddpm_lightning.training.figures import forward_strip, save_png, tile
+from ddpm_lightning.training.module import DiffusionModule
+
+__all__ = ["ForwardStrip", "SampleGrid"]
+
+
+def _publish(trainer: Trainer, tag: str, picture: Tensor, path: Path) -> None:
+    save_png(picture, path)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, picture, trainer.global_step)
+
+
+class SampleGrid(Callback):
+    """A grid of samples of the averaged model, from the same seeds each time, to TensorBoard and RUN/samples/: after
+    each validation within ``fit`` and when training ends.
+
+    Args:
+        sampler: how to sample.
+        steps: evaluations of the network; None for all T.
+        n: number of images.
+        seed: seed of the images.
+    """
+
+    def __init__(self, sampler: Sampler, steps: int | None = None, n: int = 64, seed: int = 0) -> None:
+        self.sampler, self.steps, self.n, self.seed = sampler, steps, n, seed
+        self._last_step: int | None = None
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw one where the validation belongs to training."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._draw(trainer, pl_module)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw one, unless this step's validation has just done so."""
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, DiffusionModule)
+        if self._last_step == trainer.global_step:
+            return
+        self._last_step = trainer.global_step
+        label = torch.arange(self.n) % 10 if module.class_conditional else None
+        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            images = module.sample(self.sampler, range(self.n), seed=self.seed, steps=self.steps, label=label)
+        folder = Path(trainer.default_root_dir) / "samples"
+        _publish(trainer, "samples", tile(images, module.levels), folder / f"step_{trainer.global_step:07d}.png")
+
+
+class ForwardStrip(Callback):
+    """A strip of images losing their signal, once at the start of training, to TensorBoard and RUN/forward.png.
+
+    Args:
+        n: number of images.
+        columns: number of noisy states shown for each.
+        seed: seed of the noise.
+    """
+
+    def __init__(self, n: int = 6, columns: int = 11, seed: int = 0) -> None:
+        self.n, self.columns, self.seed = n, columns, seed
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the strip."""
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ImageDataModule):
+            return
+        assert isinstance(pl_module, DiffusionModule)
+        model = pl_module.model
+        x0 = levels_to_model(data.split("val").images[: self.n], pl_module.levels).to(pl_module.device)
+        times = strided_grid(model.T, min(self.columns, model.T))[1:].to(pl_module.device)
+        generators = image_generators(self.seed, range(len(x0)))
+        with torch.no_grad():
+            picture = forward_strip(model.forward_process, x0, times, generators)
+        _publish(trainer, "forward process", picture, Path(trainer.default_root_dir) / "forward.png")

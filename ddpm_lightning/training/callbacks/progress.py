@@ -1,0 +1,55 @@
+"""Progress where there is no terminal, and the rate of training."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from ddpm_lightning.training.module import DiffusionModule
+
+__all__ = ["EpochLines", "ImagesPerSecond"]
+
+
+class EpochLines(Callback):
+    """One line an epoch, for logs and pipes, where a progress bar would write thousands."""
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch, the step, the loss, the bound and the rate."""
+        assert isinstance(pl_module, DiffusionModule)
+        parts = [f"epoch {trainer.current_epoch}", f"step {trainer.global_step}"]
+        if "train/loss" in trainer.callback_metrics:
+            parts.append(f"loss {float(trainer.callback_metrics['train/loss']):.4f}")
+        for form, figures in pl_module.bound_figures.get("val", {}).items():
+            mean, error = figures["bits_per_dim"]
+            parts.append(f"val/{form} {mean:.4f} +- {error:.4f} bits/dim")
+        if "train/images_per_second" in trainer.callback_metrics:
+            parts.append(f"{float(trainer.callback_metrics['train/images_per_second']):.0f} images/s")
+        print(" | ".join(parts), flush=True)
+
+
+class ImagesPerSecond(Callback):
+    """Training rate over the steps since the last log, validation and pictures left out: train/images_per_second.
+
+    Counts the images of all processes. Unlike Lightning's ThroughputMonitor it does not synchronise the device at
+    each step; on a GPU the rate is right once the queue is full.
+    """
+
+    def __init__(self) -> None:
+        self._images, self._seconds, self._start = 0, 0.0, 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock of a step."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the step up, and log every ``log_every_n_steps`` steps."""
+        self._seconds += time.perf_counter() - self._start
+        self._images += len(batch.image) * trainer.world_size
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
+        if trainer.global_step % interval == 0:
+            pl_module.log("train/images_per_second", self._images / self._seconds, batch_size=1)
+            self._images, self._seconds = 0, 0.0

@@ -1,0 +1,57 @@
+"""Pictures: tensors in, images out. Nothing here decides when or where one is shown."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from ddpm_lightning.ops import Generators
+from ddpm_lightning.process import ForwardProcess
+
+__all__ = ["forward_strip", "save_png", "tile"]
+
+
+def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
+    """Images side by side.
+
+    Args:
+        images: uint8 ``[n, C, H, W]``, grey levels.
+        levels: number of grey levels; the highest is shown white.
+        columns: images in a row; None for as square a picture as can be.
+
+    Returns:
+        uint8 ``[3, height, width]``, 0..255, small images enlarged by a whole factor.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    scaled = (images.cpu().double() * (255 / (levels - 1))).round().to(torch.uint8)
+    factor = max(1, 32 // images.shape[-1])
+    enlarged = scaled.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    return make_grid(enlarged, nrow=columns, padding=2, pad_value=64)
+
+
+def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, generators: Generators = None) -> Tensor:
+    """Images losing their signal along one path of the forward process each.
+
+    Args:
+        forward_process: q.
+        x0: ``[n, C, H, W]`` in model range; a row each.
+        times: ``[K]`` increasing in (0, 1]; a column each, after the clean image.
+        generators: source of the noise.
+
+    Returns:
+        uint8 ``[3, height, width]``; model range is shown from black to white and clipped outside.
+    """
+    states = [x0, *forward_process.path(x0, times, generators)]
+    rows = torch.stack(states, 1).flatten(0, 1)
+    shown = ((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return tile(shown, 256, columns=len(states))
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Write a uint8 ``[3, height, width]`` picture; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(path)

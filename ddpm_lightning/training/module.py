@@ -1,0 +1,350 @@
+"""The LightningModule: it composes a generative model from parts, trains it, averages it and measures its bound."""
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ddpm_lightning.data import Batch, levels_to_model, model_to_levels
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.metrics import MeanAndError, bits_per_dim
+from ddpm_lightning.objectives import ElboEstimator, Objective
+from ddpm_lightning.ops import image_generators, randn_like
+from ddpm_lightning.process import (
+    Decoder,
+    DiffusionModel,
+    NoiseConditioning,
+    Parameterization,
+    ReverseVariance,
+)
+from ddpm_lightning.samplers import Sampler
+from ddpm_lightning.schedules import Schedule, strided_grid
+from ddpm_lightning.training.hyperparameters import describe
+
+__all__ = ["BoundFigures", "DiffusionModule"]
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+BoundFigures = dict[str, dict[str, tuple[float, float]]]
+"""``figures[form][name] = (mean, standard error over images)``; nats an image, and ``bits_per_dim``."""
+
+
+class DiffusionModule(LightningModule):
+    """A denoising diffusion model in training.
+
+    One batch: uint8 images -> [-1, 1] on the model's device -> objective -> ``train/loss``. Validation, test, predict
+    and sampling use the averaged model, in every process and without swapping weights: it is a submodule of its own,
+    ``ema_model``, and is in every checkpoint's state dict beside the raw ``model``.
+
+    Noise is a pure function of (seed, number of batches done, rank) in training and of (eval_seed, index of the image)
+    in evaluation, so a resumed run draws what the uninterrupted one would have drawn, and an image's bound does not
+    depend on the batch or the process that it is in.
+
+    Args:
+        network: ``network(x, c, **cond) -> [B, C, H, W]``.
+        schedule: the noise schedule.
+        parameterization: what the network's output means.
+        conditioning: the scalar c that the network is given for the time.
+        variance: variance of the reverse steps.
+        decoder: p(x_0 | x_1), made for the data's grey levels.
+        objective: the training loss.
+        validation_bounds: estimators of the bound to run in validation.
+        test_bounds: estimators of the bound to run in test and predict.
+        optimizer: makes the optimiser of the model's parameters; None for a module that is only evaluated.
+        lr_scheduler: makes a learning-rate scheduler, stepped after each optimiser step.
+        ema_decay: decay of the average of the weights, in [0, 1); after n steps min(ema_decay, (1 + n) / (10 + n)),
+            so that a young average is not one of random weights. 0 makes the average the weights themselves.
+        clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers.
+        class_conditional: give the network each image's class as ``label``.
+        shape: (C, H, W) of the images.
+        levels: number of grey levels.
+        seed: seed of the training noise.
+        eval_seed: seed of the noise in validation, test and predict.
+
+    Raises:
+        InputError: a network that does not take or return images of ``shape``, a decoder for other levels, a decay
+            outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        conditioning: NoiseConditioning,
+        variance: ReverseVariance,
+        decoder: Decoder,
+        objective: Objective,
+        validation_bounds: Sequence[ElboEstimator],
+        test_bounds: Sequence[ElboEstimator],
+        shape: tuple[int, int, int],
+        levels: int,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: SchedulerFactory | None = None,
+        ema_decay: float = 0.999,
+        clip_x0: bool = True,
+        class_conditional: bool = False,
+        seed: int = 0,
+        eval_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self._keep_plain_hyperparameters()
+        if decoder.levels != levels:
+            raise InputError(
+                f"the decoder is made for {decoder.levels} grey levels and the data have {levels}: "
+                f"set --model.decoder.init_args.levels to {levels}, or leave it out and it follows the data"
+            )
+        if not 0 <= ema_decay < 1:
+            raise InputError(f"--model.ema_decay {ema_decay:g} must lie in [0, 1)")
+        self.shape, self.levels = tuple(shape), levels
+        self.objective = objective
+        self.bounds = {"val": list(validation_bounds), "test": list(test_bounds)}
+        self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
+        self.ema_decay, self.class_conditional = ema_decay, class_conditional
+        self.seed, self.eval_seed = seed, eval_seed
+        self._check_network(network)
+        self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
+        self.ema_model = deepcopy(self.model).requires_grad_(False)
+        self.metrics = nn.ModuleDict(
+            {
+                stage: nn.ModuleDict(
+                    {
+                        estimator.name: nn.ModuleDict({name: MeanAndError() for name in estimator.term_names})
+                        for estimator in estimators
+                    }
+                )
+                for stage, estimators in self.bounds.items()
+            }
+        )
+        self.bound_figures: dict[str, BoundFigures] = {}
+        self.images_evaluated: dict[str, int] = {}
+        self._generator: torch.Generator | None = None
+
+    @property
+    def dims(self) -> int:
+        """Number of dimensions of an image, C*H*W."""
+        return int(np.prod(self.shape))
+
+    # ---------------------------------------------------------------- construction and checkpoints
+
+    def _keep_plain_hyperparameters(self) -> None:
+        """Give a module built in Python the hyper-parameters that the command line would have given it."""
+        if "_instantiator" in self.hparams:
+            return
+        plain: dict[str, Any] = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+        for name, value in self.hparams.items():
+            try:
+                plain[name] = describe(value)
+            except TypeError:
+                continue  # load_from_checkpoint then asks for this argument by name
+        self.hparams.clear()
+        self.hparams.update(plain)
+
+    def _check_network(self, network: nn.Module) -> None:
+        x = torch.zeros(2, *self.shape)
+        cond = {"label": torch.zeros(2, dtype=torch.long)} if self.class_conditional else {}
+        training = network.training
+        network.eval()
+        try:
+            with torch.no_grad():
+                output = network(x, torch.full((2,), 0.5), **cond)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise InputError(
+                f"{type(network).__name__} cannot take the data's images of shape {list(self.shape)} "
+                f"(channels, height, width): {error}"
+            ) from error
+        finally:
+            network.train(training)
+        if output.shape != x.shape:
+            raise InputError(
+                f"{type(network).__name__} returns {list(output.shape[1:])} for images of shape {list(self.shape)}: "
+                "its output must have the same shape"
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture in one sentence.
+
+        Raises:
+            InputError: a tensor is missing, left over or of another shape.
+        """
+        theirs, mine = checkpoint["state_dict"], self.state_dict()
+        for name in [*mine, *theirs]:
+            if name not in theirs:
+                difference = f"it lacks {name}"
+            elif name not in mine:
+                difference = f"it has {name}, which this model lacks"
+            elif theirs[name].shape != mine[name].shape:
+                difference = f"{name} is {list(theirs[name].shape)} there and {list(mine[name].shape)} here"
+            else:
+                continue
+            raise InputError(
+                f"the checkpoint is of another architecture than this {type(self.model.network).__name__}: "
+                f"{difference}. Use the configuration that was saved beside it: -c RUN/config.yaml"
+            )
+
+    # ---------------------------------------------------------------- training
+
+    def setup(self, stage: str) -> None:
+        """Check that the data are what the model was made for.
+
+        Raises:
+            InputError: another shape or number of levels.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        for name in ("shape", "levels"):
+            theirs = getattr(data, name, None)
+            if theirs is not None and theirs != getattr(self, name):
+                raise InputError(
+                    f"the model was made for images with {name} {getattr(self, name)} and the data have {theirs}"
+                )
+
+    def _condition(self, label: Tensor) -> dict[str, Tensor]:
+        return {"label": label} if self.class_conditional else {}
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed the step: noise and times from a generator of our own, dropout from torch's."""
+        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        done = total.processed  # type: ignore[attr-defined]  # Lightning types it too widely
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(done, self.global_rank))
+        key = int(sequence.generate_state(1)[0])
+        if self._generator is None or self._generator.device != self.device:
+            self._generator = torch.Generator(device=self.device)
+        self._generator.manual_seed(key)
+        torch.default_generator.manual_seed(key)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index].manual_seed(key)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The objective's mean over the batch, logged as ``train/loss`` every ``log_every_n_steps`` steps."""
+        x0 = levels_to_model(batch.image, self.levels)
+        loss = self.objective(self.model, x0, self._generator, **self._condition(batch.label)).mean()
+        # logging costs as much as a step of a tiny network: only where the logger will write
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
+        if (self.trainer.global_step + 1) % interval == 0:
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0))
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimiser, then the average."""
+        super().optimizer_step(*args, **kwargs)
+        self._update_average(self.trainer.global_step)
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        decay = min(self.ema_decay, (1 + step) / (10 + step))
+        averages = [*self.ema_model.parameters(), *self.ema_model.buffers()]
+        values = [*self.model.parameters(), *self.model.buffers()]
+        moving = [(a, v) for a, v in zip(averages, values, strict=True) if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in moving], [v for _, v in moving], 1 - decay)
+        for average, value in zip(averages, values, strict=True):
+            if not average.is_floating_point():
+                average.copy_(value)
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimiser and, where there is one, its scheduler by step.
+
+        Raises:
+            InputError: the module has no optimiser.
+        """
+        if self.optimizer_factory is None:
+            raise InputError("this module has no optimiser: give --model.optimizer, for example torch.optim.Adam")
+        optimizer = self.optimizer_factory(self.model.parameters())
+        if self.scheduler_factory is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.scheduler_factory(optimizer), "interval": "step"}]
+
+    # ---------------------------------------------------------------- the bound
+
+    def bound(self, estimator: ElboEstimator, batch: Batch) -> dict[str, Tensor]:
+        """The averaged model's bound on each image: ``[B]`` nats by name, from noise that belongs to the image."""
+        x0 = levels_to_model(batch.image, self.levels)
+        generators = image_generators(self.eval_seed, batch.index)
+        return estimator(self.ema_model, x0, generators, **self._condition(batch.label)).named()
+
+    def _metrics_of(self, stage: str) -> dict[str, dict[str, MeanAndError]]:
+        return cast(dict[str, dict[str, MeanAndError]], self.metrics[stage])
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        for estimator in self.bounds[stage]:
+            metrics = self._metrics_of(stage)[estimator.name]
+            for name, values in self.bound(estimator, batch).items():
+                metrics[name].update(values)
+
+    def _report(self, stage: str) -> None:
+        figures: BoundFigures = {}
+        for form, metrics in self._metrics_of(stage).items():
+            results = {name: metric.compute() for name, metric in metrics.items()}
+            for metric in metrics.values():
+                metric.reset()
+            figures[form] = {name: (float(r["mean"]), float(r["se"])) for name, r in results.items()}
+            mean, error = figures[form]["elbo"]
+            figures[form]["bits_per_dim"] = (bits_per_dim(-mean, self.dims), bits_per_dim(error, self.dims))
+            for name, (mean, error) in figures[form].items():
+                self.log_dict({f"{stage}/{form}/{name}": mean, f"{stage}/{form}/{name}_se": error})
+            self.images_evaluated[stage] = int(results["elbo"]["count"])
+        self.bound_figures[stage] = figures
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch's bound to the stage's means."""
+        self._evaluate("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/FORM/NAME`` (nats an image, ``bits_per_dim``) and ``..._se``."""
+        self._report("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch's bound to the stage's means."""
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/FORM/NAME`` (nats an image, ``bits_per_dim``) and ``..._se``."""
+        self._report("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Every image's terms: ``index``, ``label`` and ``FORM/NAME`` ``[B]`` in nats."""
+        columns = {"index": batch.index, "label": batch.label}
+        for estimator in self.bounds["test"]:
+            columns |= {f"{estimator.name}/{name}": v for name, v in self.bound(estimator, batch).items()}
+        return columns
+
+    # ---------------------------------------------------------------- samples
+
+    def sample(
+        self,
+        sampler: Sampler,
+        indices: Sequence[int] | Tensor,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        label: Tensor | None = None,
+        callback: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Images of the averaged model.
+
+        Args:
+            sampler: how to walk from noise to data.
+            indices: the images to draw; image k of a seed is the same in any selection.
+            seed: the seed.
+            steps: evaluations of the network; None for all T.
+            label: classes ``[n]`` of a class-conditional model.
+            callback: called with (x_s, s) after each step.
+
+        Returns:
+            uint8 ``[n, C, H, W]``, grey levels.
+
+        Raises:
+            InputError: ``steps`` outside 1..T.
+        """
+        generators = image_generators(seed, indices)
+        x_T = randn_like(torch.zeros(len(generators), *self.shape, device=self.device), generators)
+        grid = strided_grid(self.ema_model.T, steps)
+        cond = {} if label is None else {"label": label.to(self.device)}
+        x0 = sampler(self.ema_model, x_T, grid=grid, generators=generators, callback=callback, **cond)
+        return model_to_levels(x0, self.levels)

@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Check the three forms of the bound against exact values in a world where they are known.
+
+    python scripts/check_bound.py [--cases FILE.json] [--seed 0] [--max_se 0.0045]
+
+Each case is scalar data N(data_mean, data_var) under linear betas, the plain Gaussian decoder and the optimal linear
+denoiser, without clipping. It is built from the package's own schedule, processes, decoder and estimators on batches
+[B, 1, 4, 4] of independent scalars, and evaluated until every term's standard error is below max_se nats (or max_se
+times the value, where that is larger).
+
+A case is an object with the inputs T, beta_start, beta_end, data_mean, data_var and reverse_variance ("beta" or
+"posterior"), and, where they are known, exact values in nats: reconstruction; consistency_form with prior_matching,
+consistency, elbo, consistency_literal_kl; denoising_form with prior_matching, denoising_matching, elbo;
+trajectory_form with elbo.
+
+Standard output is a JSON list with one object a case: its inputs and for each term {"mean": ..., "se": ...} for one
+scalar dimension. Exit status: 0; 1 where a given value is missed by more than 4 standard errors; 2 for bad input.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.metrics import MeanAndError
+from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
+from ddpm_lightning.process import (
+    DiffusionModel,
+    EpsParameterization,
+    FixedLargeVariance,
+    FixedSmallVariance,
+    PlainGaussian,
+    TimeConditioning,
+)
+from ddpm_lightning.schedules import LinearChain, Schedule
+
+INPUTS = ("T", "beta_start", "beta_end", "data_mean", "data_var", "reverse_variance")
+VARIANCES = {"beta": FixedLargeVariance, "posterior": FixedSmallVariance}
+FORMS: dict[str, tuple[ElboEstimator, tuple[str, ...]]] = {
+    "consistency_form": (
+        ConsistencyElbo(),
+        ("prior_matching", "consistency", "elbo", "consistency_literal_kl"),
+    ),
+    "denoising_form": (DenoisingElbo(), ("prior_matching", "denoising_matching", "elbo")),
+    "trajectory_form": (TrajectoryElbo(), ("elbo",)),
+}
+SHAPE = (1, 4, 4)
+DIMS = 16
+MISSED = 4.0  # standard errors
+
+
+class OptimalEps(nn.Module):
+    """E[eps | x_t] for pixels that are independent N(mean, var): the best denoiser there is, and a linear one."""
+
+    def __init__(self, schedule: Schedule, mean: float, var: float) -> None:
+        super().__init__()
+        self.schedule, self.mean, self.var = schedule, mean, var
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (f(t).reshape(-1, 1, 1, 1) for f in (self.schedule.alpha, self.schedule.sigma))
+        total_var = alpha**2 * self.var + sigma**2
+        x0 = self.mean + alpha * self.var / total_var * (x - alpha * self.mean)
+        return (x - alpha * x0) / sigma
+
+
+def build(case: dict[str, Any]) -> DiffusionModel:
+    """The case's generative model, from the package's own parts."""
+    missing = [key for key in INPUTS if key not in case]
+    if missing:
+        raise InputError(f"a case lacks {', '.join(missing)}; it needs {', '.join(INPUTS)}")
+    if case["reverse_variance"] not in VARIANCES:
+        raise InputError(f"reverse_variance is {case['reverse_variance']!r}; it must be 'beta' or 'posterior'")
+    if not case["data_var"] > 0:
+        raise InputError(f"data_var = {case['data_var']} must be positive")
+    schedule = LinearChain(case["T"], case["beta_start"], case["beta_end"])
+    return DiffusionModel(
+        network=OptimalEps(schedule, case["data_mean"], case["data_var"]),
+        schedule=schedule,
+        parameterization=EpsParameterization(),
+        conditioning=TimeConditioning(),
+        variance=VARIANCES[case["reverse_variance"]](),
+        decoder=PlainGaussian(levels=256),
+        clip_x0=False,
+    )
+
+
+def evaluate(case: dict[str, Any], *, max_se: float, batch: int, seed: int) -> dict[str, Any]:
+    """Mean and standard error of each term for one scalar dimension, until all errors are small enough."""
+    model = build(case)
+    generator = torch.Generator().manual_seed(seed)
+    accumulators: dict[tuple[str, str], MeanAndError] = {}
+    while True:
+        x0 = torch.randn(batch, *SHAPE, generator=generator, dtype=torch.float64)
+        x0 = case["data_mean"] + case["data_var"] ** 0.5 * x0
+        for form, (estimator, names) in FORMS.items():
+            values = estimator(model, x0, generator).named()
+            for key in [("", "reconstruction"), *((form, name) for name in names)]:
+                accumulators.setdefault(key, MeanAndError()).update(values[key[1]] / DIMS)
+        figures = {key: accumulator.compute() for key, accumulator in accumulators.items()}
+        if all(figure["se"] <= max_se * max(1.0, abs(figure["mean"])) for figure in figures.values()):
+            break
+    result: dict[str, Any] = {key: case[key] for key in INPUTS}
+    for (form, name), figure in figures.items():
+        target = result.setdefault(form, {}) if form else result
+        target[name] = {"mean": float(figure["mean"]), "se": float(figure["se"])}
+    return result
+
+
+def misses(case: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
+    """A line for each expected value that is missed by more than 4 standard errors."""
+    for form, name in [("", "reconstruction"), *((form, name) for form, (_, names) in FORMS.items() for name in names)]:
+        expected = (case.get(form, {}) if form else case).get(name)
+        if expected is None:
+            continue
+        figure = (result[form] if form else result)[name]
+        # the analytic terms have no spread but the rounding of float64 sums
+        allowed = MISSED * figure["se"] + 1e-9 * max(1.0, abs(expected))
+        if not abs(figure["mean"] - expected) <= allowed:
+            yield f"{form or 'shared'}.{name}: {figure['mean']:.6g} +- {figure['se']:.2g}, expected {expected:.6g}"
+
+
+def read_cases(path: Path) -> list[dict[str, Any]]:
+    """The cases in a file, with an error that names it where it cannot be used."""
+    try:
+        cases = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"--cases {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"--cases {path} is no JSON: {error}") from None
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+        raise InputError(f"--cases {path} must hold a list of objects")
+    return cases
+
+
+def main() -> int:
+    """Run the command line."""
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    own = Path(__file__).with_name("bound_cases.json")
+    parser.add_argument("--cases", type=Path, default=own, help="JSON list of cases (default: the script's own)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and noise (default: 0)")
+    parser.add_argument("--max_se", type=float, default=0.0045, help="standard error to reach (default: 0.0045)")
+    parser.add_argument("--batch", type=int, default=2048, help="images in a batch (default: 2048)")
+    arguments = parser.parse_args()
+    if not arguments.max_se > 0 or arguments.batch < 2:
+        parser.error("--max_se must be above 0 and --batch at least 2")
+
+    results, missed, start = [], 0, time.perf_counter()
+    try:
+        cases = read_cases(arguments.cases)
+        for case in cases:
+            build(case)
+        work = partial(evaluate, max_se=arguments.max_se, batch=arguments.batch, seed=arguments.seed)
+        # one case a process with one thread each: the tensors are too small to be worth sharing among threads
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=context) as pool:
+            for number, (case, result) in enumerate(zip(cases, pool.map(work, cases), strict=True), start=1):
+                results.append(result)
+                lines = list(misses(case, result))
+                missed += len(lines)
+                status = "missed" if lines else "ok"
+                seconds = time.perf_counter() - start
+                head = f"case {number} of {len(cases)} (T = {case['T']}): {status}, {seconds:.0f} s since the start"
+                print(head, *lines, sep="\n  ", file=sys.stderr)
+    except InputError as error:
+        print(f"check_bound: error: {error}", file=sys.stderr)
+        return 2
+    json.dump(results, sys.stdout, indent=1)
+    print()
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""A world where every term of the bound is known exactly: scalar Gaussian data under the optimal linear denoiser.
+
+Written from the definitions by moments of the joint Gaussian (x_0, ..., x_T), in float64 and without the package's
+schedules, processes or estimators, so that agreement means something.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ScalarGaussianWorld:
+    """Data N(mean, var) and a chain of ``betas`` with the optimal denoiser; ``variance`` is "beta" or "posterior"."""
+
+    mean: float
+    var: float
+    betas: list[float]
+    variance: str
+
+    @property
+    def T(self) -> int:
+        return len(self.betas)
+
+    @property
+    def abar(self) -> list[float]:
+        """alpha-bar_0 .. alpha-bar_T."""
+        products = [1.0]
+        for beta in self.betas:
+            products.append(products[-1] * (1 - beta))
+        return products
+
+    def beta_tilde(self, t: int) -> float:
+        return self.betas[t - 1] * (1 - self.abar[t - 1]) / (1 - self.abar[t])
+
+    def reverse_var(self, t: int) -> float:
+        if self.variance == "beta":
+            return self.betas[t - 1]
+        return self.beta_tilde(max(t, 2))
+
+    def log_p(self) -> float:
+        """E log p(x_0) under the data's own density."""
+        return -0.5 * math.log(2 * math.pi * math.e * self.var)
+
+    def terms(self) -> dict:
+        """Exact expectations, nats a dimension, in the layout of the case files."""
+        abar, betas, T = self.abar, self.betas, self.T
+        m = [math.sqrt(a) * self.mean for a in abar]
+        v = [a * self.var + 1 - a for a in abar]
+
+        def x0_hat(t: int) -> tuple[float, float]:
+            """E[x_0 | x_t] = gain x_t + offset."""
+            gain = math.sqrt(abar[t]) * self.var / v[t]
+            return gain, self.mean - gain * m[t]
+
+        def reverse(t: int) -> tuple[float, float]:
+            """Mean of p(x_{t-1} | x_t) = gain x_t + offset."""
+            gain, offset = x0_hat(t)
+            c0 = math.sqrt(abar[t - 1]) * betas[t - 1] / (1 - abar[t])
+            ct = math.sqrt(1 - betas[t - 1]) * (1 - abar[t - 1]) / (1 - abar[t])
+            return c0 * gain + ct, c0 * offset
+
+        def square(t: int, gain: float, offset: float, var_low: float, cov: float, low: int) -> float:
+            """E (x_low - gain x_t - offset)^2."""
+            mean = m[low] - gain * m[t] - offset
+            return mean**2 + var_low - 2 * gain * cov + gain**2 * v[t]
+
+        def normal(square_mean: float, var: float) -> float:
+            return -0.5 * (math.log(2 * math.pi * var) + square_mean / var)
+
+        gain, offset = x0_hat(1)
+        reconstruction = normal(
+            square(1, gain, offset, self.var, math.sqrt(abar[1]) * self.var, 0), self.reverse_var(1)
+        )
+        # KL(q(x_T|x_{T-1}) || N(0, 1)) averaged over x_{T-1}
+        second_moment = (1 - betas[-1]) * (m[T - 1] ** 2 + (v[T - 1] if T > 1 else self.var))
+        prior_consistency = 0.5 * (betas[-1] + second_moment - 1 - math.log(betas[-1]))
+        noise = 1 - abar[T]
+        prior_denoising = 0.5 * (noise + abar[T] * (self.mean**2 + self.var) - 1 - math.log(noise))
+        consistency = literal = denoising = 0.0
+        for t in range(1, T):
+            gain, offset = reverse(t + 1)
+            var_p, a_next, a_t = self.reverse_var(t + 1), math.sqrt(1 - betas[t]), math.sqrt(1 - betas[t - 1])
+            log_q = normal(betas[t - 1], betas[t - 1])
+            consistency += log_q - normal(square(t + 1, gain, offset, v[t], a_next * v[t], t), var_p)
+            # the literal KL: mean difference a_t x_{t-1} - (gain x_{t+1} + offset), variances beta_t and var_p
+            var_low, cov = a_t**2 * v[t - 1], a_t**2 * a_next * v[t - 1]
+            spread = square(t + 1, gain, offset, var_low, cov, t)
+            ratio = betas[t - 1] / var_p
+            literal += 0.5 * (ratio - 1 - math.log(ratio) + spread / var_p)
+            # KL(q(x_t|x_{t+1}, x_0) || p(x_t|x_{t+1})): means differ by c0 (x_0 - x0_hat(x_{t+1}))
+            c0 = math.sqrt(abar[t]) * betas[t] / (1 - abar[t + 1])
+            error = self.var - abar[t + 1] * self.var**2 / v[t + 1]
+            ratio = self.beta_tilde(t + 1) / var_p
+            denoising += 0.5 * (ratio - 1 - math.log(ratio) + c0**2 * error / var_p)
+        return {
+            "reconstruction": reconstruction,
+            "consistency_form": {
+                "prior_matching": prior_consistency,
+                "consistency": consistency,
+                "elbo": reconstruction - prior_consistency - consistency,
+                "consistency_literal_kl": literal,
+            },
+            "denoising_form": {
+                "prior_matching": prior_denoising,
+                "denoising_matching": denoising,
+                "elbo": reconstruction - prior_denoising - denoising,
+            },
+        }
+
+
+class OptimalEps(nn.Module):
+    """The network that returns E[eps | x_t] for independent N(mean, var) pixels, given alpha-bar as t -> alpha-bar."""
+
+    def __init__(self, mean: float, var: float, abar: list[float]) -> None:
+        super().__init__()
+        self.mean, self.var = mean, var
+        self.table = torch.tensor(abar, dtype=torch.float64)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        index = (t.double() * (len(self.table) - 1)).round().long()
+        abar = self.table[index].reshape(-1, 1, 1, 1)
+        total = abar * self.var + 1 - abar
+        x0 = self.mean + abar.sqrt() * self.var / total * (x - abar.sqrt() * self.mean)
+        return (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+
+
+def linear_betas(T: int, start: float, end: float) -> list[float]:
+    """Equally spaced betas, both ends included."""
+    return [start] if T == 1 else [start + (end - start) * i / (T - 1) for i in range(T)]
