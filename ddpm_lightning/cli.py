@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data import ImageDataModule
@@ -34,28 +35,33 @@ def _merge(base: Any, overlay: Any) -> Any:
     return merged
 
 
-def _load_extending(text: str) -> Any:
-    """YAML in which ``extends: other.yaml`` (beside this file) names the configuration that this one changes."""
+def _load_extending(text: str, folder: Path = Path()) -> Any:
+    """YAML in which ``extends: other.yaml`` (beside this file) names the configuration that this one changes.
+
+    ``folder`` is where the text comes from; jsonargparse parses a configuration file in that file's own folder.
+    """
     loaded = get_loader("yaml")(text)
     if not (isinstance(loaded, dict) and "extends" in loaded):
         return loaded
-    # jsonargparse parses a configuration file in that file's own folder
-    base = Path(str(loaded.pop("extends")))
+    base = folder / str(loaded.pop("extends"))
     try:
-        return _merge(_load_extending(base.read_text()), loaded)
+        return _merge(_load_extending(base.read_text(), base.parent), loaded)
     except OSError as error:
         raise yaml.YAMLError(f"extends: {base.resolve()}: {error.strerror}") from None
 
 
-set_loader(_PARSER_MODE, _load_extending, exceptions=(yaml.YAMLError,))
+# jsonargparse would take a second parameter for one of its own
+set_loader(_PARSER_MODE, lambda text: _load_extending(text), exceptions=(yaml.YAMLError,))
 
 
 class _SaveConfig(SaveConfigCallback):
     """Saves the resolved configuration in the run's folder: config.yaml of fit, config-STAGE.yaml of the others."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            self.config_filename = f"config-{stage}.yaml"
+        # the Trainer hands over a member of an enumeration, whatever the signature says
+        name = TrainerFn(stage).value
+        if name != "fit":
+            self.config_filename = f"config-{name}.yaml"
         super().setup(trainer, pl_module, stage)
 
 
@@ -64,7 +70,7 @@ class DiffusionCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         # abbreviations would turn a misspelt option into another one
-        parser_kwargs: dict[str, Any] = {"parser_mode": _PARSER_MODE, "allow_abbrev": False}
+        parser_kwargs: dict[str, Any] = {"parser_mode": _PARSER_MODE, "allow_abbrev": False, "prog": "ddpm"}
         super().__init__(
             DiffusionModule,
             ImageDataModule,
@@ -76,6 +82,7 @@ class DiffusionCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 **parser_kwargs,
+                "description": "Train, evaluate and sample denoising diffusion models.",
                 # argparse's own usage is a page of 80 options before the one line of the error
                 **{name: {**parser_kwargs, "usage": f"ddpm {name} [options]"} for name in self.subcommands()},
             },
@@ -98,8 +105,8 @@ class DiffusionCLI(LightningCLI):
         """The run folder, and what the model takes from the data."""
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder for all that the run writes.")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
-        parser.link_arguments("data.shape", "model.shape", apply_on="instantiate")
-        parser.link_arguments("data.levels", "model.levels", apply_on="instantiate")
+        for fact in ("shape", "levels", "num_classes"):
+            parser.link_arguments(f"data.{fact}", f"model.{fact}", apply_on="instantiate")
         parser.link_arguments("data.levels", "model.decoder.init_args.levels", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -108,6 +115,8 @@ class DiffusionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look at the run folder and the checkpoint before anything is built or loaded."""
         config = self.config[self.subcommand]
+        if (config.model.decoder.get("init_args") or {}).get("levels") is not None:
+            raise InputError("--model.decoder.init_args.levels follows the data: leave it out")
         run_dir = Path(config.run_dir)
         checkpoints = run_dir / "checkpoints"
         try:
@@ -140,10 +149,12 @@ class DiffusionCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except InputError:
-            raise
         except ValueError as error:
-            raise InputError(str(error)) from error
+            # jsonargparse wraps what a part says of its arguments into what it tried with them
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__ or cause.__context__
+            raise InputError(str(cause or error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with TensorBoard in the run folder, and progress that fits where it is shown."""
@@ -164,10 +175,16 @@ class DiffusionCLI(LightningCLI):
             )
         return super().instantiate_trainer(**kwargs)
 
-    def after_fit(self) -> None:
-        """Say where everything is."""
-        if self.trainer.is_global_zero and self.trainer.checkpoint_callback is not None:
-            print(f"run folder: {self.trainer.default_root_dir}", flush=True)
+    def before_fit(self) -> None:
+        """Say what is trained and where it is written."""
+        if self.trainer.is_global_zero:
+            network = self.model.model.network
+            parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            print(
+                f"{type(network).__name__} with {parameters:,} parameters on {type(self.datamodule).__name__} "
+                f"({self.datamodule.sizes['train']:,} training images); run folder {self.trainer.default_root_dir}",
+                flush=True,
+            )
 
 
 def _quieten() -> None:
@@ -177,6 +194,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
     # meant for DataLoaders: each batch of ours carries its indices
     warnings.filterwarnings("ignore", message=r".*infer the batch indices.*")
+    # a run's folder may be moved, and gone on with
+    warnings.filterwarnings("ignore", message=r".*The dirpath has changed.*")
+    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")
     # figures of the bound are equal on all processes when they are logged
     warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
 

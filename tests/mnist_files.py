@@ -1,9 +1,12 @@
-"""Stand-ins for the four MNIST files: right headers and sizes, sparse zeros for the pixels and the labels."""
+"""Where the real MNIST files are, and stand-ins for them: right headers and sizes, zeros for pixels and labels."""
 
+import os
 import struct
 from pathlib import Path
 
-__all__ = ["FILES", "write_idx", "write_mnist"]
+import pytest
+
+__all__ = ["DATA_DIR", "FILES", "real_mnist", "write_idx", "write_mnist"]
 
 FILES = {
     "train-images-idx3-ubyte": (60_000, 28, 28),
@@ -11,6 +14,13 @@ FILES = {
     "t10k-images-idx3-ubyte": (10_000, 28, 28),
     "t10k-labels-idx1-ubyte": (10_000,),
 }
+
+DATA_DIR = Path(os.environ.get("DDPM_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+
+real_mnist = pytest.mark.skipif(
+    not all((DATA_DIR / "MNIST" / "raw" / name).exists() for name in FILES),
+    reason=f"no MNIST files in {DATA_DIR}/MNIST/raw: set DDPM_DATA_DIR to the folder that holds MNIST/raw",
+)
 
 
 def write_idx(path: Path, shape: tuple[int, ...], *, type_code: int = 0x08, missing_bytes: int = 0) -> None:

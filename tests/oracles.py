@@ -1,14 +1,26 @@
 """A world where every term of the bound is known exactly: scalar Gaussian data under the optimal linear denoiser.
 
 Written from the definitions by moments of the joint Gaussian (x_0, ..., x_T), in float64 and without the package's
-schedules, processes or estimators, so that agreement means something.
+schedules, processes or estimators, so that agreement means something. Only ``oracle_model`` uses the package.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from ddpm_lightning.process import (
+    Decoder,
+    DiffusionModel,
+    EpsParameterization,
+    FixedLargeVariance,
+    FixedSmallVariance,
+    PlainGaussian,
+    TimeConditioning,
+)
+from ddpm_lightning.schedules import BetaChain
 
 
 @dataclass(frozen=True)
@@ -130,3 +142,78 @@ class OptimalEps(nn.Module):
 def linear_betas(T: int, start: float, end: float) -> list[float]:
     """Equally spaced betas, both ends included."""
     return [start] if T == 1 else [start + (end - start) * i / (T - 1) for i in range(T)]
+
+
+def respaced(world: ScalarGaussianWorld, indices: list[int]) -> ScalarGaussianWorld:
+    """The world of the shorter chain that visits only ``indices`` (0 first): it owns its own betas."""
+    abar = world.abar
+    betas = [1 - abar[t] / abar[s] for s, t in pairwise(indices)]
+    return ScalarGaussianWorld(world.mean, world.var, betas, world.variance)
+
+
+def marginal_moments(world: ScalarGaussianWorld, t: int) -> tuple[float, float]:
+    """Mean and variance of q(x_t) = E q(x_t | x_0)."""
+    abar = world.abar[t]
+    return math.sqrt(abar) * world.mean, abar * world.var + 1 - abar
+
+
+def x0_map(world: ScalarGaussianWorld, t: int) -> tuple[float, float]:
+    """E[x_0 | x_t] = gain x_t + offset."""
+    mean, var = marginal_moments(world, t)
+    gain = math.sqrt(world.abar[t]) * world.var / var
+    return gain, world.mean - gain * mean
+
+
+def reverse_map(world: ScalarGaussianWorld, t: int) -> tuple[float, float]:
+    """Mean of p(x_{t-1} | x_t) = gain x_t + offset; at t = 1 the decoder's mean."""
+    abar, beta = world.abar, world.betas[t - 1]
+    gain, offset = x0_map(world, t)
+    c0 = math.sqrt(abar[t - 1]) * beta / (1 - abar[t])
+    ct = math.sqrt(1 - beta) * (1 - abar[t - 1]) / (1 - abar[t])
+    return c0 * gain + ct, c0 * offset
+
+
+def denoising_term(world: ScalarGaussianWorld, n: int) -> float:
+    """E KL(q(x_n | x_{n+1}, x_0) || p(x_n | x_{n+1})), nats a dimension, n in 1..T-1."""
+    t = n + 1
+    error = world.var - x0_map(world, t)[0] ** 2 * marginal_moments(world, t)[1]  # Var(x_0 | x_t)
+    c0 = math.sqrt(world.abar[n]) * world.betas[n] / (1 - world.abar[t])
+    ratio = world.beta_tilde(t) / world.reverse_var(t)
+    return 0.5 * (ratio - 1 - math.log(ratio) + c0**2 * error / world.reverse_var(t))
+
+
+def draw_data(world: ScalarGaussianWorld, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """float64 images of independent N(mean, var) pixels."""
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return world.mean + math.sqrt(world.var) * noise
+
+
+def oracle_model(
+    world: ScalarGaussianWorld, *, clip_x0: bool = False, decoder: Decoder | None = None
+) -> DiffusionModel:
+    """The package's model of this world, under the optimal denoiser."""
+    return DiffusionModel(
+        network=OptimalEps(world.mean, world.var, world.abar),
+        schedule=BetaChain(world.betas),
+        parameterization=EpsParameterization(),
+        conditioning=TimeConditioning(),
+        variance=FixedLargeVariance() if world.variance == "beta" else FixedSmallVariance(),
+        decoder=PlainGaussian(levels=256) if decoder is None else decoder,
+        clip_x0=clip_x0,
+    )
+
+
+def assert_mean(values: Tensor, expected: float, *, max_se: float = math.inf, k: float = 4.0) -> None:
+    """Independent ``values`` have this mean within k standard errors, and these are small enough to tell."""
+    values = values.detach().double().flatten()
+    mean, se = float(values.mean()), float(values.std()) / math.sqrt(len(values))
+    assert se <= max_se, f"standard error {se:.3g} is too large to test {expected:.6g}"
+    assert abs(mean - expected) <= k * se + 1e-9 * max(1.0, abs(expected)), f"{mean} +- {se}, expected {expected}"
+
+
+def assert_moments(values: Tensor, mean: float, var: float, *, k: float = 4.0) -> None:
+    """Independent Gaussian ``values`` have this mean and variance within k standard errors."""
+    values = values.detach().double().flatten()
+    n = len(values)
+    assert abs(float(values.mean()) - mean) <= k * math.sqrt(var / n) + 1e-9, f"mean {float(values.mean())}, not {mean}"
+    assert abs(float(values.var()) - var) <= k * var * math.sqrt(2 / n) + 1e-9, f"var {float(values.var())}, not {var}"

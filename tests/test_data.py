@@ -2,7 +2,6 @@
 
 import gzip
 import itertools
-import os
 import socket
 import sys
 from collections.abc import Callable
@@ -14,19 +13,12 @@ import pytest
 import torch
 import torchvision
 from lightning.pytorch.callbacks import ModelCheckpoint
-from mnist_files import FILES, write_idx, write_mnist
+from mnist_files import DATA_DIR, FILES, real_mnist, write_idx, write_mnist
 
 from ddpm_lightning.data import MNIST, Batch, Digits, ImageDataModule, levels_to_model, model_to_levels
 from ddpm_lightning.data.batches import EvalBatches, Split, TrainBatches
 from ddpm_lightning.data.datamodule import SplitName
 from ddpm_lightning.errors import InputError
-
-DATA_DIR = Path(os.environ.get("DDPM_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
-
-real_mnist = pytest.mark.skipif(
-    not all((DATA_DIR / "MNIST" / "raw" / name).exists() for name in FILES),
-    reason=f"no MNIST files in {DATA_DIR}/MNIST/raw: set DDPM_DATA_DIR to the folder that holds MNIST/raw",
-)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """The LightningModule: it composes a generative model from parts, trains it, averages it and measures its bound."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any, cast
@@ -62,6 +63,7 @@ class DiffusionModule(LightningModule):
             so that a young average is not one of random weights. 0 makes the average the weights themselves.
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers.
         class_conditional: give the network each image's class as ``label``.
+        num_classes: number of classes in the data; a class-conditional model needs it.
         shape: (C, H, W) of the images.
         levels: number of grey levels.
         seed: seed of the training noise.
@@ -90,11 +92,15 @@ class DiffusionModule(LightningModule):
         ema_decay: float = 0.999,
         clip_x0: bool = True,
         class_conditional: bool = False,
+        num_classes: int | None = None,
         seed: int = 0,
         eval_seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
+        with warnings.catch_warnings():
+            # Lightning advises against keeping modules as hyper-parameters; they are about to become plain data
+            warnings.filterwarnings("ignore", message=".*already saved during checkpointing.*")
+            self.save_hyperparameters(logger=False)
         self._keep_plain_hyperparameters()
         if decoder.levels != levels:
             raise InputError(
@@ -107,7 +113,9 @@ class DiffusionModule(LightningModule):
         self.objective = objective
         self.bounds = {"val": list(validation_bounds), "test": list(test_bounds)}
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
-        self.ema_decay, self.class_conditional = ema_decay, class_conditional
+        if class_conditional and num_classes is None:
+            raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
+        self.ema_decay, self.class_conditional, self.num_classes = ema_decay, class_conditional, num_classes
         self.seed, self.eval_seed = seed, eval_seed
         self._check_network(network)
         self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
@@ -191,6 +199,12 @@ class DiffusionModule(LightningModule):
 
     # ---------------------------------------------------------------- training
 
+    def train(self, mode: bool = True) -> "DiffusionModule":
+        """Training mode for all but the averaged model, which is only ever evaluated."""
+        super().train(mode)
+        self.ema_model.eval()
+        return self
+
     def setup(self, stage: str) -> None:
         """Check that the data are what the model was made for.
 
@@ -234,7 +248,8 @@ class DiffusionModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimiser, then the average."""
         super().optimizer_step(*args, **kwargs)
-        self._update_average(self.trainer.global_step)
+        # Lightning counts the step when this hook has returned
+        self._update_average(self.trainer.global_step + 1)
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -315,6 +330,10 @@ class DiffusionModule(LightningModule):
         return columns
 
     # ---------------------------------------------------------------- samples
+
+    def cycled_labels(self, indices: Tensor) -> Tensor | None:
+        """Classes 0, 1, ... in turn for images ``[n]`` by index; None for a model that is not class-conditional."""
+        return indices % self.num_classes if self.class_conditional and self.num_classes else None
 
     def sample(
         self,

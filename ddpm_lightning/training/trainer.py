@@ -69,9 +69,7 @@ class Sampling(LightningModule):
     def predict_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Images of the given indices: ``sample`` int64 ``[B]``, ``image`` uint8 ``[B, C, H, W]``."""
         index = batch.cpu()
-        label = None
-        if self.module.class_conditional:
-            label = index % 10 if self.label is None else torch.full_like(index, self.label)
+        label = self.module.cycled_labels(index) if self.label is None else torch.full_like(index, self.label)
         with self._steps_shown(self.steps or self.module.ema_model.T) as callback:
             images = self.module.sample(
                 self.sampler, index, seed=self.seed, steps=self.steps, label=label, callback=callback
@@ -121,6 +119,10 @@ class DiffusionTrainer(Trainer):
                 raise InputError(f"--{name} {value} must be 1 or more")
         if steps is not None and not 1 <= steps <= model.ema_model.T:
             raise InputError(f"--steps {steps} must lie between 1 and the chain's T = {model.ema_model.T}")
+        if label is not None and not model.class_conditional:
+            raise InputError(f"--label {label}: this model is not class-conditional (--model.class_conditional)")
+        if label is not None and not 0 <= label < (model.num_classes or 0):
+            raise InputError(f"--label {label} must lie between 0 and {(model.num_classes or 0) - 1}")
         if ckpt_path is None:
             raise InputError("sample needs a trained model: give --ckpt_path FILE, or last for the run's last one")
         self._restore(model, ckpt_path, weights_only is not False)

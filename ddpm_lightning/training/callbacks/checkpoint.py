@@ -1,6 +1,7 @@
 """The checkpoint to go on from."""
 
 from datetime import timedelta
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -27,7 +28,26 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+        self._stopped_at: int | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where training is about to stop, while the Trainer still knows that the epoch is not over."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._save_stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a checkpoint of the middle of an epoch alone."""
+        if self._stopped_at != trainer.global_step:
+            super().on_train_epoch_end(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state in which training stopped, unless it is the one saved last."""
-        if self._last_global_step_saved != trainer.global_step:
-            trainer.save_checkpoint(self.format_checkpoint_name({}))
+        if trainer.global_step not in (self._last_global_step_saved, self._stopped_at):
+            self._save_stop(trainer)
+
+    def _save_stop(self, trainer: Trainer) -> None:
+        self._stopped_at = trainer.global_step
+        trainer.save_checkpoint(self.format_checkpoint_name({}))

@@ -31,7 +31,7 @@ class SampleGrid(Callback):
 
     Args:
         sampler: how to sample.
-        steps: evaluations of the network; None for all T.
+        steps: evaluations of the network; None for all T, as for a chain that has fewer.
         n: number of images.
         seed: seed of the images.
     """
@@ -56,9 +56,11 @@ class SampleGrid(Callback):
         if self._last_step == trainer.global_step:
             return
         self._last_step = trainer.global_step
-        label = torch.arange(self.n) % 10 if module.class_conditional else None
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            images = module.sample(self.sampler, range(self.n), seed=self.seed, steps=self.steps, label=label)
+            indices = torch.arange(self.n)
+            label = module.cycled_labels(indices)
+            steps = None if self.steps is None else min(self.steps, module.ema_model.T)
+            images = module.sample(self.sampler, indices, seed=self.seed, steps=steps, label=label)
         folder = Path(trainer.default_root_dir) / "samples"
         _publish(trainer, "samples", tile(images, module.levels), folder / f"step_{trainer.global_step:07d}.png")
 

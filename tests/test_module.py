@@ -1,0 +1,194 @@
+"""The LightningModule: what it builds, averages, evaluates and puts into a checkpoint."""
+
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from ddpm_lightning.data import Digits
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.networks import SimpleUNet, UNet
+from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, NoiseMSE, UniformTimes
+from ddpm_lightning.process import DiscretizedGaussian, EpsParameterization, FixedLargeVariance, TimeConditioning
+from ddpm_lightning.samplers import AncestralSampler
+from ddpm_lightning.schedules import LinearChain
+from ddpm_lightning.training import DiffusionModule
+
+
+def build(**changes: object) -> DiffusionModule:
+    torch.manual_seed(0)
+    arguments: dict = {
+        "network": UNet(1, width=8, multipliers=(1, 2), blocks=1),
+        "schedule": LinearChain(T=10, beta_start=0.02, beta_end=0.5),
+        "parameterization": EpsParameterization(),
+        "conditioning": TimeConditioning(),
+        "variance": FixedLargeVariance(),
+        "decoder": DiscretizedGaussian(17),
+        "objective": NoiseMSE(UniformTimes()),
+        "validation_bounds": [DenoisingElbo(steps=2)],
+        "test_bounds": [DenoisingElbo(), ConsistencyElbo()],
+        "optimizer": partial(torch.optim.Adam, lr=1e-3),
+        "shape": (1, 8, 8),
+        "levels": 17,
+    }
+    return DiffusionModule(**{**arguments, **changes})
+
+
+def trainer(folder: Path, **options: object) -> pl.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return pl.Trainer(default_root_dir=folder, accelerator="cpu", **{**quiet, "max_epochs": 1, **options})
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_module_built_in_python_reloads_without_arguments(tmp_path: Path) -> None:
+    module, runner = build(ema_decay=0.5), trainer(tmp_path, enable_checkpointing=False)
+    runner.fit(module, Digits())
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert equal(state(again), state(module))
+    assert again.model.T == 10 and again.ema_decay == 0.5 and isinstance(again.model.network, UNet)
+    assert isinstance(again.configure_optimizers(), torch.optim.Adam)
+    assert again.configure_optimizers().defaults["lr"] == 1e-3
+
+
+def test_module_built_by_the_command_line_reloads_without_arguments(trained: Path) -> None:
+    checkpoint = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
+    module = DiffusionModule.load_from_checkpoint(trained / "checkpoints/last.ckpt")
+    assert equal(state(module), checkpoint["state_dict"])
+    assert module.levels == 17 and module.model.T == 12 and module.model.decoder.levels == 17
+
+
+def test_a_part_that_cannot_be_described_is_asked_for(tmp_path: Path) -> None:
+    class Local(nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return x
+
+    module, runner = build(network=Local(), optimizer=None), trainer(tmp_path, enable_checkpointing=False)
+    runner.test(module, Digits(limit_test=8), verbose=False)
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(Exception, match="network"):
+        DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt", network=Local())
+    assert isinstance(again.model.network, Local)
+
+
+def test_average_is_the_documented_one_and_counts_optimiser_steps(tmp_path: Path) -> None:
+    class Record(pl.Callback):
+        def __init__(self) -> None:
+            self.weights: list[torch.Tensor] = []
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: DiffusionModule, *_: object) -> None:
+            if trainer.global_step > len(self.weights):
+                self.weights.append(next(iter(module.model.parameters())).detach().clone())
+
+    module, record = build(ema_decay=0.6), Record()
+    average = next(iter(module.model.parameters())).detach().clone()
+    options = {"max_epochs": 2, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+    trainer(tmp_path, callbacks=[record], enable_checkpointing=False, **options).fit(module, Digits())
+    assert len(record.weights) == 10
+    for step, weight in enumerate(record.weights, start=1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    assert torch.allclose(next(iter(module.ema_model.parameters())), average, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in module.ema_model.parameters())
+
+
+def test_evaluation_and_sampling_use_the_average(tmp_path: Path) -> None:
+    module = build()
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.fill_(float("nan"))
+    trainer(tmp_path).test(module, Digits(limit_test=8), verbose=False)
+    assert all(abs(mean) < 1e6 for mean, _ in module.bound_figures["test"]["denoising"].values())
+    assert module.sample(AncestralSampler(), [0, 1]).shape == (2, 1, 8, 8)
+
+
+def test_the_average_is_evaluated_without_dropout() -> None:
+    module = build(network=UNet(1, width=8, multipliers=(1, 2), blocks=1, dropout=0.5))
+    module.train()
+    assert module.model.network.training and not module.ema_model.network.training
+
+
+def test_test_after_fit_equals_test_of_the_checkpoint(tmp_path: Path) -> None:
+    module, runner = build(), trainer(tmp_path, enable_checkpointing=False)
+    runner.fit(module, Digits())
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    runner.test(module, Digits(limit_test=40), verbose=False)
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    trainer(tmp_path).test(again, Digits(limit_test=40), verbose=False)
+    assert module.bound_figures["test"] == again.bound_figures["test"]
+    runner.test(module, Digits(limit_test=40), ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    assert module.bound_figures["test"] == again.bound_figures["test"]
+
+
+def test_figures_are_means_over_images_with_their_standard_errors(tmp_path: Path) -> None:
+    module, data = build(), Digits(limit_test=30, eval_batch_size=7)
+    runner = trainer(tmp_path)
+    runner.test(module, data, verbose=False)
+    batches = runner.predict(module, data)
+    values = torch.cat([batch["consistency/elbo"] for batch in batches])
+    mean, error = module.bound_figures["test"]["consistency"]["elbo"]
+    assert module.images_evaluated["test"] == len(values) == 30
+    assert mean == pytest.approx(float(values.mean()), rel=1e-12)
+    assert error == pytest.approx(float(values.std() / 30**0.5), rel=1e-9)
+    bits, bits_error = module.bound_figures["test"]["consistency"]["bits_per_dim"]
+    assert bits == pytest.approx(-mean / (64 * 0.6931471805599453)) and bits_error > 0
+
+
+def test_scheduler_steps_with_the_optimiser(tmp_path: Path) -> None:
+    scheduler = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.1, total_iters=20)
+    module = build(lr_scheduler=scheduler)
+    runner = trainer(tmp_path, enable_checkpointing=False, limit_val_batches=0)
+    runner.fit(module, Digits())
+    assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.55)
+
+
+def test_class_conditional_model_sees_the_label() -> None:
+    network = UNet(1, width=8, multipliers=(1, 2), blocks=1, num_classes=10)
+    module = build(network=network, class_conditional=True, num_classes=10)
+    with torch.no_grad():
+        for parameter in module.ema_model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images = [module.sample(AncestralSampler(), [0], label=torch.tensor([label])) for label in (1, 7)]
+    assert not torch.equal(*images)
+    assert module.cycled_labels(torch.arange(12)).tolist() == [*range(10), 0, 1]
+    assert build().cycled_labels(torch.arange(3)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"decoder": DiscretizedGaussian(256)}, ["256", "17", "--model.decoder.init_args.levels"]),
+        ({"ema_decay": 1.0}, ["--model.ema_decay"]),
+        ({"network": SimpleUNet(channels=3)}, ["SimpleUNet", "[1, 8, 8]"]),
+        ({"network": UNet(1, width=8, multipliers=(1, 1, 1, 1, 1))}, ["UNet", "[1, 8, 8]", "16"]),
+        ({"network": UNet(1, width=8, out_channels=2)}, ["[2, 8, 8]", "[1, 8, 8]"]),
+        ({"class_conditional": True}, ["num_classes"]),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes: dict, words: list[str]) -> None:
+    with pytest.raises(InputError) as refusal:
+        build(**changes)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_data_of_another_kind_are_refused(tmp_path: Path) -> None:
+    module = build(levels=16, decoder=DiscretizedGaussian(16))
+    with pytest.raises(InputError, match="levels 16 and the data have 17"):
+        trainer(tmp_path).test(module, Digits(), verbose=False)
+
+
+def test_fit_without_an_optimiser_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--model\.optimizer"):
+        trainer(tmp_path, enable_checkpointing=False).fit(build(optimizer=None), Digits())
