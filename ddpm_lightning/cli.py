@@ -194,6 +194,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
     # meant for DataLoaders: each batch of ours carries its indices
     warnings.filterwarnings("ignore", message=r".*infer the batch indices.*")
+    # a checkpoint of fit is tested without the callbacks of fit
+    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided.*")
     # a run's folder may be moved, and gone on with
     warnings.filterwarnings("ignore", message=r".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")

@@ -28,7 +28,8 @@ __all__ = [
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the batch, one for each image, or None for torch's global generator.
 
-With one generator for each image, what is drawn for an image does not depend on the batch that it is in."""
+With one generator for each image, what is drawn for an image does not depend on the batch that it is in (but for
+StratifiedTimes, which shares the time axis out among a batch)."""
 
 
 def expand_to(values: Tensor, like: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ scalar dimension. Exit status: 0; 1 where a given value is missed by more than 4
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 import time
@@ -54,6 +55,7 @@ FORMS: dict[str, tuple[ElboEstimator, tuple[str, ...]]] = {
     "denoising_form": (DenoisingElbo(), ("prior_matching", "denoising_matching", "elbo")),
     "trajectory_form": (TrajectoryElbo(), ("elbo",)),
 }
+TERMS = [("", "reconstruction"), *((form, name) for form, (_, names) in FORMS.items() for name in names)]
 SHAPE = (1, 4, 4)
 DIMS = 16
 MISSED = 4.0  # standard errors
@@ -73,16 +75,30 @@ class OptimalEps(nn.Module):
         return (x - alpha * x0) / sigma
 
 
+def is_number(value: Any) -> bool:
+    """A JSON number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def build(case: dict[str, Any]) -> DiffusionModel:
     """The case's generative model, from the package's own parts."""
     missing = [key for key in INPUTS if key not in case]
     if missing:
         raise InputError(f"a case lacks {', '.join(missing)}; it needs {', '.join(INPUTS)}")
-    if case["reverse_variance"] not in VARIANCES:
+    for key in INPUTS[:-1]:
+        if not (is_number(case[key]) and math.isfinite(case[key])):
+            raise InputError(f"{key} is {case[key]!r}; it must be a finite number")
+    if case["T"] != int(case["T"]):
+        raise InputError(f"T is {case['T']!r}; it must be a whole number")
+    if case["reverse_variance"] not in list(VARIANCES):
         raise InputError(f"reverse_variance is {case['reverse_variance']!r}; it must be 'beta' or 'posterior'")
     if not case["data_var"] > 0:
         raise InputError(f"data_var = {case['data_var']} must be positive")
-    schedule = LinearChain(case["T"], case["beta_start"], case["beta_end"])
+    for form, name in TERMS:
+        part = case.get(form, {}) if form else case
+        if not isinstance(part, dict) or not (part.get(name) is None or is_number(part[name])):
+            raise InputError(f"{form or name} does not hold numbers by name: {part if form else part[name]!r}")
+    schedule = LinearChain(int(case["T"]), case["beta_start"], case["beta_end"])
     return DiffusionModel(
         network=OptimalEps(schedule, case["data_mean"], case["data_var"]),
         schedule=schedule,
@@ -118,7 +134,7 @@ def evaluate(case: dict[str, Any], *, max_se: float, batch: int, seed: int) -> d
 
 def misses(case: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
     """A line for each expected value that is missed by more than 4 standard errors."""
-    for form, name in [("", "reconstruction"), *((form, name) for form, (_, names) in FORMS.items() for name in names)]:
+    for form, name in TERMS:
         expected = (case.get(form, {}) if form else case).get(name)
         if expected is None:
             continue
@@ -135,7 +151,7 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
         cases = json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"--cases {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--cases {path} is no JSON: {error}") from None
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
         raise InputError(f"--cases {path} must hold a list of objects")

@@ -175,6 +175,7 @@ def test_class_conditional_model_sees_the_label() -> None:
         ({"network": UNet(1, width=8, multipliers=(1, 1, 1, 1, 1))}, ["UNet", "[1, 8, 8]", "16"]),
         ({"network": UNet(1, width=8, out_channels=2)}, ["[2, 8, 8]", "[1, 8, 8]"]),
         ({"class_conditional": True}, ["num_classes"]),
+        ({"test_bounds": [DenoisingElbo(), DenoisingElbo(steps=2)]}, ["--model.test_bounds", "denoising"]),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes: dict, words: list[str]) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import struct
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from ddpm_lightning.data.batches import Split
@@ -159,7 +159,7 @@ class MNIST(ImageDataModule):
             ) from None
 
     def _fetch(self, missing: list[str]) -> None:
-        rank_zero_info(f"Downloading MNIST (12 MB) to {self.raw}")
+        print(f"downloading MNIST (12 MB) to {self.raw}", file=sys.stderr, flush=True)
         try:
             self.raw.mkdir(parents=True, exist_ok=True)
             # torchvision writes straight to its target and takes any file of the right name for a whole one. So it

@@ -26,23 +26,25 @@ class MeanAndError(Metric):
             self.add_state(name, torch.zeros(1, dtype=torch.float64), dist_reduce_fx="cat")
 
     def update(self, values: Tensor) -> None:
-        """Add values ``[B]``."""
+        """Add values ``[B]``; none at all changes nothing."""
+        if values.numel() == 0:
+            return
         values = values.double()
         mean = values.mean()
-        self._merge(torch.full_like(mean, values.numel()), mean, (values - mean).square().sum())
-
-    def _merge(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
-        total = self.count + count
-        delta = mean - self.mean
-        share = torch.where(total > 0, count / total.clamp(min=1), 0.0)
-        self.mean = self.mean + delta * share
-        self.m2 = self.m2 + m2 + delta.square() * self.count * share
-        self.count = total
+        self.count = torch.cat([self.count, torch.full_like(self.count[:1], values.numel())])
+        self.mean = torch.cat([self.mean, mean.reshape(1)])
+        self.m2 = torch.cat([self.m2, (values - mean).square().sum().reshape(1)])
+        count, mean, m2 = self._merged()
+        self.count, self.mean, self.m2 = count.reshape(1), mean.reshape(1), m2.reshape(1)
 
     def compute(self) -> dict[str, Tensor]:
         """``mean`` and ``se`` (float64 scalars), ``count`` (number of values)."""
-        # after synchronisation every state holds one entry for each process
+        count, mean, m2 = self._merged()
+        return {"mean": mean, "se": (m2 / (count - 1) / count).sqrt(), "count": count}
+
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All entries as one: there are several after a synchronisation, and while a batch is added."""
         count = self.count.sum()
         mean = (self.count * self.mean).sum() / count
         m2 = (self.m2 + self.count * (self.mean - mean).square()).sum()
-        return {"mean": mean, "se": (m2 / (count - 1) / count).sqrt(), "count": count}
+        return count, mean, m2

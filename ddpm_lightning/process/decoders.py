@@ -58,7 +58,7 @@ class DiscretizedGaussian(Decoder):
 
     def level_log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
         """log P(level of x_0) for each pixel, ``[B, C, H, W]`` nats, float64."""
-        # edges from the level's index, in float64: neighbouring bins then share an edge exactly, whatever x0's dtype
+        # edges from the level's index, in float64: neighbouring bins then share an edge, whatever x0's dtype
         index = self._level_index(x0).double()
         centred = index * self.spacing - 1 - gaussian.mean
         inverse_std = torch.exp(-0.5 * gaussian.log_var)

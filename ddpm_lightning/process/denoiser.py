@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ddpm_lightning.ops import as_times, expand_to
@@ -53,8 +54,9 @@ class NetworkDenoiser(Denoiser):
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
         """Prediction at (x_t, t); only the network runs in its own precision, the rest in that of ``x_t``."""
         dtype = next((p.dtype for p in self.network.parameters()), x_t.dtype)
-        level = self.conditioning(self.schedule, as_times(t, x_t)).to(dtype).expand(x_t.shape[0])
-        output = self.network(x_t.to(dtype), level, **cond).to(x_t.dtype)
+        # never below float32: bfloat16 cannot tell the steps of a long chain apart
+        level = self.conditioning(self.schedule, as_times(t, x_t)).to(torch.promote_types(dtype, torch.float32))
+        output = self.network(x_t.to(dtype), level.expand(x_t.shape[0]), **cond).to(x_t.dtype)
         return self.parameterization.predict(output, x_t, *self.scales(x_t, t))
 
 

@@ -32,8 +32,8 @@ class BetaChain(Schedule):
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
         super().__init__()
-        self.betas = betas
         values = torch.as_tensor(betas, dtype=torch.float64, device="cpu").flatten()
+        self.betas = values.tolist()
         if values.numel() == 0:
             raise InputError("a chain needs at least one beta: set --model.schedule.init_args.T to 1 or more")
         if not bool(((values > 0) & (values < 1)).all()):
@@ -57,7 +57,8 @@ class BetaChain(Schedule):
         table = self._table(t.device)
         position = t.double().clamp(0, 1) * self.T
         lower = position.floor().long().clamp(max=self.T - 1)
-        return torch.lerp(table[lower], table[lower + 1], position - lower)
+        # take, since indexing with a scalar tensor would wait for the device
+        return torch.lerp(torch.take(table, lower), torch.take(table, lower + 1), position - lower)
 
     def gamma(self, t: Tensor) -> Tensor:
         """-log SNR(t), shape of ``t``, float64; -inf at t = 0, where alpha-bar is 1."""
@@ -112,11 +113,13 @@ class CosineChain(BetaChain):
         max_beta: largest beta, in (0, 1).
 
     Raises:
-        InputError: T < 1, or max_beta outside (0, 1).
+        InputError: T < 1, a negative offset, or max_beta outside (0, 1).
     """
 
     def __init__(self, T: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> None:
         _check_steps(T)
+        if not offset >= 0:
+            raise InputError(f"offset = {offset:g} must not be negative: change --model.schedule.init_args.offset")
         if not 0 < max_beta < 1:
             raise InputError(
                 f"max_beta = {max_beta:g} must lie strictly between 0 and 1: change --model.schedule.init_args.max_beta"

@@ -42,7 +42,10 @@ def _described(cls: type, init_args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _init_arguments(cls: type) -> list[str]:
-    parameters = signature(cls).parameters.values()
+    try:
+        parameters = signature(cls).parameters.values()
+    except ValueError:
+        raise TypeError(f"cannot describe {cls.__qualname__}: its constructor has no signature") from None
     if any(p.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for p in parameters):
         raise TypeError(f"cannot describe {cls.__qualname__}: its constructor takes *args or **kwargs")
     return [p.name for p in parameters]

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ddpm_lightning.data import Batch, levels_to_model, model_to_levels
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.metrics import MeanAndError, bits_per_dim
+from ddpm_lightning.metrics import BoundFigures, BoundMeans
 from ddpm_lightning.objectives import ElboEstimator, Objective
 from ddpm_lightning.ops import image_generators, randn_like
 from ddpm_lightning.process import (
@@ -26,14 +26,13 @@ from ddpm_lightning.process import (
 )
 from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.schedules import Schedule, strided_grid
+from ddpm_lightning.training.ema import decay_at, update_average
 from ddpm_lightning.training.hyperparameters import describe
 
-__all__ = ["BoundFigures", "DiffusionModule"]
+__all__ = ["DiffusionModule"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
-BoundFigures = dict[str, dict[str, tuple[float, float]]]
-"""``figures[form][name] = (mean, standard error over images)``; nats an image, and ``bits_per_dim``."""
 
 
 class DiffusionModule(LightningModule):
@@ -59,8 +58,8 @@ class DiffusionModule(LightningModule):
         test_bounds: estimators of the bound to run in test and predict.
         optimizer: makes the optimiser of the model's parameters; None for a module that is only evaluated.
         lr_scheduler: makes a learning-rate scheduler, stepped after each optimiser step.
-        ema_decay: decay of the average of the weights, in [0, 1); after n steps min(ema_decay, (1 + n) / (10 + n)),
-            so that a young average is not one of random weights. 0 makes the average the weights themselves.
+        ema_decay: decay of the average of the weights, in [0, 1), reached after a warm-up (``training/ema.py``). 0
+            makes the average the weights themselves.
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers.
         class_conditional: give the network each image's class as ``label``.
         num_classes: number of classes in the data; a class-conditional model needs it.
@@ -71,7 +70,7 @@ class DiffusionModule(LightningModule):
 
     Raises:
         InputError: a network that does not take or return images of ``shape``, a decoder for other levels, a decay
-            outside [0, 1).
+            outside [0, 1), a form of the bound named twice, a class-conditional model without ``num_classes``.
     """
 
     def __init__(
@@ -112,6 +111,10 @@ class DiffusionModule(LightningModule):
         self.shape, self.levels = tuple(shape), levels
         self.objective = objective
         self.bounds = {"val": list(validation_bounds), "test": list(test_bounds)}
+        for option, estimators in (("validation_bounds", validation_bounds), ("test_bounds", test_bounds)):
+            names = [estimator.name for estimator in estimators]
+            if len(set(names)) < len(names):
+                raise InputError(f"--model.{option} names a form of the bound twice: {', '.join(names)}")
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
         if class_conditional and num_classes is None:
             raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
@@ -120,16 +123,8 @@ class DiffusionModule(LightningModule):
         self._check_network(network)
         self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
         self.ema_model = deepcopy(self.model).requires_grad_(False)
-        self.metrics = nn.ModuleDict(
-            {
-                stage: nn.ModuleDict(
-                    {
-                        estimator.name: nn.ModuleDict({name: MeanAndError() for name in estimator.term_names})
-                        for estimator in estimators
-                    }
-                )
-                for stage, estimators in self.bounds.items()
-            }
+        self.means = nn.ModuleDict(
+            {stage: BoundMeans({e.name: e.term_names for e in estimators}) for stage, estimators in self.bounds.items()}
         )
         self.bound_figures: dict[str, BoundFigures] = {}
         self.images_evaluated: dict[str, int] = {}
@@ -249,18 +244,8 @@ class DiffusionModule(LightningModule):
         """Step the optimiser, then the average."""
         super().optimizer_step(*args, **kwargs)
         # Lightning counts the step when this hook has returned
-        self._update_average(self.trainer.global_step + 1)
-
-    @torch.no_grad()
-    def _update_average(self, step: int) -> None:
-        decay = min(self.ema_decay, (1 + step) / (10 + step))
-        averages = [*self.ema_model.parameters(), *self.ema_model.buffers()]
-        values = [*self.model.parameters(), *self.model.buffers()]
-        moving = [(a, v) for a, v in zip(averages, values, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in moving], [v for _, v in moving], 1 - decay)
-        for average, value in zip(averages, values, strict=True):
-            if not average.is_floating_point():
-                average.copy_(value)
+        step = self.trainer.global_step + 1
+        update_average(self.ema_model, self.model, decay_at(step, self.ema_decay))
 
     def configure_optimizers(self) -> Any:
         """The injected optimiser and, where there is one, its scheduler by step.
@@ -283,27 +268,19 @@ class DiffusionModule(LightningModule):
         generators = image_generators(self.eval_seed, batch.index)
         return estimator(self.ema_model, x0, generators, **self._condition(batch.label)).named()
 
-    def _metrics_of(self, stage: str) -> dict[str, dict[str, MeanAndError]]:
-        return cast(dict[str, dict[str, MeanAndError]], self.metrics[stage])
+    def _means(self, stage: str) -> BoundMeans:
+        return cast(BoundMeans, self.means[stage])
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         for estimator in self.bounds[stage]:
-            metrics = self._metrics_of(stage)[estimator.name]
-            for name, values in self.bound(estimator, batch).items():
-                metrics[name].update(values)
+            self._means(stage).update(estimator.name, self.bound(estimator, batch))
 
     def _report(self, stage: str) -> None:
-        figures: BoundFigures = {}
-        for form, metrics in self._metrics_of(stage).items():
-            results = {name: metric.compute() for name, metric in metrics.items()}
-            for metric in metrics.values():
-                metric.reset()
-            figures[form] = {name: (float(r["mean"]), float(r["se"])) for name, r in results.items()}
-            mean, error = figures[form]["elbo"]
-            figures[form]["bits_per_dim"] = (bits_per_dim(-mean, self.dims), bits_per_dim(error, self.dims))
-            for name, (mean, error) in figures[form].items():
+        figures, self.images_evaluated[stage] = self._means(stage).compute(self.dims)
+        self._means(stage).reset()
+        for form, terms in figures.items():
+            for name, (mean, error) in terms.items():
                 self.log_dict({f"{stage}/{form}/{name}": mean, f"{stage}/{form}/{name}_se": error})
-            self.images_evaluated[stage] = int(results["elbo"]["count"])
         self.bound_figures[stage] = figures
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

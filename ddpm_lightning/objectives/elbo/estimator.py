@@ -1,7 +1,8 @@
 r"""What the three forms of the bound share: a walk through the chain and one sum over its reverse steps.
 
 Every form sums over the reverse steps p(x_n | x_{n+1}), n = 1..T-1, and adds the decoder p(x_0 | x_1) and the end x_T.
-Each step costs one evaluation of the network, the decoder one more. Memory does not grow with T.
+Each step costs one evaluation of the network, the decoder one more. Of what a step computes only its ``[B]`` costs are
+kept (without gradients).
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives.elbo.terms import ElboTerms
 from ddpm_lightning.objectives.times import stratified_steps
 from ddpm_lightning.ops import Generators
@@ -88,7 +90,7 @@ class ElboEstimator:
             all T - 1 of them.
 
     Raises:
-        InputError: ``steps`` < 1 (raised when called).
+        InputError: ``steps`` < 1.
     """
 
     name: str
@@ -97,6 +99,8 @@ class ElboEstimator:
     """The keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
 
     def __init__(self, steps: int | None = None) -> None:
+        if steps is not None and steps < 1:
+            raise InputError(f"steps = {steps} must be 1 or more, or null for all of the reverse steps")
         self.steps = steps
 
     def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:

@@ -12,7 +12,15 @@ __all__ = ["EpochLines", "ImagesPerSecond"]
 
 
 class EpochLines(Callback):
-    """One line an epoch, for logs and pipes, where a progress bar would write thousands."""
+    """One line an epoch, for logs and pipes, where a progress bar would write thousands.
+
+    An evaluation that takes long says every ``interval`` seconds how far it is.
+    """
+
+    interval = 20.0
+
+    def __init__(self) -> None:
+        self._next = 0.0
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -27,6 +35,29 @@ class EpochLines(Callback):
         if "train/images_per_second" in trainer.callback_metrics:
             parts.append(f"{float(trainer.callback_metrics['train/images_per_second']):.0f} images/s")
         print(" | ".join(parts), flush=True)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._next = time.monotonic() + self.interval
+
+    def _tick(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if time.monotonic() < self._next or not trainer.is_global_zero:
+            return
+        self._next = time.monotonic() + self.interval
+        stage = trainer.state.stage.value if trainer.state.stage else ""
+        totals = {"validate": trainer.num_val_batches, "test": trainer.num_test_batches}
+        total = totals.get(stage, trainer.num_predict_batches)
+        print(f"{stage}: batch {batch_idx + 1} of {sum(total) if isinstance(total, list) else total}", flush=True)
+
+    on_validation_start = on_test_start = on_predict_start = _start
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _tick
 
 
 class ImagesPerSecond(Callback):

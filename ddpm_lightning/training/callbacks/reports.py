@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from ddpm_lightning.metrics import bits_per_dim
+from ddpm_lightning.metrics import BoundFigures, bits_per_dim
 from ddpm_lightning.training.distributed import gather_to_all
-from ddpm_lightning.training.module import BoundFigures, DiffusionModule
+from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = ["BoundTable", "ImageTermsWriter", "bound_table"]
 
