@@ -5,7 +5,14 @@ from ddpm_lightning.process.decoders import Decoder, DiscretizedGaussian, PlainG
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
 from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.model import DiffusionModel
-from ddpm_lightning.process.parameterization import EpsParameterization, Parameterization, Prediction
+from ddpm_lightning.process.parameterization import (
+    EpsParameterization,
+    Parameterization,
+    Prediction,
+    ScoreParameterization,
+    VParameterization,
+    X0Parameterization,
+)
 from ddpm_lightning.process.reverse import ReverseProcess
 from ddpm_lightning.process.variance import FixedLargeVariance, FixedSmallVariance, ReverseVariance
 
@@ -27,5 +34,8 @@ __all__ = [
     "Prediction",
     "ReverseProcess",
     "ReverseVariance",
+    "ScoreParameterization",
     "TimeConditioning",
+    "VParameterization",
+    "X0Parameterization",
 ]

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["EpsParameterization", "Parameterization", "Prediction"]
+__all__ = [
+    "EpsParameterization",
+    "Parameterization",
+    "Prediction",
+    "ScoreParameterization",
+    "VParameterization",
+    "X0Parameterization",
+]
 
 
 @dataclass(frozen=True)
@@ -54,3 +61,45 @@ class EpsParameterization(Parameterization):
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         """eps itself."""
         return eps
+
+
+class X0Parameterization(Parameterization):
+    """The output is x0 itself."""
+
+    def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
+        """eps = (x_t - alpha_t x0) / sigma_t."""
+        return Prediction(x0=output, eps=(x_t - alpha_t * output) / sigma_t, output=output)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """x0 itself."""
+        return x0
+
+
+class VParameterization(Parameterization):
+    """The output is v = alpha_t eps - sigma_t x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D).
+
+    Well conditioned at both ends: for a variance-preserving schedule x0 = alpha_t x_t - sigma_t v.
+    """
+
+    def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
+        """x0 = (alpha_t x_t - sigma_t v) / (alpha_t^2 + sigma_t^2), eps = (sigma_t x_t + alpha_t v) / (the same)."""
+        norm = alpha_t.square() + sigma_t.square()
+        x0 = (alpha_t * x_t - sigma_t * output) / norm
+        return Prediction(x0=x0, eps=(sigma_t * x_t + alpha_t * output) / norm, output=output)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """v."""
+        return alpha_t * eps - sigma_t * x0
+
+
+class ScoreParameterization(Parameterization):
+    """The output is the score, the gradient of log q(x_t) in x_t: -eps / sigma_t (Song et al. 2021,
+    arXiv 2011.13456)."""
+
+    def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
+        """eps = -sigma_t score, x0 = (x_t + sigma_t^2 score) / alpha_t."""
+        return Prediction(x0=(x_t + sigma_t.square() * output) / alpha_t, eps=-sigma_t * output, output=output)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """-eps / sigma_t."""
+        return -eps / sigma_t
