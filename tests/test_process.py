@@ -245,12 +245,12 @@ def test_training_and_sampling_give_the_network_the_same_scalar(conditioning: No
     NoiseMSE(UniformTimes())(model, x0, torch.Generator().manual_seed(0))
     trained = set(network.seen.pop().tolist())
     assert len(trained) == 20
-    AncestralSampler()(model, torch.zeros(2, 1, 2, 2), grid=strided_grid(20, steps))
+    AncestralSampler()(model, torch.zeros(2, 1, 2, 2), grid=strided_grid(chain_grid(20), steps))
     assert len(network.seen) == steps
     assert all(level.shape == (2,) for level in network.seen)
     sampled = [level.unique().item() for level in network.seen]
     assert set(sampled) <= trained
-    grid = strided_grid(20, steps).flip(0)[:-1]
+    grid = strided_grid(chain_grid(20), steps).flip(0)[:-1]
     levels = grid if isinstance(conditioning, TimeConditioning) else schedule.gamma(grid) / 10
     assert sampled == levels.float().tolist()
 

@@ -76,7 +76,7 @@ def walk(sampler: Sampler, model: DiffusionModel, x_T: Tensor, grid: Tensor | No
 
 def grids() -> list[list[int]]:
     """Indices of the full chain, of strided ones and of an uneven one."""
-    strided = [(strided_grid(T, steps) * T).round().long().tolist() for steps in (T, 10, 7, 2, 1)]
+    strided = [(strided_grid(chain_grid(T), steps) * T).round().long().tolist() for steps in (T, 10, 7, 2, 1)]
     return [*strided, [0, 1, 2, 15, 20]]
 
 
@@ -131,7 +131,7 @@ def test_marginals_are_those_of_the_forward_process() -> None:
 @pytest.mark.parametrize("sampler", [AncestralSampler(), DDIMSampler(), DDIMSampler(0.5)])
 def test_a_grid_of_all_steps_is_the_full_chain(sampler: Sampler, clip_x0: bool) -> None:
     model = small_model(Convolution(), clip_x0=clip_x0)
-    full, strided = walk(sampler, model, start(4)), walk(sampler, model, start(4), strided_grid(T, T))
+    full, strided = walk(sampler, model, start(4)), walk(sampler, model, start(4), strided_grid(chain_grid(T), T))
     assert full.keys() == strided.keys()
     assert all(torch.equal(full[s], strided[s]) for s in full)
 
@@ -200,7 +200,7 @@ def test_stochastic_ddim_moments(indices: list[int], eta: float) -> None:
 @pytest.mark.parametrize("steps", [T, 6])
 def test_ddim_with_eta_one_is_ancestral_with_the_small_variance(steps: int, clip_x0: bool) -> None:
     model = small_model(Convolution(), clip_x0=clip_x0, large=False)
-    grid = strided_grid(T, steps)
+    grid = strided_grid(chain_grid(T), steps)
     ancestral = walk(AncestralSampler(), model, start(4), grid)
     ddim = walk(DDIMSampler(1.0), model, start(4), grid)
     for s in ancestral:
@@ -279,7 +279,7 @@ def test_ancestral_sampler_is_the_lecture_s_loop(T: int, beta_end: float, dtype:
 @pytest.mark.parametrize("sampler", [AncestralSampler(), DDIMSampler(), DDIMSampler(1.0)])
 @pytest.mark.parametrize("steps", [T, 5])
 def test_an_image_does_not_depend_on_the_batch(sampler: Sampler, steps: int) -> None:
-    model, x_T, grid = small_model(Elementwise(), clip_x0=True), start(6), strided_grid(T, steps)
+    model, x_T, grid = small_model(Elementwise(), clip_x0=True), start(6), strided_grid(chain_grid(T), steps)
 
     def run(order: list[int]) -> Tensor:
         return sampler(model, x_T[order], grid=grid, generators=image_generators(4, order))
@@ -294,7 +294,7 @@ def test_an_image_does_not_depend_on_the_batch(sampler: Sampler, steps: int) -> 
 @pytest.mark.parametrize("sampler", [AncestralSampler(), DDIMSampler()])
 @pytest.mark.parametrize("steps", [1, 2, 7, T])
 def test_callback_sees_each_step(sampler: Sampler, steps: int) -> None:
-    model, grid = small_model(Convolution(), clip_x0=True), strided_grid(T, steps)
+    model, grid = small_model(Convolution(), clip_x0=True), strided_grid(chain_grid(T), steps)
     seen: list[tuple[Tensor, float]] = []
     images = sampler(
         model,
@@ -322,7 +322,7 @@ def test_images_are_made_of_grey_levels(sampler: Sampler, large: bool, steps: in
     )
     x_T = start(4)
     before = x_T.clone()
-    images = sampler(model, x_T, grid=strided_grid(T, steps), generators=torch.Generator().manual_seed(0))
+    images = sampler(model, x_T, grid=strided_grid(chain_grid(T), steps), generators=torch.Generator().manual_seed(0))
     levels = (images + 1) * 8
     assert float((levels - levels.round()).abs().max()) < 1e-12
     assert float(images.abs().max()) <= 1
@@ -344,7 +344,7 @@ def test_images_are_made_of_grey_levels(sampler: Sampler, large: bool, steps: in
 )
 @pytest.mark.parametrize("sampler", [AncestralSampler(), DDIMSampler()])
 def test_grid_errors(sampler: Sampler, grid: list[float]) -> None:
-    with pytest.raises(InputError, match="grid must increase from 0 to 1"):
+    with pytest.raises(InputError, match="grid must increase from 0, the time of the data, to 1"):
         sampler(small_model(Convolution(), clip_x0=True), start(1), grid=torch.tensor(grid))
 
 

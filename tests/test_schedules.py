@@ -216,7 +216,7 @@ def test_strided_grids_are_subsets_with_both_ends() -> None:
         chain = chain_grid(T).tolist()
         assert len(chain) == T + 1 and chain[0] == 0 and chain[-1] == 1
         for steps in range(1, T + 1):
-            grid = strided_grid(T, steps)
+            grid = strided_grid(chain_grid(T), steps)
             assert grid.dtype == torch.float64
             assert len(grid) == steps + 1
             assert grid[0] == 0 and grid[-1] == 1
@@ -224,10 +224,10 @@ def test_strided_grids_are_subsets_with_both_ends() -> None:
             assert set(grid.tolist()) <= set(chain)
             strides = (grid * T).round().long().diff()
             assert int(strides.max() - strides.min()) <= 1
-        assert strided_grid(T, None).tolist() == strided_grid(T, T).tolist() == chain
+        assert strided_grid(chain_grid(T), None).tolist() == strided_grid(chain_grid(T), T).tolist() == chain
 
 
 @pytest.mark.parametrize("steps", [0, -1, 11])
 def test_strided_grid_errors(steps: int) -> None:
     with pytest.raises(InputError, match=f"steps = {steps} must lie between 1 and the chain's T = 10"):
-        strided_grid(10, steps)
+        strided_grid(chain_grid(10), steps)

@@ -2,19 +2,24 @@
 
 from ddpm_lightning.objectives.elbo import (
     ConsistencyElbo,
+    ContinuousElbo,
     DenoisingElbo,
     ElboEstimator,
     ElboTerms,
     TrajectoryElbo,
 )
-from ddpm_lightning.objectives.noise_mse import NoiseMSE, Objective
+from ddpm_lightning.objectives.negative_elbo import NegativeElbo
+from ddpm_lightning.objectives.noise_mse import NoiseMSE
+from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.times import StratifiedTimes, TimeSampler, UniformTimes
 
 __all__ = [
     "ConsistencyElbo",
+    "ContinuousElbo",
     "DenoisingElbo",
     "ElboEstimator",
     "ElboTerms",
+    "NegativeElbo",
     "NoiseMSE",
     "Objective",
     "StratifiedTimes",

@@ -2,21 +2,15 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.times import TimeSampler
 from ddpm_lightning.ops import Generators, randn_like, sum_per_image
 from ddpm_lightning.process import DiffusionModel
 
-__all__ = ["NoiseMSE", "Objective"]
-
-
-class Objective:
-    """A loss for each image, to be averaged and minimised."""
-
-    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """Losses ``[B]`` of the images ``x0`` ``[B, C, H, W]`` in model range."""
-        raise NotImplementedError
+__all__ = ["NoiseMSE"]
 
 
 class NoiseMSE(Objective):
@@ -31,7 +25,7 @@ class NoiseMSE(Objective):
 
     def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
         """Mean squared error of eps, ``[B]``."""
-        t = self.times(model.T, x0, generators).double() / model.T
+        t = torch.take(model.grid.to(x0.device), self.times(model.T, x0, generators))
         eps = randn_like(x0, generators)
         marginal = model.forward_process.marginal(x0, t)
         x_t = marginal.mean + marginal.std * eps

@@ -28,14 +28,14 @@ class ForwardProcess:
         return DiagonalGaussian(alpha_t * x0, expand_to(self.schedule.log_sigma2(t), x0))
 
     def transition(self, x_s: Tensor, s: Tensor, t: Tensor) -> DiagonalGaussian:
-        """q(x_t | x_s) = N(alpha_t/alpha_s x_s, sigma^2_{t|s} I); with s = 0 this is the marginal."""
+        """q(x_t | x_s) = N(alpha_t/alpha_s x_s, sigma^2_{t|s} I); from the time of the data this is the marginal."""
         s, t = as_times(s, x_s), as_times(t, x_s)
         ratio = torch.exp(self.schedule.log_alpha(t) - self.schedule.log_alpha(s))
         mean = expand_to(ratio, x_s).to(x_s.dtype) * x_s
         return DiagonalGaussian(mean, expand_to(self.schedule.log_step_var(s, t), x_s))
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_s | x_t, x_0), ``[B, C, H, W]``; x_0 itself at s = 0."""
+        """Mean of q(x_s | x_t, x_0), ``[B, C, H, W]``; x_0 itself where s is the time of the data."""
         s, t = as_times(s, x_t), as_times(t, x_t)
         fraction = torch.exp(self.schedule.log_step_fraction(s, t))
         log_alpha_s = self.schedule.log_alpha(s)
@@ -44,7 +44,7 @@ class ForwardProcess:
         return expand_to(weight_x_t, x_t).to(x_t.dtype) * x_t + expand_to(weight_x0, x_t).to(x_t.dtype) * x0
 
     def posterior(self, x0: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> DiagonalGaussian:
-        """q(x_s | x_t, x_0) for 0 < s < t."""
+        """q(x_s | x_t, x_0) for s < t, s not the time of the data."""
         log_var = self.schedule.log_posterior_var(as_times(s, x_t), as_times(t, x_t))
         return DiagonalGaussian(self.posterior_mean(x0, x_t, s, t), expand_to(log_var, x_t))
 
@@ -59,7 +59,8 @@ class ForwardProcess:
         Yields:
             K times ``[B, C, H, W]``, jointly distributed as q(x_{t_1}, ..., x_{t_K} | x_0).
         """
-        x_s, s = x0, torch.zeros((), dtype=torch.float64, device=x0.device)
+        x_t, s = x0, None
         for t in times:
-            x_s, s = self.transition(x_s, s, t).sample(generators), t
-            yield x_s
+            step = self.marginal(x0, t) if s is None else self.transition(x_t, s, t)
+            x_t, s = step.sample(generators), t
+            yield x_t

@@ -1,5 +1,6 @@
 """The generative model: prior, reverse steps and decoder, with the forward process that trains and bounds it."""
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.parameterization import Parameterization
 from ddpm_lightning.process.reverse import ReverseProcess
 from ddpm_lightning.process.variance import ReverseVariance
-from ddpm_lightning.schedules import Schedule, chain_grid
+from ddpm_lightning.schedules import Schedule
 
 __all__ = ["DiffusionModel"]
 
@@ -36,7 +37,7 @@ class DiffusionModel(nn.Module):
         denoiser: the network's own prediction, unclipped; what the training objective sees.
         reverse_process: the reverse process, whose ``denoiser`` is clipped where ``clip_x0`` is set.
         T: number of steps.
-        grid: float64 ``[T + 1]`` times of the chain, 0 first.
+        grid: float64 ``[T + 1]`` times of the chain, that of the data first.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class DiffusionModel(nn.Module):
         self.reverse_process = ReverseProcess(reverse_denoiser, self.forward_process, variance)
         self.decoder = decoder
         self.clip_x0 = clip_x0
-        self.grid = chain_grid(schedule.T)
+        self.grid = schedule.grid()
         first_log_var = variance.decoder_log_var(schedule, self.grid[1], self.grid[min(2, self.T)])
         if not bool(torch.isfinite(first_log_var)):
             raise InputError(
@@ -72,6 +73,18 @@ class DiffusionModel(nn.Module):
     def T(self) -> int:
         """Number of steps of the chain."""
         return len(self.grid) - 1
+
+    def with_steps(self, T: int) -> "DiffusionModel":
+        """The same network and schedule as a chain of T states: a model of its own, with its own bound and samples.
+
+        Nothing is copied: both share their weights.
+
+        Raises:
+            InputError: too few states.
+        """
+        other = copy(self)
+        other.grid = self.schedule.grid(T)
+        return other
 
     def decoder_gaussian(self, x1: Tensor, **cond: Any) -> DiagonalGaussian:
         """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1 ``[B, C, H, W]``."""

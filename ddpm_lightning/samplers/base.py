@@ -45,8 +45,8 @@ class Sampler:
         Args:
             model: the generative model.
             x_T: ``[B, C, H, W]``, the start.
-            grid: float64 ``[K + 1]``, increasing from 0 to 1, for K evaluations of the network (``strided_grid``
-                makes one); None for all T steps of the chain.
+            grid: float64 ``[K + 1]``, increasing from the time of the data to 1, for K evaluations of the network
+                (``strided_grid`` makes one); None for all T steps of the chain.
             generators: source of the noise of the steps.
             callback: called with (x_s, s) after each step.
             cond: conditions, passed on to the network.
@@ -55,11 +55,12 @@ class Sampler:
             Images ``[B, C, H, W]`` in model range.
 
         Raises:
-            InputError: a grid that does not increase from 0 to 1.
+            InputError: a grid that does not increase from the time of the data to 1.
         """
         grid = model.grid if grid is None else grid
-        if grid.ndim != 1 or len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or bool((grid.diff() <= 0).any()):
-            raise InputError("a sampler's grid must increase from 0 to 1")
+        data = float(model.grid[0])
+        if grid.ndim != 1 or len(grid) < 2 or grid[0] != data or grid[-1] != 1 or bool((grid.diff() <= 0).any()):
+            raise InputError(f"a sampler's grid must increase from {data:g}, the time of the data, to 1")
         x = x_T
         times = grid.flip(0).to(x.device)
         for t, s in pairwise(times[:-1]):

@@ -2,6 +2,7 @@
 
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.chains import BetaChain, CosineChain, LinearChain
+from ddpm_lightning.schedules.continuous import LinearGamma
 from ddpm_lightning.schedules.grids import chain_grid, strided_grid
 
-__all__ = ["BetaChain", "CosineChain", "LinearChain", "Schedule", "chain_grid", "strided_grid"]
+__all__ = ["BetaChain", "CosineChain", "LinearChain", "LinearGamma", "Schedule", "chain_grid", "strided_grid"]

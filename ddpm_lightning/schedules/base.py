@@ -30,7 +30,22 @@ class Schedule(nn.Module):
     """
 
     T: int
-    """Number of steps of the discrete chain: its times are i/T, i = 0..T, and i = 0 is the data."""
+    """Number of states x_1, ..., x_T of the discrete chain that the schedule stands for."""
+
+    def grid(self, T: int | None = None) -> Tensor:
+        """Times of a chain of T states, float64 ``[T + 1]``: the data first, then x_1, ..., x_T, up to t = 1.
+
+        Args:
+            T: number of states; None for the schedule's own.
+
+        Raises:
+            InputError: too few states.
+        """
+        raise NotImplementedError
+
+    def gamma_slope(self, t: Tensor) -> Tensor:
+        """d gamma / dt, shape of ``t``, float64."""
+        raise NotImplementedError
 
     def gamma(self, t: Tensor) -> Tensor:
         """-log SNR(t), increasing in t."""

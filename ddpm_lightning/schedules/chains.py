@@ -9,6 +9,7 @@ from torch import Tensor
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import log1mexp
 from ddpm_lightning.schedules.base import Schedule
+from ddpm_lightning.schedules.grids import chain_grid
 
 __all__ = ["BetaChain", "CosineChain", "LinearChain"]
 
@@ -52,18 +53,33 @@ class BetaChain(Schedule):
             self._tables[device] = self._tables[torch.device("cpu")].to(device)
         return self._tables[device]
 
-    def neg_log_alpha_bar(self, t: Tensor) -> Tensor:
-        """L(t) = -log alpha-bar(t), shape of ``t``, float64."""
+    def grid(self, T: int | None = None) -> Tensor:
+        """i/T for i = 0..T. With another T than the chain's own, another chain through the same continuous process."""
+        if T is not None:
+            _check_steps(T)
+        return chain_grid(self.T if T is None else T)
+
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L at both ends of the step that holds each t, and how far through it t is."""
         table = self._table(t.device)
         position = t.double().clamp(0, 1) * self.T
         lower = position.floor().long().clamp(max=self.T - 1)
         # take, since indexing with a scalar tensor would wait for the device
-        return torch.lerp(torch.take(table, lower), torch.take(table, lower + 1), position - lower)
+        return torch.take(table, lower), torch.take(table, lower + 1), position - lower
+
+    def neg_log_alpha_bar(self, t: Tensor) -> Tensor:
+        """L(t) = -log alpha-bar(t), shape of ``t``, float64."""
+        return torch.lerp(*self._segment(t))
 
     def gamma(self, t: Tensor) -> Tensor:
         """-log SNR(t), shape of ``t``, float64; -inf at t = 0, where alpha-bar is 1."""
         neg_log_alpha_bar = self.neg_log_alpha_bar(t)
         return neg_log_alpha_bar + log1mexp(neg_log_alpha_bar)
+
+    def gamma_slope(self, t: Tensor) -> Tensor:
+        """d gamma / dt = L'(t) / (1 - exp(-L(t))), shape of ``t``, float64, for t in (0, 1]."""
+        start, end, fraction = self._segment(t)
+        return (start - end) * self.T / torch.expm1(-torch.lerp(start, end, fraction))
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """Natural logarithm of the signal's scale, read from the table itself."""

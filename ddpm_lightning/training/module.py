@@ -340,7 +340,7 @@ class DiffusionModule(LightningModule):
         """
         generators = image_generators(seed, indices)
         x_T = randn_like(torch.zeros(len(generators), *self.shape, device=self.device), generators)
-        grid = strided_grid(self.ema_model.T, steps)
+        grid = strided_grid(self.ema_model.grid, steps)
         cond = {} if label is None else {"label": label.to(self.device)}
         x0 = sampler(self.ema_model, x_T, grid=grid, generators=generators, callback=callback, **cond)
         return model_to_levels(x0, self.levels)

@@ -28,8 +28,8 @@ class ConsistencyElbo(ElboEstimator):
     name = "consistency"
     term_names = ("reconstruction", "prior_matching", "consistency", "elbo", "consistency_literal_kl")
 
-    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
-        """Estimate the bound of each image of ``x0`` ``[B, C, H, W]``."""
+    def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
+        """See the class."""
         process, reverse = model.forward_process, model.reverse_process
         walk = ChainWalk(model, x0, self.steps, generators)
         step_costs, literal_kls = [], []

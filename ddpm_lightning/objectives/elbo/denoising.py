@@ -26,8 +26,8 @@ class DenoisingElbo(ElboEstimator):
     name = "denoising"
     term_names = ("reconstruction", "prior_matching", "denoising_matching", "elbo")
 
-    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
-        """Estimate the bound of each image of ``x0`` ``[B, C, H, W]``."""
+    def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
+        """See the class."""
         process, reverse, grid = model.forward_process, model.reverse_process, model.grid.to(x0.device)
         indices, weights = stratified_steps(model.T - 1, self.steps, x0, generators)
         x1 = process.marginal(x0, grid[1]).sample(generators)

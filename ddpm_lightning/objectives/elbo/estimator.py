@@ -88,9 +88,10 @@ class ElboEstimator:
     Args:
         steps: number of reverse steps to evaluate, a stratified choice that leaves the estimate unbiased; None for
             all T - 1 of them.
+        T: evaluate the model as a chain of that many states, whatever it was trained as; None for its own.
 
     Raises:
-        InputError: ``steps`` < 1.
+        InputError: ``steps`` < 1; when called, a T with too few states.
     """
 
     name: str
@@ -98,10 +99,10 @@ class ElboEstimator:
     term_names: tuple[str, ...]
     """The keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
 
-    def __init__(self, steps: int | None = None) -> None:
+    def __init__(self, steps: int | None = None, T: int | None = None) -> None:
         if steps is not None and steps < 1:
             raise InputError(f"steps = {steps} must be 1 or more, or null for all of the reverse steps")
-        self.steps = steps
+        self.steps, self.T = steps, T
 
     def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
         """Estimate the bound of each image.
@@ -112,6 +113,10 @@ class ElboEstimator:
             generators: source of the noise and of the choice of steps.
             cond: conditions, passed on to the network.
         """
+        return self.estimate(model if self.T is None else model.with_steps(self.T), x0, generators, **cond)
+
+    def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
+        """The form itself, for the model's own chain."""
         raise NotImplementedError
 
     @staticmethod

@@ -25,8 +25,8 @@ class TrajectoryElbo(ElboEstimator):
     name = "trajectory"
     term_names = ("reconstruction", "path_log_ratio", "elbo")
 
-    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
-        """Estimate the bound of each image of ``x0`` ``[B, C, H, W]``."""
+    def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
+        """See the class."""
         process, reverse = model.forward_process, model.reverse_process
         walk = ChainWalk(model, x0, self.steps, generators)
         step_costs = []

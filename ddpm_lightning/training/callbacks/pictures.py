@@ -86,7 +86,7 @@ class ForwardStrip(Callback):
         assert isinstance(pl_module, DiffusionModule)
         model = pl_module.model
         x0 = levels_to_model(data.split("val").images[: self.n], pl_module.levels).to(pl_module.device)
-        times = strided_grid(model.T, min(self.columns, model.T))[1:].to(pl_module.device)
+        times = strided_grid(model.grid, min(self.columns, model.T))[1:].to(pl_module.device)
         generators = image_generators(self.seed, range(len(x0)))
         with torch.no_grad():
             picture = forward_strip(model.forward_process, x0, times, generators)

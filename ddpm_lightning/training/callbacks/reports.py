@@ -12,12 +12,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from ddpm_lightning.metrics import BoundFigures, bits_per_dim
+from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.training.distributed import gather_to_all
 from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = ["BoundTable", "ImageTermsWriter", "bound_table"]
 
-_COSTS = ("prior_matching", "consistency", "denoising_matching", "path_log_ratio")
+_COSTS = ("prior_matching", "consistency", "denoising_matching", "path_log_ratio", "diffusion")
+
+
+def _steps_evaluated(estimator: ElboEstimator, T: int) -> str:
+    chain = "" if estimator.T is None else f" with T = {estimator.T}"
+    return (f"all {(estimator.T or T) - 1}" if estimator.steps is None else str(estimator.steps)) + chain
 
 
 def bound_table(figures: BoundFigures, dims: int) -> str:
@@ -55,8 +61,8 @@ class BoundTable(Callback):
             return
         figures = module.bound_figures[stage]
         model = module.ema_model
-        steps = {estimator.name: estimator.steps for estimator in module.bounds[stage]}
-        evaluated = ", ".join(f"{name}: {count or 'all ' + str(model.T - 1)}" for name, count in steps.items())
+        estimators = module.bounds[stage]
+        evaluated = ", ".join(f"{e.name}: {_steps_evaluated(e, model.T)}" for e in estimators)
         variance = type(model.reverse_process.variance).__name__
         head = [
             f"Bound on {module.images_evaluated[stage]} images ({stage}), T = {model.T}, averaged weights, "
@@ -76,7 +82,7 @@ class BoundTable(Callback):
             "images": module.images_evaluated[stage],
             "dims": module.dims,
             "T": model.T,
-            "steps": steps,
+            "steps": {estimator.name: estimator.steps for estimator in estimators},
             "global_step": trainer.global_step,
             "figures": {
                 form: {name: {"mean": mean, "se": error} for name, (mean, error) in terms.items()}

@@ -1,0 +1,60 @@
+"""The bound of a chain of infinitely many steps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.distributions import standard_normal_like
+from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
+from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.ops import Generators, rand, randn_like, sum_per_image
+from ddpm_lightning.process import DiffusionModel
+
+__all__ = ["ContinuousElbo"]
+
+
+class ContinuousElbo(ElboEstimator):
+    """``reconstruction - prior_matching - diffusion`` for T -> infinity (Kingma et al. 2021, equation 18).
+
+        diffusion = 1/2 E_{t, eps} [ gamma'(t) |eps - eps_theta(x_t, t)|^2 ],  t uniform between the first state and 1
+
+    Both fixed variances have this limit, since beta and beta-tilde agree to first order in the step. The decoder stands
+    where the model's own chain has it, at the chain's first state.
+
+    Args:
+        steps: number of times, one in each of that many equal parts of the time axis.
+
+    Raises:
+        InputError: ``steps`` < 1.
+    """
+
+    name = "continuous"
+    term_names = ("reconstruction", "prior_matching", "diffusion", "elbo")
+
+    def __init__(self, steps: int = 10) -> None:
+        super().__init__(steps)
+
+    def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
+        """See the class. ``step_indices`` count the parts of the time axis."""
+        process, denoiser, steps = model.forward_process, model.reverse_process.denoiser, self.steps or 1
+        first = model.grid[1].to(x0.device)
+        span = 1 - first
+        x1 = process.marginal(x0, first).sample(generators)
+        step_costs = []
+        for part in range(steps):
+            t = first + span * (part + rand(x0, generators)) / steps
+            eps = randn_like(x0, generators)
+            marginal = process.marginal(x0, t)
+            prediction = denoiser(marginal.mean + marginal.std * eps, t, **cond)
+            square = sum_per_image((eps - prediction.eps).square())
+            step_costs.append(0.5 * span * model.schedule.gamma_slope(t) * square)
+        parts = torch.arange(1, steps + 1, device=x0.device)[:, None].expand(steps, len(x0))
+        return self.assemble(
+            self.reconstruction(model, x0, x1, **cond),
+            "diffusion",
+            step_costs,
+            parts,
+            torch.full((steps,), 1 / steps, dtype=torch.float64, device=x0.device),
+            end_costs={"prior_matching": process.marginal(x0, model.grid[-1]).kl(standard_normal_like(x0))},
+        )

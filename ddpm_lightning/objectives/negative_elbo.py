@@ -1,0 +1,27 @@
+"""The bound itself as a training objective."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_lightning.objectives.elbo import ElboEstimator
+from ddpm_lightning.objectives.objective import Objective
+from ddpm_lightning.ops import Generators
+from ddpm_lightning.process import DiffusionModel
+
+__all__ = ["NegativeElbo"]
+
+
+class NegativeElbo(Objective):
+    """-ELBO in nats a dimension, by any estimator of it: minimising it maximises the likelihood's bound.
+
+    Args:
+        bound: the estimator. ``DenoisingElbo(steps=1)`` costs two evaluations of the network for each image.
+    """
+
+    def __init__(self, bound: ElboEstimator) -> None:
+        self.bound = bound
+
+    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
+        """-ELBO / (C H W), ``[B]``."""
+        return -self.bound(model, x0, generators, **cond).total / x0[0].numel()

@@ -1,0 +1,56 @@
+"""Schedules that are functions of continuous time: any number of steps, and the limit of infinitely many."""
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.schedules.base import Schedule
+from ddpm_lightning.schedules.grids import chain_grid
+
+__all__ = ["LinearGamma"]
+
+
+class LinearGamma(Schedule):
+    """gamma linear in t from ``gamma_min`` to ``gamma_max`` (Kingma et al. 2021, arXiv 2107.00630).
+
+    The first state, t = 0, is already noisy, with SNR exp(-gamma_min); the data have no time of their own in [0, 1] and
+    stand at t = -1 in the grid, where gamma is -inf.
+
+    Args:
+        gamma_min: -log SNR of the first state.
+        gamma_max: -log SNR of the last state, above ``gamma_min``.
+        T: number of states x_1, ..., x_T of the discrete chain, at least 2.
+
+    Raises:
+        InputError: gamma does not increase, or T < 2.
+    """
+
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000) -> None:
+        super().__init__()
+        if not gamma_min < gamma_max:
+            raise InputError(
+                f"gamma must increase, so that the signal-to-noise ratio falls: gamma_min = {gamma_min:g} is not below "
+                f"gamma_max = {gamma_max:g}; change --model.schedule.init_args.gamma_min"
+            )
+        _check_states(T)
+        self.gamma_min, self.gamma_max, self.T = gamma_min, gamma_max, T
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """-log SNR(t), shape of ``t``, float64; -inf for t < 0, the data."""
+        t = t.double()
+        return torch.where(t < 0, -torch.inf, self.gamma_min + (self.gamma_max - self.gamma_min) * t)
+
+    def gamma_slope(self, t: Tensor) -> Tensor:
+        """gamma_max - gamma_min, at every t."""
+        return torch.full_like(t.double(), self.gamma_max - self.gamma_min)
+
+    def grid(self, T: int | None = None) -> Tensor:
+        """The data at -1, then T equally spaced states from 0 to 1."""
+        if T is not None:
+            _check_states(T)
+        return torch.cat([torch.tensor([-1.0], dtype=torch.float64), chain_grid((self.T if T is None else T) - 1)])
+
+
+def _check_states(T: int) -> None:
+    if T < 2:
+        raise InputError(f"T = {T} is too few states: set --model.schedule.init_args.T to 2 or more")
