@@ -71,8 +71,10 @@ def image_generators(seed: int, indices: Sequence[int] | Tensor) -> list[torch.G
 
     They live on the CPU, so that a seed means the same noise on any device.
     """
+    # one transfer from the device, not one for each index
+    numbers = indices.tolist() if isinstance(indices, Tensor) else indices
     # torch's CPU generator keeps the low 32 bits of a seed: the prime keeps images of different seeds apart
-    return [torch.Generator().manual_seed((seed * 1_000_003 + int(index)) % 2**32) for index in indices]
+    return [torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**32) for index in numbers]
 
 
 def randn_like(x: Tensor, generators: Generators) -> Tensor:

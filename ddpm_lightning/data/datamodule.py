@@ -3,12 +3,12 @@
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from ddpm_lightning.data.batches import EvalBatches, Split, TrainBatches
 from ddpm_lightning.errors import InputError
 
-__all__ = ["ImageDataModule", "SplitName"]
+__all__ = ["ImageDataModule", "SplitName", "batches_done"]
 
 SplitName = Literal["train", "val", "test"]
 
@@ -19,6 +19,13 @@ _SPLITS_OF_STAGE: dict[str | None, tuple[SplitName, ...]] = {
     "predict": ("test",),
     None: ("train", "val", "test"),
 }
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Training batches done since the run began, over all its resumptions: what order and noise are functions of."""
+    # restored from every kind of checkpoint; total.ready and current_epoch are off in some
+    total = trainer.fit_loop.epoch_loop.batch_progress.total
+    return total.processed  # type: ignore[attr-defined]  # Lightning types it too widely
 
 
 class ImageDataModule(LightningDataModule):
@@ -147,10 +154,7 @@ class ImageDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _batches_done(self) -> int:
-        # total.processed is restored from every kind of checkpoint; total.ready and current_epoch are off in some
-        if self.trainer is None:
-            return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        return 0 if self.trainer is None else batches_done(self.trainer)
 
     def _check(self, name: SplitName, split: Split) -> None:
         images, labels = split.images, split.labels

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ddpm_lightning.data import Batch, levels_to_model, model_to_levels
+from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundFigures, BoundMeans
 from ddpm_lightning.objectives import ElboEstimator, Objective
@@ -219,9 +220,7 @@ class DiffusionModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step: noise and times from a generator of our own, dropout from torch's."""
-        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        done = total.processed  # type: ignore[attr-defined]  # Lightning types it too widely
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(done, self.global_rank))
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(batches_done(self.trainer), self.global_rank))
         key = int(sequence.generate_state(1)[0])
         if self._generator is None or self._generator.device != self.device:
             self._generator = torch.Generator(device=self.device)
