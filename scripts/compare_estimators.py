@@ -9,7 +9,8 @@ as drawn, all steps along one path of the forward process, and as it would be if
 root of the summed variances of the steps), which is what a training loss or a subset of steps sees. The literal KL is
 shown apart: it is no term of the bound.
 
-Writes estimators.json and estimators.png (each step's mean and noise against t and log SNR) to --out.
+Writes estimators.json and estimators.png to --out: for the last T, the steps' cost summed from t = 1 down and each
+step's noise, against t and log SNR.
 """
 
 import argparse
@@ -101,19 +102,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(model: DiffusionModel, drawn: dict[str, dict[str, Any]], path: Path) -> None:
-    """Each step's mean and noise, against t and against log SNR, for one T."""
+    """The cost summed from t = 1 down to each step, and each step's noise, against t and log SNR, for one T."""
     times = model.grid[2:]
     axes_x = {"t": times, "log SNR": -model.schedule.gamma(times)}
     picture, axes = plt.subplots(2, 2, figsize=(10, 6), sharey="row", layout="constrained")
     for column, (label, x) in enumerate(axes_x.items()):
         for name, values in drawn.items():
-            axes[0, column].plot(x, values["steps"].mean((0, 1)), label=name, linewidth=1)
+            summed = values["steps"].mean((0, 1)).flip(0).cumsum(0).flip(0)
+            axes[0, column].plot(x, summed, label=name, linewidth=1)
             axes[1, column].plot(x, values["steps"].var(0).mean(0).sqrt(), label=name, linewidth=1)
-        axes[0, column].set_yscale("symlog", linthresh=0.1)
         axes[1, column].set_yscale("log")
         axes[1, column].set_xlabel(label)
-    axes[0, 0].set_ylabel("cost of a step, nats/image")
-    axes[1, 0].set_ylabel("its noise at a fixed image, nats")
+    axes[0, 0].set_ylabel("cost of the steps from t = 1 down, nats/image")
+    axes[1, 0].set_ylabel("noise of a step at a fixed image, nats")
     axes[0, 0].legend()
     picture.suptitle(f"The bound step by step, T = {model.T}")
     picture.savefig(path, dpi=110)

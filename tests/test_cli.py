@@ -194,6 +194,11 @@ def test_two_processes_give_the_bound_and_the_samples_of_one(trained: Path, tmp_
     assert [int(row["index"]) for row in rows] == list(range(297))
 
 
+def test_fast_dev_run_leaves_no_checkpoint(tiny: list[str], tmp_path: Path) -> None:
+    run_ddpm("fit", *tiny, f"--run_dir={tmp_path}", "--trainer.fast_dev_run=2", "--trainer.log_every_n_steps=0")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_two_processes_train(tiny: list[str], tmp_path: Path) -> None:
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_epochs=1"]
     output = run_ddpm("fit", *tiny, f"--run_dir={tmp_path}", *two)

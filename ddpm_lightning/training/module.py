@@ -235,7 +235,7 @@ class DiffusionModule(LightningModule):
         loss = self.objective(self.model, x0, self._generator, **self._condition(batch.label)).mean()
         # logging costs as much as a step of a tiny network: only where the logger will write
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
-        if (self.trainer.global_step + 1) % interval == 0:
+        if interval and (self.trainer.global_step + 1) % interval == 0:
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0))
         return loss
 

@@ -49,5 +49,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_stop(trainer)
 
     def _save_stop(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's connectors set it
+            return
         self._stopped_at = trainer.global_step
         trainer.save_checkpoint(self.format_checkpoint_name({}))

@@ -81,6 +81,6 @@ class ImagesPerSecond(Callback):
         self._seconds += time.perf_counter() - self._start
         self._images += len(batch.image) * trainer.world_size
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
-        if trainer.global_step % interval == 0:
+        if interval and trainer.global_step % interval == 0:
             pl_module.log("train/images_per_second", self._images / self._seconds, batch_size=1)
             self._images, self._seconds = 0, 0.0
