@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_lightning.ops import Generators, randn_like, sum_per_image, sum_per_image_of
 
-__all__ = ["DiagonalGaussian", "standard_normal_like"]
+__all__ = ["DiagonalGaussian", "centred_like"]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -59,7 +59,6 @@ class DiagonalGaussian:
         return self.mean + self.std * randn_like(self.mean, generators)
 
 
-def standard_normal_like(x: Tensor) -> DiagonalGaussian:
-    """N(0, I) over tensors of the shape of ``x``."""
-    log_var = torch.zeros((1,) * x.ndim, dtype=torch.float64, device=x.device)
-    return DiagonalGaussian(torch.zeros_like(x), log_var)
+def centred_like(x: Tensor, log_var: Tensor) -> DiagonalGaussian:
+    """N(0, exp(log_var) I) over tensors of the shape of ``x``; ``log_var`` is a scalar."""
+    return DiagonalGaussian(torch.zeros_like(x), log_var.to(x.device).reshape((1,) * x.ndim))

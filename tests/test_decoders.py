@@ -13,7 +13,16 @@ from torch.distributions import Normal
 from ddpm_lightning.distributions import DiagonalGaussian
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import image_generators
-from ddpm_lightning.process import DiscretizedGaussian, PlainGaussian
+from ddpm_lightning.process import (
+    CategoricalDecoder,
+    DiffusionModel,
+    DiscretizedGaussian,
+    EpsParameterization,
+    FixedSmallVariance,
+    GammaConditioning,
+    PlainGaussian,
+)
+from ddpm_lightning.schedules import LinearGamma
 
 LEVELS = (2, 3, 17, 256)
 VARIANCES = (1e-6, 1e-4, 1e-2, 0.1, 1.0, 100.0, 1e4)
@@ -197,7 +206,77 @@ def test_density_and_probability_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("levels", [1, 0, -5, 257, 65536])
-@pytest.mark.parametrize("decoder", [DiscretizedGaussian, PlainGaussian])
+@pytest.mark.parametrize("decoder", [CategoricalDecoder, DiscretizedGaussian, PlainGaussian])
 def test_levels_errors(decoder: type, levels: int) -> None:
     with pytest.raises(InputError, match=f"levels = {levels} must lie between 2 and 256"):
         decoder(levels=levels)
+
+
+# --- the categorical decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("var", VARIANCES)
+@pytest.mark.parametrize("levels", LEVELS)
+def test_categorical_is_the_normalised_likelihood(levels: int, var: float, dtype: torch.dtype) -> None:
+    mean = means(dtype)
+    x0 = grey(levels, dtype).reshape(1, 1, 1, -1).expand(len(mean), 1, 1, -1)
+    gaussian = DiagonalGaussian(
+        mean.reshape(-1, 1, 1, 1).expand_as(x0), torch.full((len(mean), 1, 1, 1), var, dtype=torch.float64).log()
+    )
+    log_prob = CategoricalDecoder(levels).level_log_prob(x0, gaussian)[:, 0, 0].double()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    assert (log_prob.exp().sum(1) - 1).abs().max() < tolerance
+    if dtype == torch.float64:
+        density = norm.logpdf(mean.double().numpy()[:, None], grey(levels).numpy()[None], math.sqrt(var))
+        shifted = density - density.max(1, keepdims=True)
+        expected = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+        np.testing.assert_allclose(log_prob.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_categorical_log_prob_sums_over_pixels_of_any_number_of_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0 = grey(17)[torch.randint(17, (19, 2, 3, 4), generator=generator)]
+    mean = x0 + 0.1 * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    decoder = CategoricalDecoder(levels=17)
+    for log_var in (torch.full((1, 1, 1, 1), -4.0), torch.linspace(-6, -2, 19).reshape(-1, 1, 1, 1)):
+        gaussian = DiagonalGaussian(mean, log_var.double())
+        expected = decoder.level_log_prob(x0, gaussian).flatten(1).sum(1)
+        torch.testing.assert_close(decoder.log_prob(x0, gaussian), expected, rtol=1e-12, atol=0)
+
+
+def test_categorical_draws_follow_the_probabilities() -> None:
+    decoder, n = CategoricalDecoder(levels=17), 40_000
+    log_var = torch.full((1, 1, 1, 1), 0.02, dtype=torch.float64).log()
+    gaussian = DiagonalGaussian(torch.full((n, 1, 1, 1), 0.3, dtype=torch.float64), log_var)
+    samples = decoder.sample(gaussian, torch.Generator().manual_seed(0)).flatten()
+    one = DiagonalGaussian(torch.full((1, 1, 1, 17), 0.3, dtype=torch.float64), log_var)
+    probabilities = decoder.level_log_prob(grey(17).reshape(1, 1, 1, -1), one).exp().flatten()
+    for level, p in zip(grey(17), probabilities, strict=True):
+        share = float(((samples - level).abs() < 1e-9).double().mean())
+        assert abs(share - float(p)) <= 4 * math.sqrt(float(p * (1 - p)) / n) + 1e-9
+    assert torch.equal(decoder.mode(gaussian).unique(), grey(17)[10:11])
+
+
+def test_categorical_decoder_does_without_the_denoiser() -> None:
+    """Its Gaussian is q(x_1|x_0) read in x_0, and the reconstruction term is that of the definition."""
+    x0 = grey(256).reshape(1, 1, 16, 16)
+
+    class Untouched(torch.nn.Module):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            raise AssertionError("the network was evaluated")
+
+    model = DiffusionModel(
+        Untouched(),
+        LinearGamma(-9.0, 5.0, T=3),
+        EpsParameterization(),
+        GammaConditioning(),
+        FixedSmallVariance(),
+        CategoricalDecoder(256),
+    )
+    alpha, sigma = math.sqrt(1 / (1 + math.exp(-9.0))), math.sqrt(1 / (1 + math.exp(9.0)))
+    x1 = alpha * x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    density = norm.logpdf(x1.flatten().numpy()[:, None], alpha * grey(256).numpy()[None], sigma)
+    expected = (np.diag(density) - np.logaddexp.reduce(density, 1)).sum()
+    value = model.decoder.log_prob(x0, model.decoder_gaussian(x1))
+    assert float(value) == pytest.approx(expected, rel=1e-9)

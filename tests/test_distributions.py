@@ -8,7 +8,7 @@ from oracles import assert_moments
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from ddpm_lightning.distributions import DiagonalGaussian, standard_normal_like
+from ddpm_lightning.distributions import DiagonalGaussian, centred_like
 from ddpm_lightning.ops import image_generators
 
 SHAPE = (4, 4, 4, 4)
@@ -61,7 +61,7 @@ def test_float32_images_keep_a_float64_variance() -> None:
     assert value.dtype == torch.float64 and gaussian.std.dtype == torch.float32
     exact = DiagonalGaussian(mean.double(), gaussian.log_var)
     torch.testing.assert_close(value, exact.log_prob(x.double()), rtol=1e-5, atol=0)
-    assert gaussian.kl(standard_normal_like(x)).dtype == torch.float64
+    assert gaussian.kl(centred_like(x, torch.zeros(()))).dtype == torch.float64
     assert gaussian.entropy().dtype == torch.float64
 
 
@@ -92,7 +92,8 @@ def test_zero_variance_is_the_mean() -> None:
     assert torch.equal(point.sample(torch.Generator().manual_seed(0)), mean)
 
 
-def test_standard_normal_like() -> None:
+def test_centred_like() -> None:
     x = normal(SHAPE, 0)
-    expected = Independent(Normal(torch.zeros_like(x), torch.ones_like(x)), 3).log_prob(x)
-    torch.testing.assert_close(standard_normal_like(x).log_prob(x), expected, rtol=1e-12, atol=1e-10)
+    expected = Independent(Normal(torch.zeros_like(x), torch.full_like(x, 3.0)), 3).log_prob(x)
+    log_var = torch.tensor(9.0, dtype=torch.float64).log()
+    torch.testing.assert_close(centred_like(x, log_var).log_prob(x), expected, rtol=1e-12, atol=1e-10)

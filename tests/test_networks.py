@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+import math
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_lightning.networks import SimpleUNet, SinusoidalEmbedding, UNet
+from ddpm_lightning.networks import FourierFeatures, SimpleUNet, SinusoidalEmbedding, UNet
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -317,3 +318,39 @@ def test_init_arguments_are_attributes() -> None:
         for name, value in options.items():
             assert getattr(network, name) == value
     assert UNet().out_channels is None
+
+
+# --- Fourier features
+
+
+def test_fourier_features_by_their_definition() -> None:
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features = FourierFeatures([0.5, 127.5])
+    out = features(x)
+    assert out.shape == (2, 15, 4, 5) and features.copies == 5
+    expected = [x, (math.pi * x).sin(), (math.pi * x).cos(), (255 * math.pi * x).sin(), (255 * math.pi * x).cos()]
+    torch.testing.assert_close(out, torch.cat(expected, 1), rtol=1e-9, atol=1e-9)
+    assert FourierFeatures()(x) is x
+    with pytest.raises(ValueError, match="must be positive"):
+        FourierFeatures([1.0, 0.0])
+
+
+def test_fourier_features_keep_noise_below_bfloat16() -> None:
+    """Noise of a thousandth on grey levels: the period of one level shows it, under autocast too."""
+    levels = 2 * torch.arange(256).reshape(1, 1, 16, 16) / 255 - 1
+    noise = 1e-3 * torch.randn(levels.shape, generator=torch.Generator().manual_seed(0))
+    x = levels + noise
+    with torch.autocast("cpu", torch.bfloat16):
+        sine = FourierFeatures([127.5])(x)[:, 1:2]
+    # every level has the phase 127.5 (k 2/255 - 1) = k - 127.5, so the sine is that of the noise alone, turned by pi
+    torch.testing.assert_close(sine, -torch.sin(2 * math.pi * 127.5 * noise), rtol=0, atol=2e-4)
+    rounded = x.bfloat16().float() - levels
+    assert torch.corrcoef(torch.stack([rounded.flatten(), noise.flatten()]))[0, 1] < 0.7
+
+
+def test_unet_with_fourier_features_takes_them_in() -> None:
+    torch.manual_seed(0)
+    network = UNet(channels=2, width=8, multipliers=(1, 2), fourier=(4.0, 2.0))
+    assert network.stem.in_channels == 10
+    out = network(torch.zeros(2, 2, 8, 8), torch.zeros(2))
+    assert out.shape == (2, 2, 8, 8)

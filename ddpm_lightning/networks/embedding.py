@@ -1,11 +1,12 @@
-r"""Sinusoidal embedding of a real scalar (Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
+r"""Sines and cosines: of a real scalar (Vaswani et al. 2017, arXiv 1706.03762, section 3.5), and of an image."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SinusoidalEmbedding"]
+__all__ = ["FourierFeatures", "SinusoidalEmbedding"]
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -45,3 +46,33 @@ class SinusoidalEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(self.max_period) / (half - 1) * k)
         angles = self.scale * t[:, None] * frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+class FourierFeatures(nn.Module):
+    r"""An image with its own sines and cosines as further channels (Kingma et al. 2021, arXiv 2107.00630, section 4).
+
+        (x, sin(2 pi f_1 x), cos(2 pi f_1 x), sin(2 pi f_2 x), ...)
+
+    Args:
+        frequencies: f_1, f_2, ... in cycles per unit of x; without any the image is returned as it is.
+
+    Attributes:
+        copies: channels of the output for each channel of the input, 1 + 2 len(frequencies).
+
+    Raises:
+        ValueError: a frequency that is not positive.
+    """
+
+    def __init__(self, frequencies: Sequence[float] = ()) -> None:
+        super().__init__()
+        if not all(f > 0 for f in frequencies):
+            raise ValueError(f"Fourier frequencies must be positive, got {list(frequencies)}")
+        self.frequencies = frequencies
+        self.copies = 1 + 2 * len(frequencies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, copies C, H, W]``, in the dtype of ``x``."""
+        # the phase is formed in float32 at least, autocast or not: bfloat16 would round the noise itself away
+        fine = x.to(torch.promote_types(x.dtype, torch.float32))
+        waves = [wave(2 * math.pi * f * fine).to(x.dtype) for f in self.frequencies for wave in (torch.sin, torch.cos)]
+        return torch.cat([x, *waves], dim=1) if waves else x

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
-from ddpm_lightning.networks.embedding import SinusoidalEmbedding
+from ddpm_lightning.networks.embedding import FourierFeatures, SinusoidalEmbedding
 
 __all__ = ["UNet"]
 
@@ -48,6 +48,10 @@ class UNet(nn.Module):
             0..K-1, and K stands for "no class".
         out_channels: channels of the output; None for ``channels``. Use ``2 * channels`` to predict a variance too.
         time_scale: factor on t before the sinusoids. The inverse of the smallest difference in t that matters.
+        fourier: frequencies, in cycles per unit of x, at which sines and cosines of the input join it
+            (:class:`FourierFeatures`); none by default. They show the network noise that is far smaller than the
+            image, which a likelihood is made of and samples are not: for L grey levels on [-1, 1] the frequency
+            (L - 1) / 2 has the period of one level.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -65,6 +69,7 @@ class UNet(nn.Module):
         num_classes: int | None = None,
         out_channels: int | None = None,
         time_scale: float = 1000.0,
+        fourier: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -77,6 +82,7 @@ class UNet(nn.Module):
         self.num_classes = num_classes
         self.out_channels = out_channels
         self.time_scale = time_scale
+        self.fourier = fourier
 
         counts = [blocks] * len(multipliers) if isinstance(blocks, int) else list(blocks)
         self._check_arguments(counts)
@@ -94,7 +100,8 @@ class UNet(nn.Module):
             nn.Linear(embedding_width, embedding_width),
         )
         self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_width)
-        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.features = FourierFeatures(fourier)
+        self.stem = nn.Conv2d(channels * self.features.copies, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
             nn.ModuleList(block(widths[i], widths[i], i) for _ in range(counts[i])) for i in levels
         )
@@ -123,7 +130,7 @@ class UNet(nn.Module):
         """
         self._check_inputs(x, t, label)
         embedding: Tensor = silu(self._embed(x, t, label))
-        h: Tensor = self.stem(x)
+        h: Tensor = self.stem(self.features(x))
         skips: list[Tensor] = []
         for level, stage in enumerate(self.down):
             for block in cast(nn.ModuleList, stage):

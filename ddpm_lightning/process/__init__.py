@@ -1,7 +1,7 @@
 """Forward process, denoiser, reverse process, decoder, and the generative model that they make up."""
 
 from ddpm_lightning.process.conditioning import GammaConditioning, NoiseConditioning, TimeConditioning
-from ddpm_lightning.process.decoders import Decoder, DiscretizedGaussian, PlainGaussian
+from ddpm_lightning.process.decoders import CategoricalDecoder, Decoder, DiscretizedGaussian, PlainGaussian
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
 from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.model import DiffusionModel
@@ -17,6 +17,7 @@ from ddpm_lightning.process.reverse import ReverseProcess
 from ddpm_lightning.process.variance import FixedLargeVariance, FixedSmallVariance, ReverseVariance
 
 __all__ = [
+    "CategoricalDecoder",
     "ClippedDenoiser",
     "Decoder",
     "Denoiser",

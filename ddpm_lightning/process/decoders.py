@@ -6,13 +6,13 @@ from torch.special import log_ndtr
 
 from ddpm_lightning.distributions import DiagonalGaussian
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import Generators, log1mexp, sum_per_image
+from ddpm_lightning.ops import Generators, log1mexp, randn_like, sum_per_image
 
-__all__ = ["Decoder", "DiscretizedGaussian", "PlainGaussian"]
+__all__ = ["CategoricalDecoder", "Decoder", "DiscretizedGaussian", "PlainGaussian"]
 
 
 class Decoder:
-    """Turns the Gaussian N(x0-hat(x_1), sigma_1^2) into a distribution over data.
+    """Turns a Gaussian over x_0, N(x0-hat(x_1), sigma_1^2) in general, into a distribution over data.
 
     Args:
         levels: number of grey levels of the data, 2..256; level k sits at 2 k / (levels - 1) - 1.
@@ -21,6 +21,8 @@ class Decoder:
         InputError: levels outside 2..256.
     """
 
+    uses_denoiser = True
+    """False where the Gaussian is q(x_1 | x_0) read as a function of x_0, without the network."""
     is_density: bool
     """True where log_prob is a density on [-1, 1] rather than a probability of grey levels."""
 
@@ -33,6 +35,12 @@ class Decoder:
     def spacing(self) -> float:
         """Distance of neighbouring levels in model range."""
         return 2 / (self.levels - 1)
+
+    def _level_index(self, x: Tensor) -> Tensor:
+        return ((x.clamp(-1, 1) + 1) / self.spacing).round()
+
+    def _nearest_level(self, x: Tensor) -> Tensor:
+        return self._level_index(x) * self.spacing - 1
 
     def log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
         """log p(x_0 | x_1) in nats, float64 ``[B]``, for images ``[B, C, H, W]`` in model range."""
@@ -85,11 +93,55 @@ class DiscretizedGaussian(Decoder):
         """A Gaussian draw moved to its bin's level: exactly the distribution of :meth:`level_log_prob`."""
         return self._nearest_level(gaussian.sample(generators))
 
-    def _nearest_level(self, x: Tensor) -> Tensor:
-        return self._level_index(x) * self.spacing - 1
 
-    def _level_index(self, x: Tensor) -> Tensor:
-        return ((x.clamp(-1, 1) + 1) / self.spacing).round()
+class CategoricalDecoder(Decoder):
+    """q(x_1 | x_0) over the levels of each pixel, normalised (Kingma et al. 2021, arXiv 2107.00630, equation 13).
+
+        p(x_0 | x_1) = prod_i q(x_{1,i} | x_{0,i}) / sum_k q(x_{1,i} | level k)
+
+    The network has no part in it: it is the exact posterior of independent pixels with equally likely levels, and
+    good where the first state is so clean that each level can be told from the next.
+    """
+
+    uses_denoiser = False
+    is_density = False
+    _images_at_once = 8
+
+    def _logits(self, gaussian: DiagonalGaussian) -> Tensor:
+        """-(x_1 / alpha_1 - level)^2 / (2 variance), ``[B, C, H, W, levels]``."""
+        levels = torch.arange(self.levels, dtype=torch.float64, device=gaussian.mean.device) * self.spacing - 1
+        inverse_std = torch.exp(-0.5 * gaussian.log_var).to(gaussian.mean.dtype)
+        scaled = (gaussian.mean[..., None] - levels.to(gaussian.mean.dtype)) * inverse_std[..., None]
+        return -0.5 * scaled.square()
+
+    def level_log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
+        """log P(level of x_0) for each pixel, ``[B, C, H, W]`` nats."""
+        index = self._level_index(x0).long()[..., None]
+        logits = self._logits(gaussian)
+        return (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+
+    def log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
+        """Sum of :meth:`level_log_prob` over pixels, ``[B]`` nats."""
+        log_var = gaussian.log_var.expand(len(x0), *gaussian.log_var.shape[1:])
+        # a few images at once: their logits are ``levels`` times as large as they are
+        parts = zip(*(values.split(self._images_at_once) for values in (x0, gaussian.mean, log_var)), strict=True)
+        return torch.cat([sum_per_image(self.level_log_prob(x, DiagonalGaussian(m, v))) for x, m, v in parts])
+
+    def mode(self, gaussian: DiagonalGaussian) -> Tensor:
+        """The level nearest to x_1 / alpha_1."""
+        return self._nearest_level(gaussian.mean)
+
+    def sample(self, gaussian: DiagonalGaussian, generators: Generators = None) -> Tensor:
+        """One draw of each pixel's level."""
+        uniform = torch.special.ndtr(randn_like(gaussian.mean, generators))
+        log_var = gaussian.log_var.expand(len(uniform), *gaussian.log_var.shape[1:])
+        parts = zip(*(values.split(self._images_at_once) for values in (uniform, gaussian.mean, log_var)), strict=True)
+        index = torch.cat([self._inverse_cdf(u, DiagonalGaussian(m, v)) for u, m, v in parts])
+        return index * self.spacing - 1
+
+    def _inverse_cdf(self, uniform: Tensor, gaussian: DiagonalGaussian) -> Tensor:
+        cdf = self._logits(gaussian).softmax(-1).cumsum(-1)[..., :-1]
+        return (cdf < uniform[..., None]).sum(-1).to(uniform.dtype)
 
 
 class PlainGaussian(Decoder):

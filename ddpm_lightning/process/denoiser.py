@@ -32,6 +32,8 @@ class Denoiser:
 class NetworkDenoiser(Denoiser):
     """A network read through a parameterisation.
 
+    The network sees x_t / sqrt(alpha_t^2 + sigma_t^2), which is x_t itself where the schedule preserves variance.
+
     Args:
         network: called as ``network(x, c, **cond)`` with the scalar c of ``conditioning``; returns ``[B, C, H, W]``.
         schedule: gives alpha_t and sigma_t.
@@ -56,7 +58,9 @@ class NetworkDenoiser(Denoiser):
         dtype = next((p.dtype for p in self.network.parameters()), x_t.dtype)
         # never below float32: bfloat16 cannot tell the steps of a long chain apart
         level = self.conditioning(self.schedule, as_times(t, x_t)).to(torch.promote_types(dtype, torch.float32))
-        output = self.network(x_t.to(dtype), level.expand(x_t.shape[0]), **cond).to(x_t.dtype)
+        scale = torch.exp(-0.5 * self.schedule.log_unit_var(as_times(t, x_t)))
+        x = (expand_to(scale, x_t).to(x_t.dtype) * x_t).to(dtype)
+        output = self.network(x, level.expand(x_t.shape[0]), **cond).to(x_t.dtype)
         return self.parameterization.predict(output, x_t, *self.scales(x_t, t))
 
 

@@ -27,6 +27,14 @@ class ForwardProcess:
         alpha_t = expand_to(self.schedule.alpha(t), x0).to(x0.dtype)
         return DiagonalGaussian(alpha_t * x0, expand_to(self.schedule.log_sigma2(t), x0))
 
+    def likelihood(self, x_t: Tensor, t: Tensor) -> DiagonalGaussian:
+        """q(x_t | x_0) as a function of x_0, normalised: N(x_0; x_t / alpha_t, sigma_t^2 / alpha_t^2 I)."""
+        t = as_times(t, x_t)
+        inverse_alpha = torch.exp(-self.schedule.log_alpha(t))
+        return DiagonalGaussian(
+            expand_to(inverse_alpha, x_t).to(x_t.dtype) * x_t, expand_to(self.schedule.gamma(t), x_t)
+        )
+
     def transition(self, x_s: Tensor, s: Tensor, t: Tensor) -> DiagonalGaussian:
         """q(x_t | x_s) = N(alpha_t/alpha_s x_s, sigma^2_{t|s} I); from the time of the data this is the marginal."""
         s, t = as_times(s, x_s), as_times(t, x_s)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_lightning.distributions import DiagonalGaussian
+from ddpm_lightning.distributions import DiagonalGaussian, centred_like
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process.conditioning import NoiseConditioning
 from ddpm_lightning.process.decoders import Decoder
@@ -62,6 +62,11 @@ class DiffusionModel(nn.Module):
         self.decoder = decoder
         self.clip_x0 = clip_x0
         self.grid = schedule.grid()
+        if not bool((schedule.gamma(self.grid).diff() > 0).all()):
+            raise InputError(
+                f"gamma of {type(schedule).__name__} does not increase from state to state, so the signal-to-noise "
+                "ratio does not fall: choose another --model.schedule"
+            )
         first_log_var = variance.decoder_log_var(schedule, self.grid[1], self.grid[min(2, self.T)])
         if not bool(torch.isfinite(first_log_var)):
             raise InputError(
@@ -86,6 +91,13 @@ class DiffusionModel(nn.Module):
         other.grid = self.schedule.grid(T)
         return other
 
+    def prior(self, like: Tensor) -> DiagonalGaussian:
+        """p(x_T) over images of the shape of ``like``: N(0, I) for a variance-preserving schedule."""
+        return centred_like(like, self.schedule.log_unit_var(self.grid[-1]))
+
     def decoder_gaussian(self, x1: Tensor, **cond: Any) -> DiagonalGaussian:
-        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1 ``[B, C, H, W]``."""
+        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1 ``[B, C, H, W]``:
+        of the denoiser's making, or for a decoder that does without it q(x_1 | x_0) read as a function of x_0."""
+        if not self.decoder.uses_denoiser:
+            return self.forward_process.likelihood(x1, self.grid[1])
         return self.reverse_process.decoder_gaussian(x1, self.grid[1], self.grid[min(2, self.T)], **cond)

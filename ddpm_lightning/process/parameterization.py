@@ -6,6 +6,7 @@ conversions, and everything behind the denoiser is written once.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -78,18 +79,19 @@ class X0Parameterization(Parameterization):
 class VParameterization(Parameterization):
     """The output is v = alpha_t eps - sigma_t x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D).
 
-    Well conditioned at both ends: for a variance-preserving schedule x0 = alpha_t x_t - sigma_t v.
+    Well conditioned at both ends: for a variance-preserving schedule x0 = alpha_t x_t - sigma_t v. Under another
+    schedule v is divided by n = sqrt(alpha_t^2 + sigma_t^2), which makes it the same number in any units of x_t.
     """
 
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
-        """x0 = (alpha_t x_t - sigma_t v) / (alpha_t^2 + sigma_t^2), eps = (sigma_t x_t + alpha_t v) / (the same)."""
-        norm = alpha_t.square() + sigma_t.square()
-        x0 = (alpha_t * x_t - sigma_t * output) / norm
-        return Prediction(x0=x0, eps=(sigma_t * x_t + alpha_t * output) / norm, output=output)
+        """x0 = (alpha_t x_t / n - sigma_t v) / n, eps = (sigma_t x_t / n + alpha_t v) / n."""
+        n = torch.hypot(alpha_t, sigma_t)
+        x0 = (alpha_t / n * x_t - sigma_t * output) / n
+        return Prediction(x0=x0, eps=(sigma_t / n * x_t + alpha_t * output) / n, output=output)
 
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        """v."""
-        return alpha_t * eps - sigma_t * x0
+        """v / n."""
+        return (alpha_t * eps - sigma_t * x0) / torch.hypot(alpha_t, sigma_t)
 
 
 class ScoreParameterization(Parameterization):

@@ -2,7 +2,20 @@
 
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.chains import BetaChain, CosineChain, LinearChain
-from ddpm_lightning.schedules.continuous import LinearGamma
+from ddpm_lightning.schedules.continuous import CosineGamma, LinearGamma
+from ddpm_lightning.schedules.exploding import VarianceExploding
 from ddpm_lightning.schedules.grids import chain_grid, strided_grid
+from ddpm_lightning.schedules.learned import LearnedGamma
 
-__all__ = ["BetaChain", "CosineChain", "LinearChain", "LinearGamma", "Schedule", "chain_grid", "strided_grid"]
+__all__ = [
+    "BetaChain",
+    "CosineChain",
+    "CosineGamma",
+    "LearnedGamma",
+    "LinearChain",
+    "LinearGamma",
+    "Schedule",
+    "VarianceExploding",
+    "chain_grid",
+    "strided_grid",
+]

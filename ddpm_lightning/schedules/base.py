@@ -11,8 +11,13 @@ and a step s -> t (s < t) follows from differences of gamma alone (Kingma et al.
     sigma^2_{t|s} = sigma_t^2 (1 - r)                       the step's variance: beta_t of Ho et al. 2020
     q(x_s|x_t,x_0): mean = r alpha_s/alpha_t x_t + (1 - r) alpha_s x_0,  variance = sigma_s^2 (1 - r)
 
+Variance exploding (alpha = 1, sigma^2 = exp(gamma)) is the same process in other units of x, and the step formulas hold
+for it as they stand: a schedule of that kind defines alpha, sigma and ``log_unit_var`` anew.
+
 gamma(0) may be -inf (a clean image): every formula above stays finite there. All of it is computed in float64.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +63,22 @@ class Schedule(nn.Module):
     def log_sigma2(self, t: Tensor) -> Tensor:
         """Natural logarithm of the noise variance sigma_t^2 (-inf at a clean t = 0)."""
         return logsigmoid(self.gamma(t))
+
+    def log_unit_var(self, t: Tensor) -> Tensor:
+        """log(alpha_t^2 + sigma_t^2): the variance of x_t for data of variance 1, which is 0 in the logarithm for
+        variance preservation. It is the variance of the prior p(x_T), and its root what the network's input is
+        divided by."""
+        return torch.zeros_like(t, dtype=torch.float64)
+
+    def held_interior(self) -> AbstractContextManager[None]:
+        """While it is open, gradients reach the ends of gamma but not the shape between them."""
+        return nullcontext()
+
+    def spread(self, t: Tensor) -> Tensor | None:
+        """1 for each t, with the gradient that log(d gamma/dt) at a fixed gamma has in the shape between the ends;
+        None where that shape is not learned. ``L(t)^2 spread(t)`` then has the gradient of the second moment of an
+        estimator L drawn at uniform t."""
+        return None
 
     def alpha(self, t: Tensor) -> Tensor:
         """Scale of the signal in x_t = alpha_t x_0 + sigma_t eps."""

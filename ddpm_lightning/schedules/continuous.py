@@ -1,4 +1,10 @@
-"""Schedules that are functions of continuous time: any number of steps, and the limit of infinitely many."""
+"""Schedules that are functions of continuous time: any number of steps, and the limit of infinitely many.
+
+Their first state, t = 0, is already noisy, with SNR exp(-gamma_min); the data have no time of their own in [0, 1] and
+stand at t = -1 in the grid, where gamma is -inf.
+"""
+
+import math
 
 import torch
 from torch import Tensor
@@ -7,14 +13,42 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.grids import chain_grid
 
-__all__ = ["LinearGamma"]
+__all__ = ["ContinuousSchedule", "CosineGamma", "LinearGamma", "check_ends"]
 
 
-class LinearGamma(Schedule):
+class ContinuousSchedule(Schedule):
+    """Base of the schedules in continuous time. Subclasses define :meth:`state_gamma` and ``gamma_slope``.
+
+    Args:
+        T: number of states x_1, ..., x_T of the discrete chain, at least 2.
+
+    Raises:
+        InputError: T < 2.
+    """
+
+    def __init__(self, T: int) -> None:
+        super().__init__()
+        _check_states(T)
+        self.T = T
+
+    def state_gamma(self, t: Tensor) -> Tensor:
+        """-log SNR(t) for t in [0, 1], float64."""
+        raise NotImplementedError
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """-log SNR(t), shape of ``t``, float64; -inf for t < 0, the data."""
+        t = t.double()
+        return torch.where(t < 0, -torch.inf, self.state_gamma(t))
+
+    def grid(self, T: int | None = None) -> Tensor:
+        """The data at -1, then T equally spaced states from 0 to 1."""
+        if T is not None:
+            _check_states(T)
+        return torch.cat([torch.tensor([-1.0], dtype=torch.float64), chain_grid((self.T if T is None else T) - 1)])
+
+
+class LinearGamma(ContinuousSchedule):
     """gamma linear in t from ``gamma_min`` to ``gamma_max`` (Kingma et al. 2021, arXiv 2107.00630).
-
-    The first state, t = 0, is already noisy, with SNR exp(-gamma_min); the data have no time of their own in [0, 1] and
-    stand at t = -1 in the grid, where gamma is -inf.
 
     Args:
         gamma_min: -log SNR of the first state.
@@ -26,29 +60,60 @@ class LinearGamma(Schedule):
     """
 
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000) -> None:
-        super().__init__()
-        if not gamma_min < gamma_max:
-            raise InputError(
-                f"gamma must increase, so that the signal-to-noise ratio falls: gamma_min = {gamma_min:g} is not below "
-                f"gamma_max = {gamma_max:g}; change --model.schedule.init_args.gamma_min"
-            )
-        _check_states(T)
-        self.gamma_min, self.gamma_max, self.T = gamma_min, gamma_max, T
+        super().__init__(T)
+        check_ends(gamma_min, gamma_max)
+        self.gamma_min, self.gamma_max = gamma_min, gamma_max
 
-    def gamma(self, t: Tensor) -> Tensor:
-        """-log SNR(t), shape of ``t``, float64; -inf for t < 0, the data."""
-        t = t.double()
-        return torch.where(t < 0, -torch.inf, self.gamma_min + (self.gamma_max - self.gamma_min) * t)
+    def state_gamma(self, t: Tensor) -> Tensor:
+        """gamma_min + (gamma_max - gamma_min) t."""
+        return self.gamma_min + (self.gamma_max - self.gamma_min) * t
 
     def gamma_slope(self, t: Tensor) -> Tensor:
         """gamma_max - gamma_min, at every t."""
         return torch.full_like(t.double(), self.gamma_max - self.gamma_min)
 
-    def grid(self, T: int | None = None) -> Tensor:
-        """The data at -1, then T equally spaced states from 0 to 1."""
-        if T is not None:
-            _check_states(T)
-        return torch.cat([torch.tensor([-1.0], dtype=torch.float64), chain_grid((self.T if T is None else T) - 1)])
+
+class CosineGamma(ContinuousSchedule):
+    r"""alpha = cos(phi), sigma = sin(phi) with an angle phi linear in t (Nichol & Dhariwal 2021, arXiv 2102.09672, in
+    continuous time), from ``gamma_min`` to ``gamma_max``:
+
+        gamma = 2 log tan(phi),   d gamma / dt = 4 phi' / sin(2 phi)
+
+    Args:
+        gamma_min: -log SNR of the first state.
+        gamma_max: -log SNR of the last state, above ``gamma_min``.
+        T: number of states x_1, ..., x_T of the discrete chain, at least 2.
+
+    Raises:
+        InputError: gamma does not increase, or T < 2.
+    """
+
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000) -> None:
+        super().__init__(T)
+        check_ends(gamma_min, gamma_max)
+        self.gamma_min, self.gamma_max = gamma_min, gamma_max
+
+    def _angle(self, t: Tensor) -> tuple[Tensor, float]:
+        first, last = (math.atan(math.exp(0.5 * gamma)) for gamma in (self.gamma_min, self.gamma_max))
+        return first + (last - first) * t, last - first
+
+    def state_gamma(self, t: Tensor) -> Tensor:
+        """2 log tan(phi(t))."""
+        return 2 * torch.log(torch.tan(self._angle(t)[0]))
+
+    def gamma_slope(self, t: Tensor) -> Tensor:
+        """4 phi' / sin(2 phi), shape of ``t``, float64, for t in [0, 1]."""
+        angle, rate = self._angle(t.double())
+        return 4 * rate / torch.sin(2 * angle)
+
+
+def check_ends(gamma_min: float, gamma_max: float) -> None:
+    """Raise an InputError unless gamma increases."""
+    if not gamma_min < gamma_max:
+        raise InputError(
+            f"gamma must increase, so that the signal-to-noise ratio falls: gamma_min = {gamma_min:g} is not below "
+            f"gamma_max = {gamma_max:g}; change --model.schedule.init_args.gamma_min"
+        )
 
 
 def _check_states(T: int) -> None:

@@ -1,18 +1,22 @@
 """Pictures: tensors in, images out. Nothing here decides when or where one is shown."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import ForwardProcess
+from ddpm_lightning.schedules import Schedule
 
-__all__ = ["forward_strip", "save_png", "tile"]
+__all__ = ["forward_strip", "save_png", "schedule_curves", "tile"]
 
 
 def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
@@ -49,6 +53,32 @@ def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, ge
     rows = torch.stack(states, 1).flatten(0, 1)
     shown = ((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return tile(shown, 256, columns=len(states))
+
+
+def schedule_curves(schedules: Mapping[str, Schedule], points: int = 201) -> Tensor:
+    """gamma and its slope against the time, a curve for each schedule.
+
+    Args:
+        schedules: by the name that the legend gives.
+        points: number of times, from the first state's to 1.
+
+    Returns:
+        uint8 ``[3, height, width]``.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name, schedule in schedules.items():
+        device = next((p.device for p in schedule.parameters()), torch.device("cpu"))
+        with torch.no_grad():
+            t = torch.linspace(float(schedule.grid()[1]), 1, points, dtype=torch.float64, device=device)
+            left.plot(t.cpu(), schedule.gamma(t).cpu(), label=name)
+            right.plot(t.cpu(), schedule.gamma_slope(t).cpu(), label=name)
+    left.set(xlabel="t", ylabel="gamma = -log SNR")
+    right.set(xlabel="t", ylabel="d gamma / dt", ylim=(0, None))
+    left.legend(frameon=False)
+    canvas.draw()
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
 
 
 def save_png(picture: Tensor, path: Path) -> None:

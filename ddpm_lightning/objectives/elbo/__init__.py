@@ -1,10 +1,18 @@
 """The variational bound in its three forms and in continuous time, unreduced, in nats."""
 
 from ddpm_lightning.objectives.elbo.consistency import ConsistencyElbo
-from ddpm_lightning.objectives.elbo.continuous import ContinuousElbo
+from ddpm_lightning.objectives.elbo.continuous import ContinuousElbo, diffusion_cost
 from ddpm_lightning.objectives.elbo.denoising import DenoisingElbo
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms
 from ddpm_lightning.objectives.elbo.trajectory import TrajectoryElbo
 
-__all__ = ["ConsistencyElbo", "ContinuousElbo", "DenoisingElbo", "ElboEstimator", "ElboTerms", "TrajectoryElbo"]
+__all__ = [
+    "ConsistencyElbo",
+    "ContinuousElbo",
+    "DenoisingElbo",
+    "ElboEstimator",
+    "ElboTerms",
+    "TrajectoryElbo",
+    "diffusion_cost",
+]

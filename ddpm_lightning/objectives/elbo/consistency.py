@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_lightning.distributions import standard_normal_like
 from ddpm_lightning.objectives.elbo.estimator import ChainWalk, ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms
 from ddpm_lightning.ops import Generators
@@ -45,6 +44,6 @@ class ConsistencyElbo(ElboEstimator):
             step_costs,
             walk.indices,
             walk.weights,
-            end_costs={"prior_matching": last_step.kl(standard_normal_like(x0))},
+            end_costs={"prior_matching": last_step.kl(model.prior(x0))},
             diagnostics={"consistency_literal_kl": literal_kls},
         )

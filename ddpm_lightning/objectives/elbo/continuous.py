@@ -5,13 +5,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.distributions import standard_normal_like
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms
 from ddpm_lightning.ops import Generators, rand, randn_like, sum_per_image
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import Denoiser, DiffusionModel
 
-__all__ = ["ContinuousElbo"]
+__all__ = ["ContinuousElbo", "diffusion_cost"]
+
+
+def diffusion_cost(
+    model: DiffusionModel, denoiser: Denoiser, x0: Tensor, t: Tensor, generators: Generators = None, **cond: Any
+) -> Tensor:
+    """gamma'(t) / 2 |eps - eps_theta(x_t, t)|^2 at one draw of x_t: ``[B]`` nats a unit of time.
+
+    Args:
+        model: gives the forward process and the schedule.
+        denoiser: gives eps_theta.
+        x0: images ``[B, C, H, W]`` in model range.
+        t: times ``[B]``, not before the first state's.
+        generators: source of the noise.
+        cond: conditions, passed on to the network.
+    """
+    eps = randn_like(x0, generators)
+    marginal = model.forward_process.marginal(x0, t)
+    prediction = denoiser(marginal.mean + marginal.std * eps, t, **cond)
+    return 0.5 * model.schedule.gamma_slope(t) * sum_per_image((eps - prediction.eps).square())
 
 
 class ContinuousElbo(ElboEstimator):
@@ -44,11 +62,7 @@ class ContinuousElbo(ElboEstimator):
         step_costs = []
         for part in range(steps):
             t = first + span * (part + rand(x0, generators)) / steps
-            eps = randn_like(x0, generators)
-            marginal = process.marginal(x0, t)
-            prediction = denoiser(marginal.mean + marginal.std * eps, t, **cond)
-            square = sum_per_image((eps - prediction.eps).square())
-            step_costs.append(0.5 * span * model.schedule.gamma_slope(t) * square)
+            step_costs.append(span * diffusion_cost(model, denoiser, x0, t, generators, **cond))
         parts = torch.arange(1, steps + 1, device=x0.device)[:, None].expand(steps, len(x0))
         return self.assemble(
             self.reconstruction(model, x0, x1, **cond),
@@ -56,5 +70,5 @@ class ContinuousElbo(ElboEstimator):
             step_costs,
             parts,
             torch.full((steps,), 1 / steps, dtype=torch.float64, device=x0.device),
-            end_costs={"prior_matching": process.marginal(x0, model.grid[-1]).kl(standard_normal_like(x0))},
+            end_costs={"prior_matching": process.marginal(x0, model.grid[-1]).kl(model.prior(x0))},
         )

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_lightning.distributions import standard_normal_like
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms
 from ddpm_lightning.objectives.times import stratified_steps
@@ -42,5 +41,5 @@ class DenoisingElbo(ElboEstimator):
             step_costs,
             indices,
             weights,
-            end_costs={"prior_matching": process.marginal(x0, grid[-1]).kl(standard_normal_like(x0))},
+            end_costs={"prior_matching": process.marginal(x0, grid[-1]).kl(model.prior(x0))},
         )

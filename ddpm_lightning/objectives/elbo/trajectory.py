@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_lightning.distributions import standard_normal_like
 from ddpm_lightning.objectives.elbo.estimator import ChainWalk, ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms
 from ddpm_lightning.ops import Generators
@@ -35,7 +34,7 @@ class TrajectoryElbo(ElboEstimator):
             log_p = reverse.transition(w.after, w.t_at, w.t_after, **cond).log_prob(w.at)
             step_costs.append(log_q - log_p)
         log_q_first = process.marginal(x0, model.grid[1]).log_prob(walk.x_first)
-        log_p_last = standard_normal_like(x0).log_prob(walk.x_last)
+        log_p_last = model.prior(x0).log_prob(walk.x_last)
         return self.assemble(
             self.reconstruction(model, x0, walk.x_first, **cond),
             "path_log_ratio",

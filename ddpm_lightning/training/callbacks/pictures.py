@@ -1,5 +1,6 @@
 """Callbacks that decide when a picture is made."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 from ddpm_lightning.data import ImageDataModule, levels_to_model
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.samplers import Sampler
-from ddpm_lightning.schedules import strided_grid
-from ddpm_lightning.training.figures import forward_strip, save_png, tile
+from ddpm_lightning.schedules import Schedule, strided_grid
+from ddpm_lightning.training.figures import forward_strip, save_png, schedule_curves, tile
 from ddpm_lightning.training.module import DiffusionModule
 
-__all__ = ["ForwardStrip", "SampleGrid"]
+__all__ = ["ForwardStrip", "SampleGrid", "ScheduleCurves"]
 
 
 def _publish(trainer: Trainer, tag: str, picture: Tensor, path: Path) -> None:
@@ -91,3 +92,39 @@ class ForwardStrip(Callback):
         with torch.no_grad():
             picture = forward_strip(model.forward_process, x0, times, generators)
         _publish(trainer, "forward process", picture, Path(trainer.default_root_dir) / "forward.png")
+
+
+class ScheduleCurves(Callback):
+    """gamma(t) and its slope, to TensorBoard and RUN/schedule.png, when training starts; and for a learned schedule
+    after each validation and at the end, as it is now, averaged, and as this training found it."""
+
+    def __init__(self) -> None:
+        self._at_start: Schedule | None = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the schedule that training starts from."""
+        assert isinstance(pl_module, DiffusionModule)
+        self._at_start = deepcopy(pl_module.model.schedule)
+        self._publish(trainer, {"start": self._at_start})
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw a learned schedule anew."""
+        if self._at_start is not None and trainer.state.fn == "fit":
+            self._draw_learned(trainer, pl_module, self._at_start)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw a learned schedule anew."""
+        if self._at_start is not None:
+            self._draw_learned(trainer, pl_module, self._at_start)
+
+    def _draw_learned(self, trainer: Trainer, module: LightningModule, at_start: Schedule) -> None:
+        assert isinstance(module, DiffusionModule)
+        if any(True for _ in at_start.parameters()):
+            curves = {"start": at_start, "now": module.model.schedule, "averaged": module.ema_model.schedule}
+            self._publish(trainer, curves)
+
+    def _publish(self, trainer: Trainer, curves: dict[str, Schedule]) -> None:
+        _publish(trainer, "schedule", schedule_curves(curves), Path(trainer.default_root_dir) / "schedule.png")

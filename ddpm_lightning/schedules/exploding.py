@@ -1,0 +1,63 @@
+"""The same process in units in which the image keeps its scale and the noise explodes."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ddpm_lightning.schedules.base import Schedule
+
+__all__ = ["VarianceExploding"]
+
+
+class VarianceExploding(Schedule):
+    """alpha = 1, sigma^2 = exp(gamma), with the gamma of another schedule (Song et al. 2021, arXiv 2011.13456).
+
+    x_t is that of the variance-preserving schedule divided by its alpha_t. Posteriors, the prior and with
+    FixedSmallVariance the bound are the same in both units (FixedLargeVariance is another variance in each).
+
+    Args:
+        schedule: gives gamma.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    @property
+    def T(self) -> int:  # type: ignore[override]
+        """Number of states of the discrete chain."""
+        return self.schedule.T
+
+    def grid(self, T: int | None = None) -> Tensor:
+        """The times of the other schedule."""
+        return self.schedule.grid(T)
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """-log SNR(t) of the other schedule."""
+        return self.schedule.gamma(t)
+
+    def gamma_slope(self, t: Tensor) -> Tensor:
+        """d gamma / dt of the other schedule."""
+        return self.schedule.gamma_slope(t)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        """0."""
+        return torch.zeros_like(t, dtype=torch.float64)
+
+    def log_sigma2(self, t: Tensor) -> Tensor:
+        """gamma."""
+        return self.gamma(t)
+
+    def log_unit_var(self, t: Tensor) -> Tensor:
+        """log(1 + exp(gamma))."""
+        return softplus(self.gamma(t))
+
+    def held_interior(self) -> AbstractContextManager[None]:
+        """That of the other schedule."""
+        return self.schedule.held_interior()
+
+    def spread(self, t: Tensor) -> Tensor | None:
+        """That of the other schedule."""
+        return self.schedule.spread(t)
