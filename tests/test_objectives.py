@@ -180,6 +180,21 @@ def test_weightings_multiply_the_error_of_eps() -> None:
         assert torch.allclose(losses[3], losses[0] / math.sqrt(2 + snr), rtol=1e-9)
 
 
+def test_continuous_time_by_hand() -> None:
+    """Position u is t = 1/T + (1 - 1/T) u; log alpha-bar is linear between states; the loss is an integral over t."""
+    x0 = images(3)
+    for position in (0.0, 0.5, 0.99):
+        objective = WeightedMSE(Fixed(position), continuous=True)
+        loss = objective(model(), x0, torch.Generator().manual_seed(3))
+        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        t = 1 / T + (1 - 1 / T) * position
+        state, fraction = int(t * T), t * T - int(t * T)
+        abar = WORLD.abar[state] ** (1 - fraction) * WORLD.abar[state + 1] ** fraction
+        x_t = math.sqrt(abar) * x0 + math.sqrt(1 - abar) * eps
+        expected = 0.9 * (torch.sin(2 * x_t) + t - eps).square().flatten(1).mean(1)
+        assert torch.allclose(loss, expected, rtol=1e-9)
+
+
 def test_the_sampler_hears_of_weighted_losses_without_its_own_weight() -> None:
     times, share = Fixed(0.55, weight=3.0), BatchShare(1, 2, torch.Generator())
     objective = WeightedMSE(times, weighting=MinSNRWeighting(clip=0.1))

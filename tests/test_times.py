@@ -163,11 +163,11 @@ def test_parts_together_are_equally_spaced() -> None:
     positions = []
     for share in shares(6, seed=7):
         own = torch.Generator().manual_seed(100 + share.part)
-        part = EquispacedTimes()(torch.zeros(5, 1, 1, 1), own, share).position
+        part = EquispacedTimes()(torch.zeros(6, 1, 1, 1), own, share).position
         # each part spans the axis, and the order is its own
         assert_equispaced(part)
         positions.append(part)
-    expected = sorted((u0 + j / 30) % 1 for j in range(30))
+    expected = sorted((u0 + j / 36) % 1 for j in range(36))
     assert torch.cat(positions).sort().values.tolist() == pytest.approx(expected, abs=1e-12)
     orders = {tuple(part.argsort().tolist()) for part in positions}
     assert len(orders) > 3
