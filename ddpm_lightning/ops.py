@@ -19,7 +19,6 @@ __all__ = [
     "image_generators",
     "log1mexp",
     "rand",
-    "randint",
     "randn_like",
     "sum_per_image",
     "sum_per_image_of",
@@ -29,7 +28,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the batch, one for each image, or None for torch's global generator.
 
 With one generator for each image, what is drawn for an image does not depend on the batch that it is in (but for
-StratifiedTimes, which shares the time axis out among a batch)."""
+StratifiedTimes and EquispacedTimes, which share the time axis out among a batch)."""
 
 
 def expand_to(values: Tensor, like: Tensor) -> Tensor:
@@ -87,11 +86,6 @@ def randn_like(x: Tensor, generators: Generators) -> Tensor:
         return noise.to(x.device)
     device = x.device if generators is None else generators.device
     return torch.randn(x.shape, generator=generators, dtype=x.dtype, device=device).to(x.device)
-
-
-def randint(high: int, like: Tensor, generators: Generators) -> Tensor:
-    """Integers ``[B]`` uniform in [0, high), int64, on the device of ``like`` (B = ``like.shape[0]``)."""
-    return (rand(like, generators) * high).long().clamp_(max=high - 1)
 
 
 def rand(like: Tensor, generators: Generators) -> Tensor:

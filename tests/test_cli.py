@@ -55,6 +55,25 @@ def test_lecture_config_is_the_lectures(tmp_path: Path, monkeypatch: pytest.Monk
     assert cli.datamodule.batch_size == 128 and cli.trainer.max_epochs == 5
 
 
+def test_a_weighted_objective_is_put_together_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    options = {
+        "": "WeightedMSE",
+        ".times": "ImportanceTimes",
+        ".times.bins": "7",
+        ".target": "VParameterization",
+        ".weighting": "MinSNRWeighting",
+        ".weighting.clip": "3",
+        ".continuous": "true",
+    }
+    arguments = [f"--model.objective{name}={value}" for name, value in options.items()]
+    objective = BuiltOnly(["fit", "-c", "configs/digits.yaml", f"--run_dir={tmp_path}", *arguments]).model.objective
+    assert (objective.times.bins, objective.weighting.clip, objective.continuous, objective.T) == (7, 3.0, True, None)
+    assert type(objective.target).__name__ == "VParameterization"
+
+
 def test_a_part_of_another_class_drops_the_arguments_of_the_base(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("a: {class_path: A, init_args: {x: 1}}\nb: {class_path: B, init_args: {y: 1}}")
     overlay = "extends: base.yaml\na: {class_path: C}\nb: {class_path: B, init_args: {z: 2}}"
@@ -264,6 +283,7 @@ class TestBadInput:
             (["--model.network.init_args.multipliers=[1,1,1,1,1]"], ["UNet", "[1, 8, 8]", "16"]),
             (["--model.network.init_args.channels=3"], ["UNet", "[1, 8, 8]"]),
             (["--model.ema_decay=1.5"], ["--model.ema_decay"]),
+            (["--model.objective.times=ImportanceTimes", "--model.objective.times.bins=0"], ["bins = 0", "times"]),
             (["--data.batch_size=5000"], ["--data.batch_size"]),
             (["--data.batch_size=0"], ["--data.batch_size"]),
             (["--ckpt_path=nowhere.ckpt"], ["--ckpt_path nowhere.ckpt does not exist"]),

@@ -17,10 +17,19 @@ from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import (
     ConsistencyElbo,
     DenoisingElbo,
+    EDMWeighting,
+    ElboWeighting,
+    EquispacedTimes,
+    ImportanceTimes,
+    MinSNRWeighting,
+    NegativeElbo,
     NoiseMSE,
+    P2Weighting,
     StratifiedTimes,
     TrajectoryElbo,
     UniformTimes,
+    UniformWeighting,
+    WeightedMSE,
 )
 from ddpm_lightning.process import (
     DiscretizedGaussian,
@@ -29,6 +38,7 @@ from ddpm_lightning.process import (
     GammaConditioning,
     PlainGaussian,
     TimeConditioning,
+    VParameterization,
 )
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler
 from ddpm_lightning.schedules import BetaChain, CosineChain, LinearChain
@@ -43,6 +53,10 @@ PARTS = [
     UNet(width=8, multipliers=(1, 2), blocks=(1, 2), attention=(1,), num_classes=3),
     SimpleUNet(),
     NoiseMSE(StratifiedTimes()),
+    NegativeElbo(DenoisingElbo(steps=1)),
+    WeightedMSE(EquispacedTimes()),
+    WeightedMSE(ImportanceTimes(20, history=3), VParameterization(), EDMWeighting(0.3), continuous=True, T=7),
+    [UniformWeighting(), MinSNRWeighting(3.0), P2Weighting(power=0.5), ElboWeighting()],
     [ConsistencyElbo(), DenoisingElbo(steps=3), TrajectoryElbo()],
     [EpsParameterization(), TimeConditioning(), GammaConditioning(5.0), FixedSmallVariance()],
     [DiscretizedGaussian(levels=17), PlainGaussian(levels=256)],

@@ -1,7 +1,6 @@
-"""The training objective and its times."""
+"""The mean squared errors, and the steps of an estimator."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -9,22 +8,38 @@ from oracles import ScalarGaussianWorld, assert_mean, draw_data, linear_betas, o
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.objectives import NoiseMSE, StratifiedTimes, TimeSampler, UniformTimes
-from ddpm_lightning.objectives.times import stratified_steps
+from ddpm_lightning.objectives import (
+    BatchShare,
+    EquispacedTimes,
+    ImportanceTimes,
+    MinSNRWeighting,
+    NoiseMSE,
+    P2Weighting,
+    StratifiedTimes,
+    TimeDraw,
+    TimeSampler,
+    UniformTimes,
+    WeightedMSE,
+)
+from ddpm_lightning.objectives.times import steps_of, stratified_steps
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import (
     DiffusionModel,
     DiscretizedGaussian,
     EpsParameterization,
     FixedLargeVariance,
+    Parameterization,
+    ScoreParameterization,
     TimeConditioning,
+    VParameterization,
+    X0Parameterization,
 )
 from ddpm_lightning.schedules import BetaChain
 
 T = 10
 BETAS = linear_betas(T, 0.02, 0.4)
 WORLD = ScalarGaussianWorld(0.3, 0.25, BETAS, "beta")
-SAMPLERS: list[TimeSampler] = [UniformTimes(), StratifiedTimes()]
+SAMPLERS: list[TimeSampler] = [UniformTimes(), StratifiedTimes(), EquispacedTimes(), ImportanceTimes(bins=5)]
 
 
 class Network(nn.Module):
@@ -34,11 +49,11 @@ class Network(nn.Module):
         return torch.sin(2 * x) + t.reshape(-1, 1, 1, 1)
 
 
-def model(*, clip_x0: bool) -> DiffusionModel:
+def model(*, clip_x0: bool = False, parameterization: Parameterization | None = None) -> DiffusionModel:
     return DiffusionModel(
         network=Network(),
         schedule=BetaChain(BETAS),
-        parameterization=EpsParameterization(),
+        parameterization=parameterization or EpsParameterization(),
         conditioning=TimeConditioning(),
         variance=FixedLargeVariance(),
         decoder=DiscretizedGaussian(levels=256),
@@ -59,7 +74,7 @@ def test_noise_mse_by_hand(clip_x0: bool) -> None:
     x0 = images(4)
     loss = NoiseMSE(UniformTimes())(model(clip_x0=clip_x0), x0, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
-    steps = UniformTimes()(T, x0, generator).tolist()
+    steps = steps_of(UniformTimes()(x0, generator), T).tolist()
     eps = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
     expected = []
     for k, i in enumerate(steps):
@@ -87,14 +102,11 @@ def test_noise_mse_of_the_optimal_denoiser(times: TimeSampler) -> None:
 
 def test_noise_mse_at_each_time() -> None:
     for i in (1, 4, 10):
-
-        class Fixed(TimeSampler):
-            def __call__(self, T: int, like: Tensor, generators: object = None, i: int = i) -> Tensor:
-                return torch.full(like.shape[:1], i)
-
         abar = WORLD.abar[i]
         generator = torch.Generator().manual_seed(i)
-        loss = NoiseMSE(Fixed())(oracle_model(WORLD), draw_data(WORLD, (3000, 1, 4, 4), generator), generator)
+        loss = NoiseMSE(Fixed((i - 0.5) / T))(
+            oracle_model(WORLD), draw_data(WORLD, (3000, 1, 4, 4), generator), generator
+        )
         assert_mean(loss, abar * WORLD.var / (abar * WORLD.var + 1 - abar), max_se=0.01)
 
 
@@ -105,42 +117,95 @@ def test_loss_of_an_image_does_not_depend_on_the_batch() -> None:
         assert torch.equal(objective(model(clip_x0=True), x0[order], image_generators(0, order)), whole[order])
 
 
-# --- times
+# --- weighted MSE
 
 
-@pytest.mark.parametrize("times", SAMPLERS)
-@pytest.mark.parametrize(("steps", "batch"), [(1, 3), (7, 3), (10, 16), (7, 7)])
-def test_each_time_is_uniform(times: TimeSampler, steps: int, batch: int) -> None:
-    """Every image's own step is uniform over 1..T, ends included, whatever its place in the batch."""
-    generator, like = torch.Generator().manual_seed(0), torch.zeros(batch, 1, 1, 1)
-    draws = torch.stack([times(steps, like, generator) for _ in range(3000)])
-    assert draws.dtype == torch.int64 and draws.shape == (3000, batch)
-    assert set(draws.flatten().tolist()) == set(range(1, steps + 1))
-    for place in {0, batch // 2, batch - 1}:
-        for i in range(1, steps + 1):
-            assert_mean((draws[:, place] == i).double(), 1 / steps, max_se=0.01)
+class Fixed(TimeSampler):
+    """Always the same position and weight; remembers what it is told and given."""
+
+    def __init__(self, position: float, weight: float = 1.0) -> None:
+        super().__init__()
+        self.position, self.weight = position, weight
+        self.told: list[tuple[Tensor, Tensor]] = []
+        self.shares: list[BatchShare | None] = []
+
+    def forward(self, like: Tensor, generators: object = None, share: BatchShare | None = None) -> TimeDraw:
+        self.shares.append(share)
+        values = torch.ones(len(like), dtype=torch.float64)
+        return TimeDraw(self.position * values, self.weight * values)
+
+    def update(self, position: Tensor, loss: Tensor) -> None:
+        self.told.append((position, loss))
 
 
-@pytest.mark.parametrize(("steps", "batch"), [(10, 10), (10, 20), (100, 5), (7, 3)])
-def test_stratified_times_cover_the_chain(steps: int, batch: int) -> None:
-    generator, like = torch.Generator().manual_seed(0), torch.zeros(batch, 1, 1, 1)
-    orders = set()
-    for _ in range(50):
-        draws = StratifiedTimes()(steps, like, generator).tolist()
-        for k, i in enumerate(sorted(draws)):
-            # the k-th smallest lies in the k-th of B equal parts of (0, T]
-            assert math.floor(k * steps / batch) + 1 <= i <= math.ceil((k + 1) * steps / batch)
-        if steps % batch == 0 or batch % steps == 0:
-            parts = Counter((i - 1) * batch // steps if batch < steps else i for i in draws)
-            assert set(parts.values()) == {max(1, batch // steps)}
-        orders.add(tuple(draws))
-    assert len(orders) > 25
+def error_factor(target: Parameterization, abar: float) -> float:
+    """By hand: squared error of the target over that of eps."""
+    alpha2, sigma2 = abar, 1 - abar
+    return {
+        EpsParameterization: 1.0,
+        X0Parameterization: sigma2 / alpha2,
+        VParameterization: 1 / alpha2,
+        ScoreParameterization: 1 / sigma2,
+    }[type(target)]
 
 
-def test_uniform_times_are_independent() -> None:
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([UniformTimes()(5, torch.zeros(2, 1, 1, 1), generator) for _ in range(5000)]).double()
-    assert_mean((draws[:, 0] - 3) * (draws[:, 1] - 3), 0.0, max_se=0.05)
+@pytest.mark.parametrize("output", [EpsParameterization(), X0Parameterization(), VParameterization()])
+@pytest.mark.parametrize(
+    "target", [EpsParameterization(), X0Parameterization(), VParameterization(), ScoreParameterization()]
+)
+def test_targets_are_equivalent_up_to_known_weights(target: Parameterization, output: Parameterization) -> None:
+    x0, network = images(3), model(parameterization=output)
+    for i in (1, 4, 10):
+        times = Fixed((i - 0.5) / T)
+        of_eps = NoiseMSE(times)(network, x0, torch.Generator().manual_seed(i))
+        loss = WeightedMSE(times, target=target)(network, x0, torch.Generator().manual_seed(i))
+        assert torch.allclose(loss, error_factor(target, WORLD.abar[i]) * of_eps, rtol=1e-9)
+
+
+def test_weightings_multiply_the_error_of_eps() -> None:
+    """min-SNR as its authors write it, a clipped SNR on the error of x0; P2 at k = 2, power = 1/2."""
+    x0 = images(3)
+    for i in (1, 5, 10):
+        times, snr = Fixed((i - 0.5) / T), WORLD.abar[i] / (1 - WORLD.abar[i])
+        losses = [
+            WeightedMSE(times, target, weighting)(model(), x0, torch.Generator().manual_seed(i))
+            for target, weighting in (
+                (None, None),
+                (X0Parameterization(), None),
+                (None, MinSNRWeighting(clip=3.0)),
+                (None, P2Weighting(k=2.0, power=0.5)),
+            )
+        ]
+        assert torch.allclose(losses[2], min(snr, 3.0) * losses[1], rtol=1e-9)
+        assert torch.allclose(losses[3], losses[0] / math.sqrt(2 + snr), rtol=1e-9)
+
+
+def test_continuous_time_by_hand() -> None:
+    """Position u is t = 1/T + (1 - 1/T) u; log alpha-bar is linear between states; the loss is an integral over t."""
+    x0 = images(3)
+    for position in (0.0, 0.5, 0.99):
+        objective = WeightedMSE(Fixed(position), continuous=True)
+        loss = objective(model(), x0, torch.Generator().manual_seed(3))
+        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        t = 1 / T + (1 - 1 / T) * position
+        state, fraction = int(t * T), t * T - int(t * T)
+        abar = WORLD.abar[state] ** (1 - fraction) * WORLD.abar[state + 1] ** fraction
+        x_t = math.sqrt(abar) * x0 + math.sqrt(1 - abar) * eps
+        expected = 0.9 * (torch.sin(2 * x_t) + t - eps).square().flatten(1).mean(1)
+        assert torch.allclose(loss, expected, rtol=1e-9)
+
+
+def test_the_sampler_hears_of_weighted_losses_without_its_own_weight() -> None:
+    times, share = Fixed(0.55, weight=3.0), BatchShare(1, 2, torch.Generator())
+    objective = WeightedMSE(times, weighting=MinSNRWeighting(clip=0.1))
+    plain = WeightedMSE(Fixed(0.55), weighting=MinSNRWeighting(clip=0.1))
+    loss = objective(model(), images(3), torch.Generator().manual_seed(1), share=share)
+    assert torch.equal(loss, 3 * plain(model(), images(3), torch.Generator().manual_seed(1)))
+    ((position, told),) = times.told
+    assert torch.equal(3 * told, loss) and not told.requires_grad and position.tolist() == [0.55] * 3
+    assert times.shares == [share]
+    objective.eval()(model(), images(3), torch.Generator().manual_seed(1))
+    assert len(times.told) == 1
 
 
 # --- the steps of an estimator

@@ -11,19 +11,47 @@ from ddpm_lightning.objectives.elbo import (
 from ddpm_lightning.objectives.negative_elbo import NegativeElbo
 from ddpm_lightning.objectives.noise_mse import NoiseMSE
 from ddpm_lightning.objectives.objective import Objective
-from ddpm_lightning.objectives.times import StratifiedTimes, TimeSampler, UniformTimes
+from ddpm_lightning.objectives.times import (
+    BatchShare,
+    EquispacedTimes,
+    ImportanceTimes,
+    StratifiedTimes,
+    TimeDraw,
+    TimeSampler,
+    UniformTimes,
+)
+from ddpm_lightning.objectives.weighted_mse import WeightedMSE
+from ddpm_lightning.objectives.weighting import (
+    EDMWeighting,
+    ElboWeighting,
+    MinSNRWeighting,
+    P2Weighting,
+    UniformWeighting,
+    Weighting,
+)
 
 __all__ = [
+    "BatchShare",
     "ConsistencyElbo",
     "ContinuousElbo",
     "DenoisingElbo",
+    "EDMWeighting",
     "ElboEstimator",
     "ElboTerms",
+    "ElboWeighting",
+    "EquispacedTimes",
+    "ImportanceTimes",
+    "MinSNRWeighting",
     "NegativeElbo",
     "NoiseMSE",
     "Objective",
+    "P2Weighting",
     "StratifiedTimes",
+    "TimeDraw",
     "TimeSampler",
     "TrajectoryElbo",
     "UniformTimes",
+    "UniformWeighting",
+    "WeightedMSE",
+    "Weighting",
 ]

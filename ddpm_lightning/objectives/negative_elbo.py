@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ddpm_lightning.objectives.elbo import ElboEstimator
 from ddpm_lightning.objectives.objective import Objective
+from ddpm_lightning.objectives.times import BatchShare
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -20,8 +21,17 @@ class NegativeElbo(Objective):
     """
 
     def __init__(self, bound: ElboEstimator) -> None:
+        super().__init__()
         self.bound = bound
 
-    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """-ELBO / (C H W), ``[B]``."""
+    def forward(
+        self,
+        model: DiffusionModel,
+        x0: Tensor,
+        generators: Generators = None,
+        *,
+        share: BatchShare | None = None,
+        **cond: Any,
+    ) -> Tensor:
+        """-ELBO / (C H W), ``[B]``. The estimator picks its steps for each image by itself, whatever the share."""
         return -self.bound(model, x0, generators, **cond).total / x0[0].numel()

@@ -2,17 +2,40 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ddpm_lightning.objectives.times import BatchShare
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
 __all__ = ["Objective"]
 
 
-class Objective:
-    """A loss for each image, to be averaged and minimised."""
+class Objective(nn.Module):
+    """A loss for each image, to be averaged and minimised. What it learns on the way is in its buffers."""
 
-    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """Losses ``[B]`` of the images ``x0`` ``[B, C, H, W]`` in model range."""
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        model: DiffusionModel,
+        x0: Tensor,
+        generators: Generators = None,
+        *,
+        share: BatchShare | None = None,
+        **cond: Any,
+    ) -> Tensor:
+        """Losses of a batch.
+
+        Args:
+            model: the generative model.
+            x0: images ``[B, C, H, W]`` in model range.
+            generators: source of noise and times.
+            share: which part of the optimiser step's images these are; None if they are all of them.
+            cond: conditions, passed on to the network.
+
+        Returns:
+            ``[B]``.
+        """
         raise NotImplementedError

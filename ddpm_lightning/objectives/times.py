@@ -1,39 +1,219 @@
-"""How training draws its times, and how an estimator of the bound picks its steps."""
+r"""How training draws its times, and how an estimator of the bound picks its steps.
+
+A draw is a position u on the unit interval, from the first state's end of the time axis to t = 1, and a weight with
+
+    E[weight f(u)] = \int_0^1 f(u) du
+
+for every f, so that what is minimised does not depend on how it is sampled. A discrete chain takes step 1 + floor(u T)
+(:func:`steps_of`), continuous time takes u itself, stretched over its axis.
+"""
+
+import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import Generators, expand_to, rand, randint
+from ddpm_lightning.ops import Generators, expand_to, rand
 
-__all__ = ["StratifiedTimes", "TimeSampler", "UniformTimes", "stratified_steps"]
+__all__ = [
+    "BatchShare",
+    "EquispacedTimes",
+    "ImportanceTimes",
+    "StratifiedTimes",
+    "TimeDraw",
+    "TimeSampler",
+    "UniformTimes",
+    "steps_of",
+    "stratified_steps",
+]
+
+_LAST_BELOW_1 = math.nextafter(1.0, 0.0)
+_OPTION = "--model.objective.init_args.times.init_args"
 
 
-class TimeSampler:
-    """Draws one step index i in 1..T for each image of a batch."""
+@dataclass(frozen=True)
+class BatchShare:
+    """Which part of an optimiser step's images a call sees: they are spread over processes and accumulated batches.
 
-    def __call__(self, T: int, like: Tensor, generators: Generators = None) -> Tensor:
-        """int64 ``[B]`` with B = ``like.shape[0]``, each i uniform on 1..T by itself."""
+    Attributes:
+        part: this part, 0..parts-1.
+        parts: number of parts.
+        generator: in the same state for all parts of one step, and in another one for another step.
+    """
+
+    part: int
+    parts: int
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class TimeDraw:
+    """One position for each image of a batch.
+
+    Attributes:
+        position: float64 ``[B]`` in [0, 1).
+        weight: float64 ``[B]``, by which the loss at this position is multiplied; its expectation is 1.
+    """
+
+    position: Tensor
+    weight: Tensor
+
+
+def steps_of(draw: TimeDraw, T: int) -> Tensor:
+    """The steps of a chain of T that the positions stand for, int64 ``[B]`` in 1..T: 1 + floor(position T)."""
+    return 1 + (draw.position * T).long().clamp_(max=T - 1)
+
+
+class TimeSampler(nn.Module):
+    """Draws a position for each image of a batch. What it learns from the losses is in its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+        """A draw for B = ``like.shape[0]`` images, on the device of ``like``.
+
+        Args:
+            like: ``[B, ...]``.
+            generators: source of the draws.
+            share: which part of the optimiser step's images these are; None if they are all of them.
+        """
         raise NotImplementedError
+
+    def update(self, position: Tensor, loss: Tensor) -> None:
+        """Take note of the losses ``[B]`` at positions ``[B]``, before the draw's weight; here nothing is learned."""
 
 
 class UniformTimes(TimeSampler):
     """Independent draws (Ho et al. 2020, algorithm 1)."""
 
-    def __call__(self, T: int, like: Tensor, generators: Generators = None) -> Tensor:
-        """Independent uniform steps."""
-        return 1 + randint(T, like, generators)
+    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+        """Independent uniform positions."""
+        return _uniform_draw(rand(like, generators))
 
 
 class StratifiedTimes(TimeSampler):
     """One draw in each of B equal parts of the time axis, in shuffled order: each is uniform by itself, and a batch
-    covers all noise levels, which lowers the variance of the loss (after Kingma et al. 2021, appendix I.1)."""
+    covers all noise levels, which lowers the variance of the loss (after Kingma et al. 2021, appendix I.1).
 
-    def __call__(self, T: int, like: Tensor, generators: Generators = None) -> Tensor:
-        """Steps that cover 1..T evenly."""
-        part = torch.argsort(rand(like, generators)).double()
-        position = (part + rand(like, generators)) / like.shape[0]
-        return 1 + (position * T).long().clamp_(max=T - 1)
+    The strata are those of one call: each process and each accumulated batch covers the axis by itself.
+    """
+
+    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+        """Positions that cover the axis evenly."""
+        stratum = torch.argsort(rand(like, generators)).double()
+        return _uniform_draw((stratum + rand(like, generators)) / like.shape[0])
+
+
+class EquispacedTimes(TimeSampler):
+    r"""Equally spaced times with one random offset (Kingma et al. 2021, arXiv 2107.00630, appendix I.1):
+
+        u_j = (u_0 + j/N) mod 1,  j = 0..N-1
+
+    over all N images of an optimiser step. Part p of P (see :class:`BatchShare`) takes every P-th of them,
+    j = p, p + P, ..., so that it covers the whole axis too, in shuffled order. Every single u_j is uniform.
+
+    If the parts differ in size, each is equally spaced by itself and unbiased, but their union is no longer equally
+    spaced; the same holds where some parts are left out, as in the last accumulation of an epoch.
+    """
+
+    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+        """This part of the equally spaced positions. ``generators`` shuffle; without a share they give u_0 too."""
+        count = like.shape[0]
+        place = torch.argsort(rand(like, generators)).double()
+        if share is None:
+            offset = rand(like, generators)[:1]
+        else:
+            generator = share.generator
+            u0 = torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device).to(like.device)
+            offset = u0 + share.part / (share.parts * count)
+        return _uniform_draw((offset + place / count) % 1)
+
+
+class ImportanceTimes(TimeSampler):
+    r"""Times where the losses are large are drawn more often and weigh less (Nichol & Dhariwal 2021, arXiv 2102.09672,
+    section 3.3). The time axis is cut into equal bins, and bin k is drawn with
+
+        p_k = (1 - uniform) sqrt(E[L_k^2]) / sum_i sqrt(E[L_i^2]) + uniform / bins,   weight 1 / (bins p_k)
+
+    uniformly within the bin; E[L_k^2] is the mean over the bin's last ``history`` losses. Until every bin has that
+    many, draws are uniform. Whatever the history holds, the draw is unbiased: the weight belongs to the p_k in use.
+
+    The history is kept in buffers, so a checkpoint goes on with it. Under DistributedDataParallel every process draws
+    from its own copy and notes its own losses, and the first process' buffers replace the others' at the next
+    optimiser step (DDP's ``broadcast_buffers``), so the history is made of the first process' losses. Without that
+    broadcast the histories drift apart, which leaves the gradient unbiased. Losses that are not finite are not noted.
+
+    Args:
+        bins: number of equal parts of the axis. The original has one for each step of the chain, which takes
+            ``bins * history`` losses or more to fill.
+        history: number of losses that a bin remembers.
+        uniform: share of the draws that are uniform, in (0, 1]: it bounds the weights by 1 / uniform.
+
+    Raises:
+        InputError: an argument out of its range.
+    """
+
+    losses: Tensor
+    counts: Tensor
+
+    def __init__(self, bins: int = 100, history: int = 10, uniform: float = 0.001) -> None:
+        super().__init__()
+        for name, value in (("bins", bins), ("history", history)):
+            if value < 1:
+                raise InputError(f"{name} = {value} must be 1 or more: change {_OPTION}.{name}")
+        if not 0 < uniform <= 1:
+            raise InputError(f"uniform = {uniform:g} must lie in (0, 1]: change {_OPTION}.uniform")
+        self.bins, self.history, self.uniform = bins, history, uniform
+        self.register_buffer("losses", torch.zeros(bins, history))
+        self.register_buffer("counts", torch.zeros(bins, dtype=torch.long))
+
+    def probabilities(self) -> Tensor:
+        """p_k, float64 ``[bins]``."""
+        # the clamp makes losses that are all zero uniform, not 0/0
+        root_mean_square = self.losses.double().square().mean(1).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        learned = (1 - self.uniform) * root_mean_square / root_mean_square.sum() + self.uniform / self.bins
+        return torch.where((self.counts >= self.history).all(), learned, 1 / self.bins)
+
+    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+        """Independent draws from p_k."""
+        p = self.probabilities()
+        upper = p.cumsum(0)
+        u = rand(like, generators)
+        index = torch.searchsorted(upper, u, right=True).clamp_(max=self.bins - 1)
+        p_drawn = torch.take(p, index)
+        # how far u lies through its bin is a uniform number by itself
+        within = (1 - (torch.take(upper, index) - u) / p_drawn).clamp(0, 1)
+        position = ((index + within) / self.bins).clamp(max=_LAST_BELOW_1)
+        return TimeDraw(position, 1 / (self.bins * p_drawn))
+
+    @torch.no_grad()
+    def update(self, position: Tensor, loss: Tensor) -> None:
+        """Remember the losses ``[B]`` at positions ``[B]``, the batch's later ones as the more recent."""
+        # Masks and counts of unknown size would make the host wait for the device. So what is not to be written goes
+        # into a cell, or a bin, beyond the last.
+        index = (position * self.bins).long().clamp_(max=self.bins - 1)
+        index = torch.where(torch.isfinite(loss), index, self.bins)
+        ordered, order = torch.sort(index, stable=True)
+        start = torch.searchsorted(ordered, ordered)
+        end = torch.searchsorted(ordered, ordered, right=True)
+        rank = torch.arange(len(ordered), device=ordered.device) - start
+        counts = torch.cat([self.counts, self.counts.new_zeros(1)])
+        slot = (torch.take(counts, ordered) + rank) % self.history
+        # of more than ``history`` losses in one bin only the last are written, so no cell is written twice
+        written = (ordered < self.bins) & (rank >= end - start - self.history)
+        cell = torch.where(written, ordered * self.history + slot, self.losses.numel())
+        cells = torch.cat([self.losses.flatten(), self.losses.new_zeros(1)])
+        cells.scatter_(0, cell, torch.take(loss, order).to(cells.dtype))
+        self.losses.copy_(cells[:-1].view_as(self.losses))
+        self.counts.copy_(counts.scatter_add_(0, ordered, torch.ones_like(ordered))[:-1])
+
+
+def _uniform_draw(position: Tensor) -> TimeDraw:
+    # sums and quotients of numbers below 1 may round up to 1
+    return TimeDraw(position.clamp(max=_LAST_BELOW_1), torch.ones_like(position))
 
 
 def stratified_steps(

@@ -16,7 +16,7 @@ from ddpm_lightning.data import Batch, levels_to_model, model_to_levels
 from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundFigures, BoundMeans
-from ddpm_lightning.objectives import ElboEstimator, Objective
+from ddpm_lightning.objectives import BatchShare, ElboEstimator, Objective
 from ddpm_lightning.ops import image_generators, randn_like
 from ddpm_lightning.process import (
     Decoder,
@@ -45,7 +45,8 @@ class DiffusionModule(LightningModule):
 
     Noise is a pure function of (seed, number of batches done, rank) in training and of (eval_seed, index of the image)
     in evaluation, so a resumed run draws what the uninterrupted one would have drawn, and an image's bound does not
-    depend on the batch or the process that it is in.
+    depend on the batch or the process that it is in. What the batches of one optimiser step share (``BatchShare``) is a
+    function of (seed, number of batches done before them).
 
     Args:
         network: ``network(x, c, **cond) -> [B, C, H, W]``.
@@ -220,8 +221,7 @@ class DiffusionModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step: noise and times from a generator of our own, dropout from torch's."""
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(batches_done(self.trainer), self.global_rank))
-        key = int(sequence.generate_state(1)[0])
+        key = self._key(batches_done(self.trainer), self.global_rank)
         if self._generator is None or self._generator.device != self.device:
             self._generator = torch.Generator(device=self.device)
         self._generator.manual_seed(key)
@@ -229,10 +229,23 @@ class DiffusionModule(LightningModule):
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(key)
 
+    def _key(self, *numbers: int) -> int:
+        return int(np.random.SeedSequence(self.seed, spawn_key=numbers).generate_state(1)[0])
+
+    def _batch_share(self, batch_idx: int) -> BatchShare:
+        """The place of this process's batch among the batches of all processes that one optimiser step accumulates."""
+        batches, processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        place = batch_idx % batches
+        # three numbers, so that it is not the key of any process's noise
+        key = self._key(batches_done(self.trainer) - place, 0, 0)
+        generator = torch.Generator(device=self.device).manual_seed(key)
+        return BatchShare(place * processes + self.global_rank, batches * processes, generator)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's mean over the batch, logged as ``train/loss`` every ``log_every_n_steps`` steps."""
         x0 = levels_to_model(batch.image, self.levels)
-        loss = self.objective(self.model, x0, self._generator, **self._condition(batch.label)).mean()
+        share = self._batch_share(batch_idx)
+        loss = self.objective(self.model, x0, self._generator, share=share, **self._condition(batch.label)).mean()
         # logging costs as much as a step of a tiny network: only where the logger will write
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
         if interval and (self.trainer.global_step + 1) % interval == 0:

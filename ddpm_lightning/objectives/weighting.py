@@ -1,0 +1,138 @@
+r"""Weights on the squared error of eps, as functions of the noise level.
+
+A weight w(t) on |eps - eps_theta|^2 at times uniform in t is the same loss as
+
+    1/2 \int w_rel(gamma) |eps - eps_theta|^2 dgamma,        w_rel = 2 w(t) / gamma'(t)
+
+which no longer knows how the schedule moves through the noise levels. w_rel is the weight relative to the variational
+bound, whose own is 1 everywhere; where it increases with the noise (falls with the SNR) the loss is still a bound, on
+noisy data (Kingma & Gao 2023, arXiv 2303.00848, theorem 1). :class:`ElboWeighting` and :class:`EDMWeighting` are given
+by their w_rel, so gamma'(t) appears in them and the schedule cancels; the others are given by w and depend on it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.schedules import Schedule
+
+__all__ = [
+    "EDMWeighting",
+    "ElboWeighting",
+    "MinSNRWeighting",
+    "P2Weighting",
+    "UniformWeighting",
+    "Weighting",
+]
+
+_OPTION = "--model.objective.init_args.weighting.init_args"
+
+
+class Weighting:
+    """The weight of the squared error of eps at a time."""
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """w(t), shape of ``t``, float64. Times are those of states, where gamma is finite."""
+        raise NotImplementedError
+
+
+class UniformWeighting(Weighting):
+    """1: the "simple" loss (Ho et al. 2020, equation 14)."""
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """Ones."""
+        return torch.ones_like(t, dtype=torch.float64)
+
+
+class MinSNRWeighting(Weighting):
+    """min(SNR, clip) / SNR, that is min(SNR, clip) on the error of x_0 (Hang et al. 2023, arXiv 2303.09556).
+
+    1 where the SNR is below ``clip``; less in nearly clean images.
+
+    Args:
+        clip: the largest weight on the error of x_0.
+
+    Raises:
+        InputError: ``clip`` is not positive.
+    """
+
+    def __init__(self, clip: float = 5.0) -> None:
+        _check_positive("clip", clip)
+        self.clip = clip
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """exp(min(gamma + log clip, 0))."""
+        return torch.exp((schedule.gamma(t) + math.log(self.clip)).clamp(max=0))
+
+
+class P2Weighting(Weighting):
+    """1 / (k + SNR)^power (Choi et al. 2022, arXiv 2204.00227).
+
+    Args:
+        k: keeps the weight of pure noise finite.
+        power: how much clean images are played down; 0 is the simple loss.
+
+    Raises:
+        InputError: ``k`` is not positive.
+    """
+
+    def __init__(self, k: float = 1.0, power: float = 1.0) -> None:
+        _check_positive("k", k)
+        self.k, self.power = k, power
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """(k + exp(-gamma))^-power."""
+        return (self.k + torch.exp(-schedule.gamma(t))) ** -self.power
+
+
+class EDMWeighting(Weighting):
+    r"""The loss of Karras et al. 2022 (arXiv 2206.00364, table 1), whatever the schedule. It is
+
+        E_{log sigma ~ N(mean, std^2)} [ (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |x_0 - x_0-hat|^2 ]
+
+    with sigma = sigma_t / alpha_t = exp(gamma/2), the noise beside an unscaled image. The error of x_0 is sigma times
+    that of eps, and gamma = 2 log sigma ~ N(2 mean, (2 std)^2) has the density p, so at times uniform in t
+
+        w(t) = p(gamma) gamma'(t) (1 + sigma^2 / sigma_data^2)
+
+    It is exact in continuous time, but for the noise levels that the schedule does not reach.
+
+    Args:
+        sigma_data: standard deviation of the data.
+        mean: mean of log sigma.
+        std: standard deviation of log sigma.
+
+    Raises:
+        InputError: a standard deviation is not positive.
+    """
+
+    def __init__(self, sigma_data: float = 0.5, mean: float = -1.2, std: float = 1.2) -> None:
+        _check_positive("sigma_data", sigma_data)
+        _check_positive("std", std)
+        self.sigma_data, self.mean, self.std = sigma_data, mean, std
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """See the class."""
+        gamma = schedule.gamma(t)
+        z = (gamma / 2 - self.mean) / self.std
+        density = torch.exp(-0.5 * z.square()) / (2 * self.std * math.sqrt(2 * math.pi))
+        return density * schedule.gamma_slope(t) * (1 + torch.exp(gamma) / self.sigma_data**2)
+
+
+class ElboWeighting(Weighting):
+    """gamma'(t) / 2: the diffusion term of the continuous bound (Kingma et al. 2021, equation 18), nats a dimension.
+
+    In continuous time ``WeightedMSE`` has exactly that expectation, since its integral runs over the same axis, from
+    the first state to 1. On a grid it is a Riemann sum of it.
+    """
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """gamma'(t) / 2."""
+        return schedule.gamma_slope(t) / 2
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"{name} = {value:g} must be positive: change {_OPTION}.{name}")

@@ -1,0 +1,27 @@
+"""A sampler of times that writes down what it draws, for runs in other processes."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.objectives import BatchShare, EquispacedTimes, TimeDraw
+from ddpm_lightning.ops import Generators
+
+__all__ = ["RecordedTimes"]
+
+
+class RecordedTimes(EquispacedTimes):
+    """EquispacedTimes that saves every draw as FOLDER/CALL-PART.pt."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder, self.calls = folder, 0
+
+    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+        draw = super().forward(like, generators, share)
+        assert share is not None
+        record = {"position": draw.position, "part": share.part, "parts": share.parts}
+        torch.save(record, Path(self.folder) / f"{self.calls:03d}-{share.part}.pt")
+        self.calls += 1
+        return draw
