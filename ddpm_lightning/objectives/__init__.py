@@ -8,6 +8,7 @@ from ddpm_lightning.objectives.elbo import (
     ElboTerms,
     TrajectoryElbo,
 )
+from ddpm_lightning.objectives.hybrid import HybridObjective
 from ddpm_lightning.objectives.negative_elbo import NegativeElbo
 from ddpm_lightning.objectives.noise_mse import NoiseMSE
 from ddpm_lightning.objectives.objective import Objective
@@ -19,6 +20,7 @@ __all__ = [
     "DenoisingElbo",
     "ElboEstimator",
     "ElboTerms",
+    "HybridObjective",
     "NegativeElbo",
     "NoiseMSE",
     "Objective",

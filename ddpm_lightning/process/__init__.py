@@ -3,6 +3,7 @@
 from ddpm_lightning.process.conditioning import GammaConditioning, NoiseConditioning, TimeConditioning
 from ddpm_lightning.process.decoders import Decoder, DiscretizedGaussian, PlainGaussian
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
+from ddpm_lightning.process.eps_mse import eps_mse_table, spread_times
 from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.model import DiffusionModel
 from ddpm_lightning.process.parameterization import (
@@ -14,9 +15,16 @@ from ddpm_lightning.process.parameterization import (
     X0Parameterization,
 )
 from ddpm_lightning.process.reverse import ReverseProcess
-from ddpm_lightning.process.variance import FixedLargeVariance, FixedSmallVariance, ReverseVariance
+from ddpm_lightning.process.variance import (
+    AnalyticVariance,
+    FixedLargeVariance,
+    FixedSmallVariance,
+    LearnedRangeVariance,
+    ReverseVariance,
+)
 
 __all__ = [
+    "AnalyticVariance",
     "ClippedDenoiser",
     "Decoder",
     "Denoiser",
@@ -27,6 +35,7 @@ __all__ = [
     "FixedSmallVariance",
     "ForwardProcess",
     "GammaConditioning",
+    "LearnedRangeVariance",
     "NetworkDenoiser",
     "NoiseConditioning",
     "Parameterization",
@@ -38,4 +47,6 @@ __all__ = [
     "TimeConditioning",
     "VParameterization",
     "X0Parameterization",
+    "eps_mse_table",
+    "spread_times",
 ]

@@ -3,7 +3,6 @@
 from copy import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ddpm_lightning.distributions import DiagonalGaussian
@@ -24,7 +23,7 @@ class DiffusionModel(nn.Module):
     """Everything that the objectives, the bound and the samplers need, and nothing of training.
 
     Args:
-        network: ``network(x, c, **cond) -> [B, C, H, W]``.
+        network: ``network(x, c, **cond) -> [B, C, H, W]``, or ``[B, 2 C, H, W]`` where ``variance`` is learned.
         schedule: the noise schedule, whose chain of T steps is the model.
         parameterization: meaning of the network's output.
         conditioning: the scalar that the network is given for t.
@@ -32,6 +31,9 @@ class DiffusionModel(nn.Module):
         decoder: p(x_0 | x_1).
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers (never in the training loss).
             The bound is that of the model so clipped.
+
+    Raises:
+        InputError: a variance that needs a longer chain.
 
     Attributes:
         denoiser: the network's own prediction, unclipped; what the training objective sees.
@@ -56,14 +58,17 @@ class DiffusionModel(nn.Module):
         self.network = network
         self.schedule = schedule
         self.forward_process = ForwardProcess(schedule)
-        self.denoiser = NetworkDenoiser(network, schedule, parameterization, conditioning)
+        self.denoiser = NetworkDenoiser(network, schedule, parameterization, conditioning, variance.network_outputs)
         reverse_denoiser = ClippedDenoiser(self.denoiser) if clip_x0 else self.denoiser
         self.reverse_process = ReverseProcess(reverse_denoiser, self.forward_process, variance)
         self.decoder = decoder
         self.clip_x0 = clip_x0
         self.grid = schedule.grid()
-        first_log_var = variance.decoder_log_var(schedule, self.grid[1], self.grid[min(2, self.T)])
-        if not bool(torch.isfinite(first_log_var)):
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        variance = self.reverse_process.variance
+        if variance.min_T > self.T:
             raise InputError(
                 f"{type(variance).__name__} gives the decoder of a chain of T = {self.T} steps no variance: "
                 "use --model.variance FixedLargeVariance, or a larger T"
@@ -84,6 +89,7 @@ class DiffusionModel(nn.Module):
         """
         other = copy(self)
         other.grid = self.schedule.grid(T)
+        other._check_steps()
         return other
 
     def decoder_gaussian(self, x1: Tensor, **cond: Any) -> DiagonalGaussian:

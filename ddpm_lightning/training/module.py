@@ -48,7 +48,7 @@ class DiffusionModule(LightningModule):
     depend on the batch or the process that it is in.
 
     Args:
-        network: ``network(x, c, **cond) -> [B, C, H, W]``.
+        network: ``network(x, c, **cond) -> [B, C, H, W]``, or ``[B, 2 C, H, W]`` where ``variance`` is learned.
         schedule: the noise schedule.
         parameterization: what the network's output means.
         conditioning: the scalar c that the network is given for the time.
@@ -70,8 +70,9 @@ class DiffusionModule(LightningModule):
         eval_seed: seed of the noise in validation, test and predict.
 
     Raises:
-        InputError: a network that does not take or return images of ``shape``, a decoder for other levels, a decay
-            outside [0, 1), a form of the bound named twice, a class-conditional model without ``num_classes``.
+        InputError: a network that does not take images of ``shape`` or does not return as many channels as the
+            variance needs, a decoder for other levels, a decay outside [0, 1), a form of the bound named twice, a
+            class-conditional model without ``num_classes``.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class DiffusionModule(LightningModule):
             raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
         self.ema_decay, self.class_conditional, self.num_classes = ema_decay, class_conditional, num_classes
         self.seed, self.eval_seed = seed, eval_seed
-        self._check_network(network)
+        self._check_network(network, variance)
         self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
         self.ema_model = deepcopy(self.model).requires_grad_(False)
         self.means = nn.ModuleDict(
@@ -151,7 +152,7 @@ class DiffusionModule(LightningModule):
         self.hparams.clear()
         self.hparams.update(plain)
 
-    def _check_network(self, network: nn.Module) -> None:
+    def _check_network(self, network: nn.Module, variance: ReverseVariance) -> None:
         x = torch.zeros(2, *self.shape)
         cond = {"label": torch.zeros(2, dtype=torch.long)} if self.class_conditional else {}
         training = network.training
@@ -166,10 +167,13 @@ class DiffusionModule(LightningModule):
             ) from error
         finally:
             network.train(training)
-        if output.shape != x.shape:
+        channels, *size = self.shape
+        expected = [variance.network_outputs * channels, *size]
+        if list(output.shape) != [len(x), *expected]:
             raise InputError(
                 f"{type(network).__name__} returns {list(output.shape[1:])} for images of shape {list(self.shape)}: "
-                "its output must have the same shape"
+                f"under {type(variance).__name__} it must return {expected}; "
+                f"set --model.network.init_args.out_channels {expected[0]} where it has that option"
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
