@@ -17,16 +17,19 @@ from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import (
     ConsistencyElbo,
     DenoisingElbo,
+    HybridObjective,
     NoiseMSE,
     StratifiedTimes,
     TrajectoryElbo,
     UniformTimes,
 )
 from ddpm_lightning.process import (
+    AnalyticVariance,
     DiscretizedGaussian,
     EpsParameterization,
     FixedSmallVariance,
     GammaConditioning,
+    LearnedRangeVariance,
     PlainGaussian,
     TimeConditioning,
 )
@@ -43,6 +46,7 @@ PARTS = [
     UNet(width=8, multipliers=(1, 2), blocks=(1, 2), attention=(1,), num_classes=3),
     SimpleUNet(),
     NoiseMSE(StratifiedTimes()),
+    [HybridObjective(StratifiedTimes(), 0.01), LearnedRangeVariance(), AnalyticVariance([-1.0, 2.5], [0.9, 0.1])],
     [ConsistencyElbo(), DenoisingElbo(steps=3), TrajectoryElbo()],
     [EpsParameterization(), TimeConditioning(), GammaConditioning(5.0), FixedSmallVariance()],
     [DiscretizedGaussian(levels=17), PlainGaussian(levels=256)],

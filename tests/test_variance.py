@@ -406,8 +406,9 @@ def test_samplers_walk_every_grid(sampler: Sampler, variance: ReverseVariance) -
 
 @pytest.mark.parametrize("times", [UniformTimes(), Fixed(1), Fixed(7)])
 def test_the_mean_learns_from_the_noise_mse_alone(times: TimeSampler) -> None:
-    network = Scaled().double()
-    model, x0 = learned_model(network, BetaChain(CHAINS[10])), 0.5 * normal(6, 1, 4, 4)
+    """Also where the model clips: the objective sees the network's own prediction, far out of range here."""
+    network = Scaled(scale=3.0).double()
+    model, x0 = learned_model(network, BetaChain(CHAINS[10]), clip_x0=True), 0.5 * normal(6, 1, 4, 4)
     gradients, fractions = [], []
     for objective in (NoiseMSE(times), HybridObjective(times, vlb_weight=3.0)):
         network.zero_grad()
@@ -480,6 +481,15 @@ def test_no_step_gives_a_gradient_that_is_not_finite(schedule: Schedule, decoder
         assert loss.shape == (8,) and bool(loss.isfinite().all())
         loss.sum().backward()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in network.parameters())
+
+
+@pytest.mark.parametrize("step", [2, 10])
+def test_the_decoder_of_another_step_leaves_no_trace(step: int) -> None:
+    """An x0-hat so far out that the decoder, which this step does not need, would have a gradient of NaN."""
+    network = Scaled(scale=1e18).double()
+    model = learned_model(network, BetaChain(CHAINS[10]), decoder=DiscretizedGaussian(levels=256))
+    HybridObjective(Fixed(step))(model, normal(3, 1, 4, 4).clamp(-1, 1)).sum().backward()
+    assert network.fraction_output.grad is not None and bool(network.fraction_output.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("through", ["hybrid", "bound"])

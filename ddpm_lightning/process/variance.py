@@ -135,7 +135,7 @@ class AnalyticVariance(ReverseVariance):
         if not all(math.isfinite(value) and value > 0 for value in eps_mse):
             raise InputError(f"{option}.eps_mse must be finite and above 0: each is a mean squared error")
         self.gammas, self.eps_mse = list(gammas), list(eps_mse)
-        # one more point beyond each end makes the continuation constant, and a table of one point no special case
+        # one more point beyond each end, so that the lines through the end points are constant and one point is enough
         points = [gammas[0] - 1, *gammas, gammas[-1] + 1], [eps_mse[0], *eps_mse, eps_mse[-1]]
         knots = torch.tensor(points, dtype=torch.float64, device="cpu")
         self._tables = {torch.device("cpu"): torch.stack([knots[0], knots[1].log()])}
@@ -148,7 +148,7 @@ class AnalyticVariance(ReverseVariance):
         upper = torch.searchsorted(knots, gamma.double()).clamp(1, len(knots) - 1)
         # take, since indexing with a scalar tensor would wait for the device
         low, high = torch.take(knots, upper - 1), torch.take(knots, upper)
-        fraction = ((gamma.double() - low) / (high - low)).clamp(0, 1)
+        fraction = (gamma.double() - low) / (high - low)
         return torch.lerp(torch.take(values, upper - 1), torch.take(values, upper), fraction)
 
     def _log_x0_mse(self, schedule: Schedule, t: Tensor) -> Tensor:
