@@ -109,8 +109,8 @@ class AnalyticVariance(ReverseVariance):
     eps_mse(gamma) = E|eps - eps-hat|^2 / D. For the optimal denoiser eps_mse = 1 - sigma_t^2 E|score|^2 / D, and the
     variance is that of Analytic-DPM (Bao et al. 2022, arXiv 2201.06503, theorem 1).
 
-    The decoder's variance, E|x_0 - x0-hat(x_1)|^2 / D, maximises the expected Gaussian density; where it is small
-    against a grey level it is not exactly the best for the discretised Gaussian.
+    The decoder's variance, E|x_0 - x0-hat(x_1)|^2 / D, maximises the expected Gaussian density. For the discretised
+    Gaussian, whose end bins are open and whose bins may be wider than it, another one can be better.
 
     As a function of gamma the table serves any number of steps and any schedule. Between its entries log eps_mse is
     linear in gamma, beyond them constant. ``scripts/analytic_variance.py`` measures it.
