@@ -22,32 +22,19 @@ from typing import Any
 
 import matplotlib
 import torch
-import yaml
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from ddpm_lightning.data import ImageDataModule, levels_to_model
+from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import DiffusionModel
-from ddpm_lightning.training import DiffusionModule
+from ddpm_lightning.training import load_run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 FORMS: list[ElboEstimator] = [DenoisingElbo(), ConsistencyElbo(), TrajectoryElbo()]
-
-
-def load_data(config: Path) -> ImageDataModule:
-    """The data module of a run's configuration."""
-    try:
-        section = yaml.safe_load(config.read_text())["data"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {config} is no configuration of a run: {error!r}") from None
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(ImageDataModule, "data")
-    return parser.instantiate(parser.parse_object({"data": section})).data
 
 
 def draw(model: DiffusionModel, form: ElboEstimator, x0: Tensor, draws: int, seed: int, say: str) -> dict[str, Any]:
@@ -137,15 +124,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.draws < 2 or arguments.images < 2:
         parser.error("--draws and --images must be 2 or more: a noise needs two draws")
-    if not arguments.ckpt_path.is_file():
-        parser.error(f"--ckpt_path {arguments.ckpt_path} does not exist")
     try:
-        data = load_data(arguments.config)
-        module = DiffusionModule.load_from_checkpoint(arguments.ckpt_path, map_location="cpu", weights_only=True)
+        module, data = load_run(arguments.config, arguments.ckpt_path)
         x0 = levels_to_model(data.split("test").images[: arguments.images], module.levels)
         rows: list[dict[str, Any]] = []
         for T in arguments.T or [module.ema_model.T]:
-            model = module.ema_model.eval().with_steps(T)
+            model = module.ema_model.with_steps(T)
             drawn = {
                 form.name: draw(model, form, x0, arguments.draws, arguments.seed, f"T = {T}, {form.name}")
                 for form in FORMS

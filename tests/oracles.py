@@ -5,18 +5,20 @@ schedules, processes or estimators, so that agreement means something. Only ``or
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from ddpm_lightning.process import (
+    AnalyticVariance,
     Decoder,
     DiffusionModel,
     EpsParameterization,
     FixedLargeVariance,
     FixedSmallVariance,
+    LearnedRangeVariance,
     PlainGaussian,
     TimeConditioning,
 )
@@ -25,12 +27,17 @@ from ddpm_lightning.schedules import BetaChain
 
 @dataclass(frozen=True)
 class ScalarGaussianWorld:
-    """Data N(mean, var) and a chain of ``betas`` with the optimal denoiser; ``variance`` is "beta" or "posterior"."""
+    """Data N(mean, var) and a chain of ``betas`` with the optimal denoiser.
+
+    ``variance`` is "beta", "posterior", "optimal" (that of x_{t-1} given x_t) or "range" (``fraction`` of the way from
+    posterior to beta in the logarithm).
+    """
 
     mean: float
     var: float
     betas: list[float]
     variance: str
+    fraction: float | None = None
 
     @property
     def T(self) -> int:
@@ -50,7 +57,17 @@ class ScalarGaussianWorld:
     def reverse_var(self, t: int) -> float:
         if self.variance == "beta":
             return self.betas[t - 1]
+        if self.variance == "optimal":
+            # the conditional variance of the joint Gaussian (x_{t-1}, x_t)
+            var_s, var_t = (self.abar[i] * self.var + 1 - self.abar[i] for i in (t - 1, t))
+            return var_s - (1 - self.betas[t - 1]) * var_s**2 / var_t
+        if self.fraction is not None:
+            return self.betas[t - 1] ** self.fraction * self.beta_tilde(max(t, 2)) ** (1 - self.fraction)
         return self.beta_tilde(max(t, 2))
+
+    def eps_mse(self, t: int) -> float:
+        """E Var(eps | x_t)."""
+        return self.abar[t] * self.var / (self.abar[t] * self.var + 1 - self.abar[t])
 
     def log_p(self) -> float:
         """E log p(x_0) under the data's own density."""
@@ -124,11 +141,14 @@ class ScalarGaussianWorld:
 
 
 class OptimalEps(nn.Module):
-    """The network that returns E[eps | x_t] for independent N(mean, var) pixels, given alpha-bar as t -> alpha-bar."""
+    """The network that returns E[eps | x_t] for independent N(mean, var) pixels, given alpha-bar as t -> alpha-bar.
 
-    def __init__(self, mean: float, var: float, abar: list[float]) -> None:
+    With a ``fraction`` it also returns, in a second image, what LearnedRangeVariance reads as that fraction.
+    """
+
+    def __init__(self, mean: float, var: float, abar: list[float], fraction: float | None = None) -> None:
         super().__init__()
-        self.mean, self.var = mean, var
+        self.mean, self.var, self.fraction = mean, var, fraction
         self.table = torch.tensor(abar, dtype=torch.float64)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -136,7 +156,8 @@ class OptimalEps(nn.Module):
         abar = self.table[index].reshape(-1, 1, 1, 1)
         total = abar * self.var + 1 - abar
         x0 = self.mean + abar.sqrt() * self.var / total * (x - abar.sqrt() * self.mean)
-        return (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+        eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+        return eps if self.fraction is None else torch.cat([eps, torch.full_like(eps, 2 * self.fraction - 1)], 1)
 
 
 def linear_betas(T: int, start: float, end: float) -> list[float]:
@@ -148,7 +169,7 @@ def respaced(world: ScalarGaussianWorld, indices: list[int]) -> ScalarGaussianWo
     """The world of the shorter chain that visits only ``indices`` (0 first): it owns its own betas."""
     abar = world.abar
     betas = [1 - abar[t] / abar[s] for s, t in pairwise(indices)]
-    return ScalarGaussianWorld(world.mean, world.var, betas, world.variance)
+    return replace(world, betas=betas)
 
 
 def marginal_moments(world: ScalarGaussianWorld, t: int) -> tuple[float, float]:
@@ -192,12 +213,19 @@ def oracle_model(
     world: ScalarGaussianWorld, *, clip_x0: bool = False, decoder: Decoder | None = None
 ) -> DiffusionModel:
     """The package's model of this world, under the optimal denoiser."""
+    gammas = [math.log(1 / abar - 1) for abar in world.abar[1:]]
+    variances = {
+        "beta": FixedLargeVariance(),
+        "posterior": FixedSmallVariance(),
+        "optimal": AnalyticVariance(gammas, [world.eps_mse(t) for t in range(1, world.T + 1)]),
+        "range": LearnedRangeVariance(),
+    }
     return DiffusionModel(
-        network=OptimalEps(world.mean, world.var, world.abar),
+        network=OptimalEps(world.mean, world.var, world.abar, world.fraction),
         schedule=BetaChain(world.betas),
         parameterization=EpsParameterization(),
         conditioning=TimeConditioning(),
-        variance=FixedLargeVariance() if world.variance == "beta" else FixedSmallVariance(),
+        variance=variances[world.variance],
         decoder=PlainGaussian(levels=256) if decoder is None else decoder,
         clip_x0=clip_x0,
     )

@@ -23,6 +23,7 @@ from ddpm_lightning.objectives import (
     ImportanceTimes,
     MinSNRWeighting,
     NegativeElbo,
+    HybridObjective,
     NoiseMSE,
     P2Weighting,
     StratifiedTimes,
@@ -32,10 +33,12 @@ from ddpm_lightning.objectives import (
     WeightedMSE,
 )
 from ddpm_lightning.process import (
+    AnalyticVariance,
     DiscretizedGaussian,
     EpsParameterization,
     FixedSmallVariance,
     GammaConditioning,
+    LearnedRangeVariance,
     PlainGaussian,
     TimeConditioning,
     VParameterization,
@@ -57,6 +60,7 @@ PARTS = [
     WeightedMSE(EquispacedTimes()),
     WeightedMSE(ImportanceTimes(20, history=3), VParameterization(), EDMWeighting(0.3), continuous=True, T=7),
     [UniformWeighting(), MinSNRWeighting(3.0), P2Weighting(power=0.5), ElboWeighting()],
+    [HybridObjective(StratifiedTimes(), 0.01), LearnedRangeVariance(), AnalyticVariance([-1.0, 2.5], [0.9, 0.1])],
     [ConsistencyElbo(), DenoisingElbo(steps=3), TrajectoryElbo()],
     [EpsParameterization(), TimeConditioning(), GammaConditioning(5.0), FixedSmallVariance()],
     [DiscretizedGaussian(levels=17), PlainGaussian(levels=256)],

@@ -1,5 +1,6 @@
 """The LightningModule: what it builds, averages, evaluates and puts into a checkpoint."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,17 @@ from torch import nn
 from ddpm_lightning.data import Digits
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import SimpleUNet, UNet
-from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, NoiseMSE, UniformTimes
-from ddpm_lightning.process import DiscretizedGaussian, EpsParameterization, FixedLargeVariance, TimeConditioning
+from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, HybridObjective, NoiseMSE, UniformTimes
+from ddpm_lightning.process import (
+    AnalyticVariance,
+    DiscretizedGaussian,
+    EpsParameterization,
+    FixedLargeVariance,
+    FixedSmallVariance,
+    LearnedRangeVariance,
+    ReverseVariance,
+    TimeConditioning,
+)
 from ddpm_lightning.samplers import AncestralSampler
 from ddpm_lightning.schedules import LinearChain
 from ddpm_lightning.training import DiffusionModule
@@ -193,3 +203,40 @@ def test_data_of_another_kind_are_refused(tmp_path: Path) -> None:
 def test_fit_without_an_optimiser_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--model\.optimizer"):
         trainer(tmp_path, enable_checkpointing=False).fit(build(optimizer=None), Digits())
+
+
+def test_a_learned_variance_is_trained_stored_and_evaluated(tmp_path: Path) -> None:
+    network = UNet(1, width=8, multipliers=(1, 2), blocks=1, out_channels=2)
+    learned = {"network": network, "variance": LearnedRangeVariance(), "objective": HybridObjective(UniformTimes())}
+    module, runner = build(**learned), trainer(tmp_path, enable_checkpointing=False)
+    runner.fit(module, Digits())
+    mean, variance = network.out_conv.weight.detach()
+    assert bool((mean != 0).any()) and bool((variance != 0).any())
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert isinstance(again.model.reverse_process.variance, LearnedRangeVariance)
+    runner.test(again, Digits(limit_test=8), verbose=False)
+    assert math.isfinite(again.bound_figures["test"]["denoising"]["elbo"][0])
+    assert again.sample(AncestralSampler(), [0, 1]).shape == (2, 1, 8, 8)
+
+
+def test_an_analytic_variance_is_stored_with_its_table(tmp_path: Path) -> None:
+    module, runner = build(variance=AnalyticVariance([-2.0, 3.0], [0.9, 0.1])), trainer(tmp_path)
+    runner.test(module, Digits(limit_test=8), verbose=False)
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt").ema_model.reverse_process.variance
+    assert isinstance(again, AnalyticVariance)
+    assert (again.gammas, again.eps_mse) == ([-2.0, 3.0], [0.9, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("out_channels", "variance", "channels"),
+    [(None, LearnedRangeVariance(), 2), (2, FixedSmallVariance(), 1), (3, LearnedRangeVariance(), 2)],
+)
+def test_a_network_of_too_few_or_too_many_channels(
+    out_channels: int | None, variance: ReverseVariance, channels: int
+) -> None:
+    network = UNet(1, width=8, multipliers=(1, 2), blocks=1, out_channels=out_channels)
+    name = type(variance).__name__
+    with pytest.raises(InputError, match=rf"under {name} .*\[{channels}, 8, 8\].*out_channels {channels} "):
+        build(network=network, variance=variance)

@@ -14,6 +14,7 @@ from ddpm_lightning.distributions import DiagonalGaussian
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives import NoiseMSE, UniformTimes
 from ddpm_lightning.process import (
+    AnalyticVariance,
     ClippedDenoiser,
     DiffusionModel,
     DiscretizedGaussian,
@@ -151,7 +152,11 @@ def test_path_has_the_joint_distribution(indices: list[int]) -> None:
 
 def calls() -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], DiagonalGaussian]]:
     process = ForwardProcess(BetaChain(BETAS))
-    variances: dict[str, ReverseVariance] = {"large": FixedLargeVariance(), "small": FixedSmallVariance()}
+    variances: dict[str, ReverseVariance] = {
+        "large": FixedLargeVariance(),
+        "small": FixedSmallVariance(),
+        "analytic": AnalyticVariance([-3.0, 0.0, 3.0], [0.8, 0.5, 0.1]),
+    }
     models = {name: build(nn.Identity(), variance=variance) for name, variance in variances.items()}
     for model in models.values():
         model.network.forward = lambda x, t: torch.tanh(x) + t.reshape(-1, 1, 1, 1)
@@ -161,6 +166,8 @@ def calls() -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], DiagonalGaus
         "posterior": lambda x0, x, s, t: process.posterior(x0, x, s, t),
         "reverse, large": lambda x0, x, s, t: models["large"].reverse_process.transition(x, s, t),
         "reverse, small": lambda x0, x, s, t: models["small"].reverse_process.transition(x, s, t),
+        "reverse, analytic": lambda x0, x, s, t: models["analytic"].reverse_process.transition(x, s, t),
+        "decoder, analytic": lambda x0, x, s, t: models["analytic"].reverse_process.decoder_gaussian(x, s, t),
         "decoder": lambda x0, x, s, t: models["small"].reverse_process.decoder_gaussian(x, s, t),
     }
 

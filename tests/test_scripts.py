@@ -2,24 +2,30 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+import yaml
+from conftest import ROOT, run_ddpm
+
+from ddpm_lightning.process import AnalyticVariance, LearnedRangeVariance, ReverseVariance
+from ddpm_lightning.training import load_run
 
 pytestmark = pytest.mark.cli
 
 
-def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts/compare_estimators.py"), *arguments]
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
     return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
 def test_compare_estimators_reports_every_form_and_T(trained: Path, tmp_path: Path) -> None:
-    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", f"--out={tmp_path}"]
-    done = compare(*run, "--T", "4", "40", "--images=24", "--draws=4")
+    options = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", f"--out={tmp_path}"]
+    done = run("compare_estimators.py", *options, "--T", "4", "40", "--images=24", "--draws=4")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "estimators.json").read_text())
     assert [(row["T"], row["form"]) for row in rows] == [
@@ -49,6 +55,69 @@ def test_compare_estimators_reports_every_form_and_T(trained: Path, tmp_path: Pa
     ],
 )
 def test_compare_estimators_refuses_bad_input(trained: Path, arguments: list[str], word: str) -> None:
-    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", "--images=2"]
-    done = compare(*run, *arguments)
+    options = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", "--images=2"]
+    done = run("compare_estimators.py", *options, *arguments)
     assert done.returncode == 2 and word in done.stderr
+
+
+def test_analytic_variance_is_measured_and_raises_the_bound(trained: Path, tmp_path: Path) -> None:
+    """The script's file laid over the run's own configuration, through the real entry point."""
+    config, checkpoint, overlay = trained / "config.yaml", trained / "checkpoints/last.ckpt", tmp_path / "analytic.yaml"
+    options = [f"--config={config}", f"--ckpt_path={checkpoint}", "--images=300", f"--out={overlay}"]
+    done = run("analytic_variance.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "300 of 300 images"
+    part = yaml.safe_load(overlay.read_text())["model"]["variance"]
+    assert part["class_path"] == "ddpm_lightning.process.AnalyticVariance"
+    variance = AnalyticVariance(**part["init_args"])
+    module, data = load_run(config, checkpoint)
+    model = module.ema_model
+    # a chain of 12 steps has a place in the table for nearly each of them, and for both ends
+    ends = model.schedule.gamma(model.grid[[1, 12]]).tolist()
+    assert [variance.gammas[0], variance.gammas[-1]] == ends and len(variance.gammas) >= 8
+
+    bounds = ["--model.test_bounds=[{class_path: DenoisingElbo}]", f"--run_dir={tmp_path}"]
+    run_ddpm("test", f"-c={config}", f"-c={overlay}", f"--ckpt_path={checkpoint}", *bounds)
+    assert "AnalyticVariance" in (tmp_path / "bound-test.txt").read_text()
+    figures = json.loads((tmp_path / "bound-test.json").read_text())["figures"]["denoising"]
+
+    def cost(other: ReverseVariance) -> float:
+        model.reverse_process.variance = other
+        with torch.no_grad():
+            batch = next(iter(data.test_dataloader()))
+            return float(module.bound(module.bounds["test"][0], batch)["denoising_matching"].mean())
+
+    fixed = cost(model.reverse_process.variance)
+    assert figures["denoising_matching"]["mean"] == pytest.approx(cost(variance), rel=1e-5)
+    assert figures["denoising_matching"]["mean"] < fixed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["--images=0"], "--images"),
+        (["--points=1"], "points = 1"),
+        ([], "LearnedRangeVariance, which its network gives"),
+    ],
+)
+def test_analytic_variance_refuses_bad_input(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    word: str,
+) -> None:
+    script = runpy.run_path(str(ROOT / "scripts/analytic_variance.py"))
+    if not arguments:
+        module, data = load_run(trained / "config.yaml", trained / "checkpoints/last.ckpt")
+        module.ema_model.reverse_process.variance = LearnedRangeVariance()
+        script["main"].__globals__["load_run"] = lambda *_: (module, data)
+    options = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", f"--out={tmp_path}/a"]
+    monkeypatch.setattr(sys, "argv", ["analytic_variance.py", *options, *arguments])
+    try:
+        status = script["main"]()
+    except SystemExit as stop:  # argparse's own errors
+        status = stop.code
+    assert status == 2 and word in capsys.readouterr().err and not (tmp_path / "a").exists()

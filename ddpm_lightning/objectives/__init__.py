@@ -8,7 +8,8 @@ from ddpm_lightning.objectives.elbo import (
     ElboTerms,
     TrajectoryElbo,
 )
-from ddpm_lightning.objectives.negative_elbo import NegativeElbo
+from ddpm_lightning.objectives.hybrid import HybridObjective
+from ddpm_lightning.objectives.negative_elbo import ContinuousNegativeElbo, NegativeElbo
 from ddpm_lightning.objectives.noise_mse import NoiseMSE
 from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.times import (
@@ -34,12 +35,14 @@ __all__ = [
     "BatchShare",
     "ConsistencyElbo",
     "ContinuousElbo",
+    "ContinuousNegativeElbo",
     "DenoisingElbo",
     "EDMWeighting",
     "ElboEstimator",
     "ElboTerms",
     "ElboWeighting",
     "EquispacedTimes",
+    "HybridObjective",
     "ImportanceTimes",
     "MinSNRWeighting",
     "NegativeElbo",

@@ -4,13 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_lightning.objectives.elbo import ElboEstimator
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.objectives.elbo import ElboEstimator, diffusion_cost
 from ddpm_lightning.objectives.objective import Objective
-from ddpm_lightning.objectives.times import BatchShare
+from ddpm_lightning.objectives.times import BatchShare, TimeSampler
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
-__all__ = ["NegativeElbo"]
+__all__ = ["ContinuousNegativeElbo", "NegativeElbo"]
 
 
 class NegativeElbo(Objective):
@@ -19,6 +20,8 @@ class NegativeElbo(Objective):
     Args:
         bound: the estimator. ``DenoisingElbo(steps=1)`` costs two evaluations of the network for each image.
     """
+
+    is_bound = True
 
     def __init__(self, bound: ElboEstimator) -> None:
         super().__init__()
@@ -35,3 +38,73 @@ class NegativeElbo(Objective):
     ) -> Tensor:
         """-ELBO / (C H W), ``[B]``. The estimator picks its steps for each image by itself, whatever the share."""
         return -self.bound(model, x0, generators, **cond).total / x0[0].numel()
+
+
+class ContinuousNegativeElbo(Objective):
+    """-ELBO of the limit T -> infinity in nats a dimension, at one time for each image; the way to train a learned
+    schedule in continuous time (Kingma et al. 2021, arXiv 2107.00630, section 5 and appendix I.2).
+
+    The network and the ends of gamma are moved by the bound. The bound does not depend on the shape of gamma between
+    its ends, which is moved by the second moment of the diffusion term's estimator instead, that is by its variance. A
+    term of value 0 carries that gradient, so the value is the bound's for every schedule. Predicted x0 is not clipped.
+
+    With a decoder that uses the denoiser this costs two evaluations of the network for each image, with
+    ``CategoricalDecoder`` one.
+
+    Args:
+        times: draws the times between the first state and the last.
+    """
+
+    is_bound = True
+
+    def __init__(self, times: TimeSampler) -> None:
+        super().__init__()
+        self.times = times
+
+    def check(self, model: DiffusionModel) -> None:
+        """Refuse what continuous time has no place for.
+
+        Raises:
+            InputError: a schedule without a slope, or a learned variance, which this limit does not depend on.
+        """
+        schedule, variance = model.schedule, model.reverse_process.variance
+        try:
+            schedule.gamma_slope(model.grid[-1])
+        except NotImplementedError:
+            raise InputError(
+                f"ContinuousNegativeElbo needs d gamma/dt and {type(schedule).__name__} defines none: give it "
+                "gamma_slope, or use --model.objective NegativeElbo"
+            ) from None
+        if variance.network_outputs > 1:
+            raise InputError(
+                f"the continuous bound does not depend on the variance of the reverse steps, so {type(variance).__name__} "
+                "would not be learned: use --model.objective HybridObjective or NegativeElbo, or a fixed variance"
+            )
+
+    def forward(
+        self,
+        model: DiffusionModel,
+        x0: Tensor,
+        generators: Generators = None,
+        *,
+        share: BatchShare | None = None,
+        **cond: Any,
+    ) -> Tensor:
+        """-ELBO / (C H W), ``[B]``."""
+        process, schedule, dims = model.forward_process, model.schedule, x0[0].numel()
+        first = model.grid[1].to(x0.device)
+        draw = self.times(x0, generators, share)
+        t = first + (1 - first) * draw.position
+        with schedule.held_interior():
+            diffusion = (1 - first) * diffusion_cost(model, model.denoiser, x0, t, generators, **cond)
+            x1 = process.marginal(x0, first).sample(generators)
+            reconstruction = model.decoder.log_prob(x0, model.decoder_gaussian(x1, **cond))
+            prior_matching = process.marginal(x0, model.grid[-1]).kl(model.prior(x0))
+        if self.training:
+            self.times.update(draw.position, diffusion.detach())
+        weighted = draw.weight * diffusion
+        loss = (weighted + prior_matching - reconstruction) / dims
+        spread = schedule.spread(t)
+        if spread is None:
+            return loss
+        return loss + (weighted.detach() / dims).square() * (spread - 1)

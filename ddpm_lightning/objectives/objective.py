@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives.times import BatchShare
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
@@ -14,8 +15,23 @@ __all__ = ["Objective"]
 class Objective(nn.Module):
     """A loss for each image, to be averaged and minimised. What it learns on the way is in its buffers."""
 
+    is_bound = False
+    """True where the loss is minus the bound, so that a schedule can be learned by it."""
+
     def __init__(self) -> None:
         super().__init__()
+
+    def check(self, model: DiffusionModel) -> None:
+        """Refuse a model that this objective cannot train.
+
+        Raises:
+            InputError: a learned schedule under a loss that is no bound, which would only make its task easy.
+        """
+        if not self.is_bound and any(True for _ in model.schedule.parameters()):
+            raise InputError(
+                f"{type(model.schedule).__name__} is learned through the bound, and {type(self).__name__} is none: use "
+                "--model.objective ContinuousNegativeElbo or NegativeElbo"
+            )
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from ddpm_lightning.process.conditioning import GammaConditioning, NoiseConditioning, TimeConditioning
 from ddpm_lightning.process.decoders import CategoricalDecoder, Decoder, DiscretizedGaussian, PlainGaussian
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
+from ddpm_lightning.process.eps_mse import eps_mse_table, spread_times
 from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.model import DiffusionModel
 from ddpm_lightning.process.parameterization import (
@@ -14,10 +15,17 @@ from ddpm_lightning.process.parameterization import (
     X0Parameterization,
 )
 from ddpm_lightning.process.reverse import ReverseProcess
-from ddpm_lightning.process.variance import FixedLargeVariance, FixedSmallVariance, ReverseVariance
+from ddpm_lightning.process.variance import (
+    AnalyticVariance,
+    FixedLargeVariance,
+    FixedSmallVariance,
+    LearnedRangeVariance,
+    ReverseVariance,
+)
 
 __all__ = [
     "CategoricalDecoder",
+    "AnalyticVariance",
     "ClippedDenoiser",
     "Decoder",
     "Denoiser",
@@ -28,6 +36,7 @@ __all__ = [
     "FixedSmallVariance",
     "ForwardProcess",
     "GammaConditioning",
+    "LearnedRangeVariance",
     "NetworkDenoiser",
     "NoiseConditioning",
     "Parameterization",
@@ -39,4 +48,6 @@ __all__ = [
     "TimeConditioning",
     "VParameterization",
     "X0Parameterization",
+    "eps_mse_table",
+    "spread_times",
 ]

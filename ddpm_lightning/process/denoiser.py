@@ -1,5 +1,6 @@
 """Denoisers: (x_t, t) -> prediction of x_0 and eps. What changes a prediction wraps a denoiser in another one."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,10 +36,12 @@ class NetworkDenoiser(Denoiser):
     The network sees x_t / sqrt(alpha_t^2 + sigma_t^2), which is x_t itself where the schedule preserves variance.
 
     Args:
-        network: called as ``network(x, c, **cond)`` with the scalar c of ``conditioning``; returns ``[B, C, H, W]``.
+        network: called as ``network(x, c, **cond)`` with the scalar c of ``conditioning``; returns
+            ``[B, outputs * C, H, W]``.
         schedule: gives alpha_t and sigma_t.
-        parameterization: meaning of the network's output.
+        parameterization: meaning of the network's output (of its first C channels).
         conditioning: the scalar that the network is given for t.
+        outputs: 2 for a network whose second C channels belong to the reverse variance, else 1.
     """
 
     def __init__(
@@ -47,11 +50,13 @@ class NetworkDenoiser(Denoiser):
         schedule: Schedule,
         parameterization: Parameterization,
         conditioning: NoiseConditioning,
+        outputs: int = 1,
     ) -> None:
         self.network = network
         self.schedule = schedule
         self.parameterization = parameterization
         self.conditioning = conditioning
+        self.outputs = outputs
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
         """Prediction at (x_t, t); only the network runs in its own precision, the rest in that of ``x_t``."""
@@ -61,7 +66,11 @@ class NetworkDenoiser(Denoiser):
         scale = torch.exp(-0.5 * self.schedule.log_unit_var(as_times(t, x_t)))
         x = (expand_to(scale, x_t).to(x_t.dtype) * x_t).to(dtype)
         output = self.network(x, level.expand(x_t.shape[0]), **cond).to(x_t.dtype)
-        return self.parameterization.predict(output, x_t, *self.scales(x_t, t))
+        if self.outputs == 1:
+            return self.parameterization.predict(output, x_t, *self.scales(x_t, t))
+        output, variance_output = output.split(x_t.shape[1], dim=1)
+        prediction = self.parameterization.predict(output, x_t, *self.scales(x_t, t))
+        return replace(prediction, variance_output=variance_output)
 
 
 class ClippedDenoiser(Denoiser):

@@ -3,7 +3,6 @@
 from copy import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ddpm_lightning.distributions import DiagonalGaussian, centred_like
@@ -12,7 +11,7 @@ from ddpm_lightning.process.conditioning import NoiseConditioning
 from ddpm_lightning.process.decoders import Decoder
 from ddpm_lightning.process.denoiser import ClippedDenoiser, NetworkDenoiser
 from ddpm_lightning.process.forward import ForwardProcess
-from ddpm_lightning.process.parameterization import Parameterization
+from ddpm_lightning.process.parameterization import Parameterization, Prediction
 from ddpm_lightning.process.reverse import ReverseProcess
 from ddpm_lightning.process.variance import ReverseVariance
 from ddpm_lightning.schedules import Schedule
@@ -24,7 +23,7 @@ class DiffusionModel(nn.Module):
     """Everything that the objectives, the bound and the samplers need, and nothing of training.
 
     Args:
-        network: ``network(x, c, **cond) -> [B, C, H, W]``.
+        network: ``network(x, c, **cond) -> [B, C, H, W]``, or ``[B, 2 C, H, W]`` where ``variance`` is learned.
         schedule: the noise schedule, whose chain of T steps is the model.
         parameterization: meaning of the network's output.
         conditioning: the scalar that the network is given for t.
@@ -32,6 +31,9 @@ class DiffusionModel(nn.Module):
         decoder: p(x_0 | x_1).
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers (never in the training loss).
             The bound is that of the model so clipped.
+
+    Raises:
+        InputError: a variance that needs a longer chain.
 
     Attributes:
         denoiser: the network's own prediction, unclipped; what the training objective sees.
@@ -56,19 +58,22 @@ class DiffusionModel(nn.Module):
         self.network = network
         self.schedule = schedule
         self.forward_process = ForwardProcess(schedule)
-        self.denoiser = NetworkDenoiser(network, schedule, parameterization, conditioning)
+        self.denoiser = NetworkDenoiser(network, schedule, parameterization, conditioning, variance.network_outputs)
         reverse_denoiser = ClippedDenoiser(self.denoiser) if clip_x0 else self.denoiser
         self.reverse_process = ReverseProcess(reverse_denoiser, self.forward_process, variance)
         self.decoder = decoder
         self.clip_x0 = clip_x0
         self.grid = schedule.grid()
-        if not bool((schedule.gamma(self.grid).diff() > 0).all()):
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        if not bool((self.schedule.gamma(self.grid).diff() > 0).all()):
             raise InputError(
-                f"gamma of {type(schedule).__name__} does not increase from state to state, so the signal-to-noise "
-                "ratio does not fall: choose another --model.schedule"
+                f"gamma of {type(self.schedule).__name__} does not increase from state to state, so the "
+                "signal-to-noise ratio does not fall: choose another --model.schedule"
             )
-        first_log_var = variance.decoder_log_var(schedule, self.grid[1], self.grid[min(2, self.T)])
-        if not bool(torch.isfinite(first_log_var)):
+        variance = self.reverse_process.variance
+        if variance.min_T > self.T:
             raise InputError(
                 f"{type(variance).__name__} gives the decoder of a chain of T = {self.T} steps no variance: "
                 "use --model.variance FixedLargeVariance, or a larger T"
@@ -89,15 +94,32 @@ class DiffusionModel(nn.Module):
         """
         other = copy(self)
         other.grid = self.schedule.grid(T)
+        other._check_steps()
         return other
 
     def prior(self, like: Tensor) -> DiagonalGaussian:
         """p(x_T) over images of the shape of ``like``: N(0, I) for a variance-preserving schedule."""
         return centred_like(like, self.schedule.log_unit_var(self.grid[-1]))
 
-    def decoder_gaussian(self, x1: Tensor, **cond: Any) -> DiagonalGaussian:
-        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1 ``[B, C, H, W]``:
-        of the denoiser's making, or for a decoder that does without it q(x_1 | x_0) read as a function of x_0."""
+    def decoder_gaussian(self, x1: Tensor, grid: Tensor | None = None, **cond: Any) -> DiagonalGaussian:
+        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1 ``[B, C, H, W]``.
+
+        Args:
+            x1: the first state.
+            grid: the chain that it belongs to, ``[K + 1]`` increasing times; None for the model's own.
+            cond: conditions, passed on to the network.
+        """
+        grid = self.grid if grid is None else grid
         if not self.decoder.uses_denoiser:
-            return self.forward_process.likelihood(x1, self.grid[1])
-        return self.reverse_process.decoder_gaussian(x1, self.grid[1], self.grid[min(2, self.T)], **cond)
+            return self.forward_process.likelihood(x1, grid[1])
+        return self.decoder_gaussian_from(self.reverse_process.denoiser(x1, grid[1], **cond), x1, grid)
+
+    def decoder_gaussian_from(
+        self, prediction: Prediction, x1: Tensor, grid: Tensor | None = None
+    ) -> DiagonalGaussian:
+        """The same from a prediction that has been made; a decoder that does without one starts from q(x_1 | x_0), read
+        as a function of x_0."""
+        grid = self.grid if grid is None else grid
+        if not self.decoder.uses_denoiser:
+            return self.forward_process.likelihood(x1, grid[1])
+        return self.reverse_process.decoder_gaussian_from(prediction, x1, grid[1], grid[min(2, len(grid) - 1)])

@@ -26,17 +26,20 @@ class Prediction:
     Attributes:
         x0: predicted clean image ``[B, C, H, W]``.
         eps: predicted standardised noise ``[B, C, H, W]``; x_t = alpha_t x0 + sigma_t eps holds.
-        output: what the network itself returned, ``[B, C, H, W]``.
+        output: what the network itself returned for the image, ``[B, C, H, W]``.
+        variance_output: what it returned for the reverse variance, ``[B, C, H, W]``; None from a network that returns
+            an image only.
     """
 
     x0: Tensor
     eps: Tensor
     output: Tensor
+    variance_output: Tensor | None = None
 
     def clipped(self, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> "Prediction":
         """The same with x0 clipped to [-1, 1] and eps recomputed from it, so that the two stay consistent."""
         x0 = self.x0.clamp(-1, 1)
-        return Prediction(x0, (x_t - alpha_t * x0) / sigma_t, self.output)
+        return Prediction(x0, (x_t - alpha_t * x0) / sigma_t, self.output, self.variance_output)
 
 
 class Parameterization:

@@ -1,20 +1,42 @@
 """Variances of the reverse steps p(x_s | x_t). Named by what they are; all return natural logarithms of variances."""
 
+import math
+from itertools import pairwise
+
+import torch
 from torch import Tensor
 
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import expand_to
+from ddpm_lightning.process.parameterization import Prediction
 from ddpm_lightning.schedules import Schedule
 
-__all__ = ["FixedLargeVariance", "FixedSmallVariance", "ReverseVariance"]
+__all__ = [
+    "AnalyticVariance",
+    "FixedLargeVariance",
+    "FixedSmallVariance",
+    "LearnedRangeVariance",
+    "ReverseVariance",
+]
 
 
 class ReverseVariance:
-    """log sigma_p^2 of the reverse step from t to s."""
+    """log sigma_p^2 of the reverse step from t to s.
 
-    def log_var(self, schedule: Schedule, s: Tensor, t: Tensor) -> Tensor:
-        """For 0 < s < t, shape of ``s`` and ``t``, float64."""
+    Both methods are given times ``[B]`` or ``[]`` and the prediction at the later one, and return float64 of the shape
+    of the times, for one variance an image, or ``[B, C, H, W]``, for one variance a pixel.
+    """
+
+    network_outputs: int = 1
+    """How many images' worth of channels the network must return: 1, or 2 where the second is ``variance_output``."""
+    min_T: int = 1
+    """The smallest number of states of a chain that this variance is defined for."""
+
+    def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        """For 0 < s < t, with the prediction at t."""
         raise NotImplementedError
 
-    def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor) -> Tensor:
+    def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
         """For the decoder, which stands between the chain's first state (time ``t1``) and the data."""
         raise NotImplementedError
 
@@ -22,11 +44,11 @@ class ReverseVariance:
 class FixedLargeVariance(ReverseVariance):
     """beta_t: the variance of q(x_t | x_s); right for data ~ N(0, I) (Ho et al. 2020, section 3.2)."""
 
-    def log_var(self, schedule: Schedule, s: Tensor, t: Tensor) -> Tensor:
+    def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         """log sigma^2_{t|s}."""
         return schedule.log_step_var(s, t)
 
-    def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor) -> Tensor:
+    def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
         """log beta_1."""
         return schedule.log_sigma2(t1)
 
@@ -34,10 +56,114 @@ class FixedLargeVariance(ReverseVariance):
 class FixedSmallVariance(ReverseVariance):
     """beta-tilde_t: the variance of q(x_s | x_t, x_0); right for data at one point (Ho et al. 2020, section 3.2)."""
 
-    def log_var(self, schedule: Schedule, s: Tensor, t: Tensor) -> Tensor:
+    min_T = 2
+
+    def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         """log of sigma_s^2 (1 - SNR(t)/SNR(s))."""
         return schedule.log_posterior_var(s, t)
 
-    def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor) -> Tensor:
-        """beta-tilde_1 is 0, so beta-tilde_2 stands in for it (Nichol & Dhariwal 2021)."""
+    def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
+        """beta-tilde_1 is 0, so beta-tilde_2 stands in for it (Nichol & Dhariwal 2021).
+
+        With a schedule in continuous time, whose first state stays where it is when T grows, it goes to 0 as 1/T: take
+        ``CategoricalDecoder`` there, which needs no variance, or few steps."""
         return schedule.log_posterior_var(t1, t2)
+
+
+class LearnedRangeVariance(ReverseVariance):
+    """Between beta-tilde_t and beta_t, pixel by pixel, as the network says (Nichol & Dhariwal 2021, arXiv 2102.09672,
+    equation 15):
+
+        log sigma_p^2 = v log beta_t + (1 - v) log beta-tilde_t,    v = (variance_output + 1) / 2
+
+    The interpolation is in the logarithm, and its ends are those of the step that is taken, so a strided grid has its
+    own. v is not held to [0, 1]. NoiseMSE does not see it: train with HybridObjective or NegativeElbo.
+    """
+
+    network_outputs = 2
+    min_T = 2
+
+    def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        """Between log beta-tilde and log beta of the step s -> t, ``[B, C, H, W]``."""
+        return self._between(schedule.log_posterior_var(s, t), schedule.log_step_var(s, t), prediction)
+
+    def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
+        """Between log beta-tilde_2 (beta-tilde_1 is 0) and log beta_1, ``[B, C, H, W]``."""
+        return self._between(schedule.log_posterior_var(t1, t2), schedule.log_sigma2(t1), prediction)
+
+    @staticmethod
+    def _between(small: Tensor, large: Tensor, prediction: Prediction) -> Tensor:
+        if prediction.variance_output is None:
+            raise ValueError("LearnedRangeVariance needs a denoiser that gives variance_output")
+        fraction = (prediction.variance_output.double() + 1) / 2
+        small, large = expand_to(small, fraction), expand_to(large, fraction)
+        return fraction * large + (1 - fraction) * small
+
+
+class AnalyticVariance(ReverseVariance):
+    r"""The best variance that is one number for a step, from the measured error of the denoiser.
+
+    By the law of total variance the expected KL(q(x_s|x_t, x_0) || p(x_s|x_t)) is smallest, for *any* denoiser, at
+
+        sigma_p^2 = beta-tilde + c_0^2 E|x_0 - x0-hat(x_t)|^2 / D
+
+    with c_0 the weight of x_0 in the posterior's mean and D the number of dimensions. With
+    E|x_0 - x0-hat|^2 = exp(gamma) E|eps - eps-hat|^2 this follows from one function of the noise level,
+    eps_mse(gamma) = E|eps - eps-hat|^2 / D. For the optimal denoiser eps_mse = 1 - sigma_t^2 E|score|^2 / D, and the
+    variance is that of Analytic-DPM (Bao et al. 2022, arXiv 2201.06503, theorem 1).
+
+    The decoder's variance, E|x_0 - x0-hat(x_1)|^2 / D, maximises the expected Gaussian density. For the discretised
+    Gaussian, whose end bins are open and whose bins may be wider than it, another one can be better.
+
+    As a function of gamma the table serves any number of steps and any schedule. Between its entries log eps_mse is
+    linear in gamma, beyond them constant. ``scripts/analytic_variance.py`` measures it.
+
+    Args:
+        gammas: noise levels gamma = -log SNR, increasing.
+        eps_mse: mean squared error of the predicted eps for a dimension at each of them, positive.
+
+    Raises:
+        InputError: lists of different length or none, gammas that do not increase, an error that is not positive.
+    """
+
+    def __init__(self, gammas: list[float], eps_mse: list[float]) -> None:
+        option = "--model.variance.init_args"
+        if len(gammas) != len(eps_mse) or not gammas:
+            raise InputError(
+                f"{option}.gammas has {len(gammas)} entries and {option}.eps_mse has {len(eps_mse)}: "
+                "give one error for each noise level, and at least one"
+            )
+        if not all(map(math.isfinite, gammas)) or not all(a < b for a, b in pairwise(gammas)):
+            raise InputError(f"{option}.gammas must be finite and increase: sort the table by gamma")
+        if not all(math.isfinite(value) and value > 0 for value in eps_mse):
+            raise InputError(f"{option}.eps_mse must be finite and above 0: each is a mean squared error")
+        self.gammas, self.eps_mse = list(gammas), list(eps_mse)
+        # one more point beyond each end, so that the lines through the end points are constant and one point is enough
+        points = [gammas[0] - 1, *gammas, gammas[-1] + 1], [eps_mse[0], *eps_mse, eps_mse[-1]]
+        knots = torch.tensor(points, dtype=torch.float64, device="cpu")
+        self._tables = {torch.device("cpu"): torch.stack([knots[0], knots[1].log()])}
+
+    def log_eps_mse(self, gamma: Tensor) -> Tensor:
+        """log eps_mse, interpolated at ``gamma``: the same shape, float64."""
+        if gamma.device not in self._tables:
+            self._tables[gamma.device] = self._tables[torch.device("cpu")].to(gamma.device)
+        knots, values = self._tables[gamma.device]
+        upper = torch.searchsorted(knots, gamma.double()).clamp(1, len(knots) - 1)
+        # take, since indexing with a scalar tensor would wait for the device
+        low, high = torch.take(knots, upper - 1), torch.take(knots, upper)
+        fraction = (gamma.double() - low) / (high - low)
+        return torch.lerp(torch.take(values, upper - 1), torch.take(values, upper), fraction)
+
+    def _log_x0_mse(self, schedule: Schedule, t: Tensor) -> Tensor:
+        gamma = schedule.gamma(t)
+        return gamma + self.log_eps_mse(gamma)
+
+    def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        """log(beta-tilde + c_0^2 E|x_0 - x0-hat(x_t)|^2 / D) of the step s -> t."""
+        log_weight_x0 = schedule.log_step_fraction(s, t) + schedule.log_alpha(s)
+        explained = 2 * log_weight_x0 + self._log_x0_mse(schedule, t)
+        return torch.logaddexp(schedule.log_posterior_var(s, t), explained)
+
+    def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
+        """log(E|x_0 - x0-hat(x_1)|^2 / D)."""
+        return self._log_x0_mse(schedule, t1)

@@ -38,7 +38,7 @@ class Sampler:
         callback: Callable[[Tensor, Tensor], None] | None = None,
         **cond: Any,
     ) -> Tensor:
-        """Walk from x_T ~ N(0, I) to an image.
+        """Walk from x_T ~ p(x_T), the model's prior, to an image.
 
         The walk ends with the decoder's mode at the grid's first time above 0, so every image is made of grey levels.
 
@@ -67,8 +67,7 @@ class Sampler:
             x = self.step(model, x, t, s, generators, **cond)
             if callback is not None:
                 callback(x, s)
-        gaussian = model.reverse_process.decoder_gaussian(x, times[-2], times[max(len(times) - 3, 0)], **cond)
-        x0 = model.decoder.mode(gaussian)
+        x0 = model.decoder.mode(model.decoder_gaussian(x, grid.to(x.device), **cond))
         if callback is not None:
             callback(x0, times[-1])
         return x0

@@ -17,7 +17,7 @@ from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundFigures, BoundMeans
 from ddpm_lightning.objectives import BatchShare, ElboEstimator, Objective
-from ddpm_lightning.ops import image_generators, randn_like
+from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import (
     Decoder,
     DiffusionModel,
@@ -49,7 +49,7 @@ class DiffusionModule(LightningModule):
     function of (seed, number of batches done before them).
 
     Args:
-        network: ``network(x, c, **cond) -> [B, C, H, W]``.
+        network: ``network(x, c, **cond) -> [B, C, H, W]``, or ``[B, 2 C, H, W]`` where ``variance`` is learned.
         schedule: the noise schedule.
         parameterization: what the network's output means.
         conditioning: the scalar c that the network is given for the time.
@@ -71,8 +71,9 @@ class DiffusionModule(LightningModule):
         eval_seed: seed of the noise in validation, test and predict.
 
     Raises:
-        InputError: a network that does not take or return images of ``shape``, a decoder for other levels, a decay
-            outside [0, 1), a form of the bound named twice, a class-conditional model without ``num_classes``.
+        InputError: a network that does not take images of ``shape`` or does not return as many channels as the
+            variance needs, a decoder for other levels, a decay outside [0, 1), a form of the bound named twice, a
+            class-conditional model without ``num_classes``.
     """
 
     def __init__(
@@ -122,8 +123,9 @@ class DiffusionModule(LightningModule):
             raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
         self.ema_decay, self.class_conditional, self.num_classes = ema_decay, class_conditional, num_classes
         self.seed, self.eval_seed = seed, eval_seed
-        self._check_network(network)
+        self._check_network(network, variance)
         self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
+        objective.check(self.model)
         self.ema_model = deepcopy(self.model).requires_grad_(False)
         self.means = nn.ModuleDict(
             {stage: BoundMeans({e.name: e.term_names for e in estimators}) for stage, estimators in self.bounds.items()}
@@ -152,7 +154,7 @@ class DiffusionModule(LightningModule):
         self.hparams.clear()
         self.hparams.update(plain)
 
-    def _check_network(self, network: nn.Module) -> None:
+    def _check_network(self, network: nn.Module, variance: ReverseVariance) -> None:
         x = torch.zeros(2, *self.shape)
         cond = {"label": torch.zeros(2, dtype=torch.long)} if self.class_conditional else {}
         training = network.training
@@ -167,10 +169,13 @@ class DiffusionModule(LightningModule):
             ) from error
         finally:
             network.train(training)
-        if output.shape != x.shape:
+        channels, *size = self.shape
+        expected = [variance.network_outputs * channels, *size]
+        if list(output.shape) != [len(x), *expected]:
             raise InputError(
                 f"{type(network).__name__} returns {list(output.shape[1:])} for images of shape {list(self.shape)}: "
-                "its output must have the same shape"
+                f"under {type(variance).__name__} it must return {expected}; "
+                f"set --model.network.init_args.out_channels {expected[0]} where it has that option"
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -351,7 +356,8 @@ class DiffusionModule(LightningModule):
             InputError: ``steps`` outside 1..T.
         """
         generators = image_generators(seed, indices)
-        x_T = randn_like(torch.zeros(len(generators), *self.shape, device=self.device), generators)
+        prior = self.ema_model.prior(torch.zeros(len(generators), *self.shape, device=self.device))
+        x_T = prior.sample(generators)
         grid = strided_grid(self.ema_model.grid, steps)
         cond = {} if label is None else {"label": label.to(self.device)}
         x0 = sampler(self.ema_model, x_T, grid=grid, generators=generators, callback=callback, **cond)

@@ -37,8 +37,8 @@ class ContinuousElbo(ElboEstimator):
 
         diffusion = 1/2 E_{t, eps} [ gamma'(t) |eps - eps_theta(x_t, t)|^2 ],  t uniform between the first state and 1
 
-    Both fixed variances have this limit, since beta and beta-tilde agree to first order in the step. The decoder stands
-    where the model's own chain has it, at the chain's first state.
+    Every reverse variance has this limit that lies between beta and beta-tilde, which agree to first order in the step,
+    as has AnalyticVariance. The decoder stands where the model's own chain has it, at the chain's first state.
 
     Args:
         steps: number of times, one in each of that many equal parts of the time axis.

@@ -1,0 +1,93 @@
+"""The objective of Nichol & Dhariwal 2021 for a reverse variance that is learned beside the mean."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.objectives.objective import Objective
+from ddpm_lightning.objectives.times import BatchShare, TimeSampler, steps_of
+from ddpm_lightning.ops import Generators, expand_to, randn_like, sum_per_image
+from ddpm_lightning.process import DiffusionModel, Prediction
+
+__all__ = ["HybridObjective"]
+
+
+class HybridObjective(Objective):
+    """L_simple + vlb_weight * L_vlb, one time for each image (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 16).
+
+        L_simple = |eps - eps_theta(x_i, i)|^2 / D                      NoiseMSE, which alone teaches the mean
+        L_vlb    = T / D * KL(q(x_{i-1}|x_i, x_0) || p(x_{i-1}|x_i))    for a step i in 2..T
+                 = T / D * (-log p(x_0|x_1))                            for i = 1
+
+    in nats a dimension (D = C H W). In L_vlb the mean is detached, so only the variance learns from it. For i uniform
+    on 1..T its expectation is -ELBO / D without the prior matching, which has nothing to learn. One evaluation of the
+    network serves both parts; x0 is not clipped. The authors' code counts L_vlb in bits, so their 0.001 weighs as much
+    as 0.00144 here.
+
+    Args:
+        times: draws the steps.
+        vlb_weight: weight of L_vlb, not negative.
+
+    Raises:
+        InputError: a negative weight.
+    """
+
+    def __init__(self, times: TimeSampler, vlb_weight: float = 0.001) -> None:
+        if not vlb_weight >= 0:
+            raise InputError(f"vlb_weight = {vlb_weight:g} must not be negative")
+        super().__init__()
+        self.times, self.vlb_weight = times, vlb_weight
+
+    def check(self, model: DiffusionModel) -> None:
+        """Refuse a model that this objective cannot train.
+
+        Raises:
+            InputError: a variance that takes nothing from the network, or a learned schedule.
+        """
+        super().check(model)
+        variance = model.reverse_process.variance
+        if variance.network_outputs == 1:
+            raise InputError(
+                f"HybridObjective teaches a learned variance, and {type(variance).__name__} has nothing to learn: "
+                "use --model.objective NoiseMSE, or --model.variance LearnedRangeVariance"
+            )
+
+    def forward(
+        self,
+        model: DiffusionModel,
+        x0: Tensor,
+        generators: Generators = None,
+        *,
+        share: BatchShare | None = None,
+        **cond: Any,
+    ) -> Tensor:
+        """L_simple + vlb_weight * L_vlb, ``[B]``. In training mode the sampler of times is told of it."""
+        draw = self.times(x0, generators, share)
+        steps = steps_of(draw, model.T)
+        t = torch.take(model.grid.to(x0.device), steps)
+        eps = randn_like(x0, generators)
+        marginal = model.forward_process.marginal(x0, t)
+        x_t = marginal.mean + marginal.std * eps
+        prediction = model.denoiser(x_t, t, **cond)
+        simple = sum_per_image((prediction.eps - eps).square())
+        vlb = model.T * _step_cost(model, x0, x_t, steps, replace(prediction, x0=prediction.x0.detach()))
+        loss = (simple + self.vlb_weight * vlb) / eps[0].numel()
+        if self.training:
+            self.times.update(draw.position, loss.detach())
+        return draw.weight * loss
+
+
+def _step_cost(model: DiffusionModel, x0: Tensor, x_t: Tensor, steps: Tensor, prediction: Prediction) -> Tensor:
+    """KL of the step i in 2..T that ends at x_t, or -log p(x_0|x_1) where i = 1: ``[B]`` nats."""
+    process, reverse, grid = model.forward_process, model.reverse_process, model.grid.to(x0.device)
+    first = steps == 1
+    # Each image needs one of the two costs and both are evaluated for all, the other one where it is finite: the
+    # gradient of a NaN that where() discards is still a NaN.
+    later = steps.clamp(min=2)
+    s, t = torch.take(grid, later - 1), torch.take(grid, later)
+    kl = process.posterior(x0, x_t, s, t).kl(reverse.transition_from(prediction, x_t, s, t))
+    near = replace(prediction, x0=torch.where(expand_to(first, x0), prediction.x0, x0))
+    return torch.where(first, -model.decoder.log_prob(x0, model.decoder_gaussian_from(near, x_t)), kl)
