@@ -6,6 +6,7 @@ them. A new schedule, parameterisation, variance, form or world is one more entr
 
 import json
 import math
+from functools import cache
 from itertools import combinations, pairwise, product
 from pathlib import Path
 
@@ -83,7 +84,7 @@ FORMS: dict[str, ElboEstimator] = {
     "trajectory_form": TrajectoryElbo(),
     "continuous_form": ContinuousElbo(8),
 }
-PIXELS_A_RUN = 64_000
+PIXELS_A_RUN = 48_000
 
 
 def floats(terms: Terms) -> dict[str, dict[str, float]]:
@@ -97,7 +98,7 @@ def floats(terms: Terms) -> dict[str, dict[str, float]]:
 
 
 def exact_terms(world: World, gammas: list[float], variance: Variances) -> dict[str, dict[str, float]]:
-    """Nats an event, by form and name."""
+    """Nats an event, by form and name, continuous time included."""
     exact = floats(world.terms(chain_of(gammas), variance))
     reconstruction, prior = exact["denoising_form"]["reconstruction"], exact["denoising_form"]["prior_matching"]
     diffusion = world.diffusion(gammas[0], gammas[-1])
@@ -110,11 +111,17 @@ def exact_terms(world: World, gammas: list[float], variance: Variances) -> dict[
     return exact
 
 
-def misses(values: Tensor, expected: float, name: str, max_relative_se: float = 0.025) -> list[str]:
+def misses(values: Tensor, expected: float, name: str, max_relative_se: float = 0.03) -> list[str]:
     """What is wrong with independent ``values`` whose mean should be this one."""
     mean, se = float(values.mean()), float(values.std()) / math.sqrt(len(values))
     found = [] if se <= max_relative_se * abs(expected) else [f"{name}: se {se:.2g} is too large for {expected:.6g}"]
     return found if abs(mean - expected) <= 4 * se else [*found, f"{name}: {mean:.6g} +- {se:.2g}, not {expected:.6g}"]
+
+
+@cache
+def exact_case(world: str, schedule: str, variance: str) -> dict[str, dict[str, float]]:
+    """The exact terms of a case of the grid, of which several parameterisations have a share."""
+    return exact_terms(WORLDS[world][0], SCHEDULES[schedule][1], VARIANCES[variance][1])
 
 
 # --- the grid
@@ -125,10 +132,9 @@ def misses(values: Tensor, expected: float, name: str, max_relative_se: float = 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_term_of_every_form(world: str, schedule: str, parameterization: str, variance: str) -> None:
-    (source, shape), (schedule_, gammas) = WORLDS[world], SCHEDULES[schedule]
-    variance_, exact_variance = VARIANCES[variance]
-    model = optimal_model(source, schedule_, PARAMETERIZATIONS[parameterization], variance_)
-    exact = exact_terms(source, gammas, exact_variance)
+    source, shape = WORLDS[world]
+    parts = PARAMETERIZATIONS[parameterization], VARIANCES[variance][0]
+    model, exact = optimal_model(source, SCHEDULES[schedule][0], *parts), exact_case(world, schedule, variance)
     events = math.prod(shape) // source.dims
     seed = list(product(WORLDS, SCHEDULES, PARAMETERIZATIONS, VARIANCES)).index(
         (world, schedule, parameterization, variance)

@@ -194,7 +194,7 @@ class World:
         assert isinstance(terms, dict)
         return terms["elbo"]
 
-    def diffusion(self, first: float, last: float, nodes: int = 40, parts: int = 20) -> float:
+    def diffusion(self, first: float, last: float, nodes: int = 20, parts: int = 10) -> float:
         """1/2 int exp(-gamma) error(gamma) d gamma, the cost of infinitely many steps, by Gauss-Legendre."""
         points, weights = gauss_legendre(nodes)
         width = (last - first) / parts

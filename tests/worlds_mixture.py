@@ -43,21 +43,21 @@ class MixtureWorld(World):
         """log q(x_t) for x_t ``[..., dims]``: ``[...]``. By default log p(x_0)."""
         return torch.logsumexp(self._joint_log_prob(x_t, _as_scale(alpha), _as_scale(sigma2)), -1)
 
-    def _responsibilities(self, x_t: Tensor, alpha: Tensor, sigma2: Tensor) -> Tensor:
+    def responsibilities(self, x_t: Tensor, alpha: Tensor, sigma2: Tensor) -> Tensor:
         """P(k | x_t), ``[..., K]``."""
         return torch.softmax(self._joint_log_prob(x_t, alpha, sigma2), -1)
 
     def x0_mean(self, x_t: Tensor, alpha: Tensor, sigma2: Tensor) -> Tensor:
         # component k: E[x_0 | x_t, k] = (1 - gain_k alpha) mean_k + gain_k x_t
         gain = alpha * self.var / (alpha**2 * self.var + sigma2)
-        responsibility = self._responsibilities(x_t, alpha, sigma2)
+        responsibility = self.responsibilities(x_t, alpha, sigma2)
         pulled = (responsibility * (1 - gain * alpha)) @ self.means
         return pulled + (responsibility * gain).sum(-1, keepdim=True) * x_t
 
     def score(self, x_t: Tensor, alpha: Tensor | float, sigma2: Tensor | float) -> Tensor:
         """Gradient of log q(x_t) in x_t, by components: ``[..., dims]``."""
         alpha, sigma2 = _as_scale(alpha), _as_scale(sigma2)
-        responsibility = self._responsibilities(x_t, alpha, sigma2)
+        responsibility = self.responsibilities(x_t, alpha, sigma2)
         pull = (alpha[..., None] * self.means - x_t[..., None, :]) / (alpha**2 * self.var + sigma2)[..., None]
         return (responsibility[..., None] * pull).sum(-2)
 
@@ -119,7 +119,7 @@ class MixtureWorld(World):
             scale, noise = alpha[:, None, None], sigma2[:, None, None]
             total = scale**2 * line.var + noise
             means = line.means[:, 0] + scale * line.var / total * (x_t - scale * line.means[:, 0])
-            responsibility = line._responsibilities(x_t, scale, noise)
+            responsibility = line.responsibilities(x_t, scale, noise)
             middle = (responsibility * means).sum(-1, keepdim=True)
             return (responsibility * (noise * line.var / total + (means - middle).square())).sum(-1)
 
