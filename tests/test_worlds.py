@@ -30,7 +30,7 @@ from worlds_gaussian import CorrelatedGaussianWorld
 from worlds_mixture import MixtureWorld, learned_schedule_problem
 
 from ddpm_lightning.objectives import ConsistencyElbo, ContinuousElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
-from ddpm_lightning.process import FixedLargeVariance, FixedSmallVariance, Parameterization, ReverseVariance
+from ddpm_lightning.process import FixedLargeVariance, FixedSmallVariance, ReverseVariance
 from ddpm_lightning.schedules import BetaChain, CosineChain, LinearChain, LinearGamma, Schedule
 
 MEAN = [0.3, -0.6, 0.8, 0.1]
@@ -157,6 +157,31 @@ def test_every_term_of_every_form(world: str, schedule: str, parameterization: s
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_reverse_step(world: str, schedule: str, parameterization: str) -> None:
+    """p(x_n | x_{n+1}) itself, with no noise: at the optimum the bound is stationary in the denoiser and nearly so in
+    the variances, so small errors of either are seen here and not there."""
+    source, shape = WORLDS[world]
+    chain = chain_of(SCHEDULES[schedule][1])
+    _, _, c0, ct, _ = chain.between(1)
+    generator = torch.Generator().manual_seed(0)
+    for variance, exact_variance in VARIANCES.values():
+        model = optimal_model(source, SCHEDULES[schedule][0], PARAMETERIZATIONS[parameterization], variance)
+        expected_vars = source.reverse_vars(chain, exact_variance)
+        for n in range(chain.T):
+            alpha, sigma2 = chain.alpha[n + 1], chain.sigma2[n + 1]
+            x_t = alpha * source.draw((7, *shape), generator)
+            x_t = x_t + sigma2.sqrt() * torch.randn(x_t.shape, generator=generator, dtype=torch.float64)
+            s, t = model.grid[n], model.grid[n + 1]
+            step = model.decoder_gaussian(x_t) if n == 0 else model.reverse_process.transition(x_t, s, t)
+            x0 = source.x0_mean(x_t.reshape(7, -1, source.dims), alpha, sigma2).reshape(x_t.shape)
+            torch.testing.assert_close(step.mean, c0[n] * x0 + ct[n] * x_t, rtol=1e-8, atol=1e-8)
+            actual_vars = torch.exp(step.log_var).expand_as(x_t)
+            torch.testing.assert_close(actual_vars, expected_vars[n].expand_as(x_t), rtol=1e-8, atol=0)
+
+
 # --- the exact worlds themselves
 
 
@@ -212,7 +237,9 @@ def test_worlds_have_the_values_of_the_case_file(index: int) -> None:
 def test_unequal_variances_add_up() -> None:
     chain = chain_of(SCHEDULES["linear"][1])
     means, variances = [0.3, -0.5, 1.0], [0.2, 0.7, 1.1]
-    whole = floats(CorrelatedGaussianWorld(means, torch.diag(torch.tensor(variances, dtype=torch.float64))).terms(chain, "beta"))
+    whole = floats(
+        CorrelatedGaussianWorld(means, torch.diag(torch.tensor(variances, dtype=torch.float64))).terms(chain, "beta")
+    )
     parts = [floats(ScalarWorld([m], [[v]]).terms(chain, "beta")) for m, v in zip(means, variances, strict=True)]
     for form, terms in whole.items():
         assert terms == pytest.approx({name: sum(part[form][name] for part in parts) for name in terms}, abs=1e-10)
@@ -339,7 +366,7 @@ def test_diffusion_of_a_gaussian_is_elementary() -> None:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("variance", ["posterior", "optimal"])
 def test_exploding_is_preserving_in_other_units(world: str, variance: str) -> None:
-    """x_n / alpha_n, with a prior scaled likewise, is the same model: the bound cannot tell (beta is another choice)."""
+    """x_n / alpha_n, with a prior scaled likewise, is the same model with the same bound (beta is another choice)."""
     source, gammas = WORLDS[world][0], SCHEDULES["linear gamma"][1]
     chain = chain_of(gammas, exploding, prior_var=1 + math.exp(gammas[-1]))
     values = source.reverse_vars(chain, variance)
@@ -359,8 +386,8 @@ def geometric(T: int) -> list[float]:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("variance", ["beta", "posterior", "optimal"])
 def test_bound_approaches_log_p_in_first_order(world: str, variance: str) -> None:
-    """The ends of this chain cost 1e-5 nats, so all of the gap is the steps'. The decoder's variance is beta_1: the one
-    that stands in for beta-tilde_1 shrinks with the step on such a chain, and the bound would diverge."""
+    """The ends of this chain cost less than 1e-5 nats, so all of the gap is the steps'. The decoder's variance is
+    beta_1: the one that stands in for beta-tilde_1 shrinks with the step here, and the bound would diverge."""
     source = WORLDS[world][0]
     gaps = []
     for T in (101, 201, 401, 801):

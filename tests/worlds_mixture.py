@@ -18,7 +18,10 @@ class MixtureWorld(World):
     """
 
     def __init__(
-        self, weights: Sequence[float], means: Sequence[float] | Sequence[Sequence[float]], stds: float | Sequence[float]
+        self,
+        weights: Sequence[float],
+        means: Sequence[float] | Sequence[Sequence[float]],
+        stds: float | Sequence[float],
     ) -> None:
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.weights = self.weights / self.weights.sum()
