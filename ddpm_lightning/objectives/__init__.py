@@ -11,6 +11,7 @@ from ddpm_lightning.objectives.elbo import (
 from ddpm_lightning.objectives.negative_elbo import NegativeElbo
 from ddpm_lightning.objectives.noise_mse import NoiseMSE
 from ddpm_lightning.objectives.objective import Objective
+from ddpm_lightning.objectives.path import PathLogProbs, path_log_probs, state_bound
 from ddpm_lightning.objectives.times import StratifiedTimes, TimeSampler, UniformTimes
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "NegativeElbo",
     "NoiseMSE",
     "Objective",
+    "PathLogProbs",
     "StratifiedTimes",
     "TimeSampler",
     "TrajectoryElbo",
     "UniformTimes",
+    "path_log_probs",
+    "state_bound",
 ]
