@@ -28,6 +28,12 @@ def run_ddpm(*arguments: str, expect: int = 0, cwd: Path = ROOT, **environment: 
     return done.stdout
 
 
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the scripts in a process of its own."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
     """Options that make the digits' configuration train in a second."""

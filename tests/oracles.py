@@ -245,3 +245,32 @@ def assert_moments(values: Tensor, mean: float, var: float, *, k: float = 4.0) -
     n = len(values)
     assert abs(float(values.mean()) - mean) <= k * math.sqrt(var / n) + 1e-9, f"mean {float(values.mean())}, not {mean}"
     assert abs(float(values.var()) - var) <= k * var * math.sqrt(2 / n) + 1e-9, f"var {float(values.var())}, not {var}"
+
+
+def state_bound_mean(world: ScalarGaussianWorld, n: int, x: float) -> float:
+    """The exact bound on log p(x_n = x): x_m given x_n is N(sqrt(abar_m/abar_n) x, 1 - abar_m/abar_n)."""
+    kept = [a / world.abar[n] for a in world.abar]
+    second_moment = kept[-1] * x**2 + 1 - kept[-1]
+    total = -0.5 * (math.log(2 * math.pi) + second_moment)
+    for m in range(n + 1, world.T + 1):
+        gain, offset = reverse_map(world, m)
+        mean, var = math.sqrt(kept[m - 1]) * x, 1 - kept[m - 1]
+        square = (mean - gain * math.sqrt(kept[m]) * x - offset) ** 2
+        square += var - 2 * gain * math.sqrt(1 - world.betas[m - 1]) * var + gain**2 * (1 - kept[m])
+        total += 0.5 * (math.log(world.betas[m - 1]) + 1)
+        total -= 0.5 * (math.log(world.reverse_var(m)) + square / world.reverse_var(m))
+    return total
+
+
+def model_moments(world: ScalarGaussianWorld, n: int) -> tuple[float, float]:
+    """Mean and variance of the model's own p(x_n), from N(0, 1) down through its reverse steps."""
+    mean, var = 0.0, 1.0
+    for m in range(world.T, n, -1):
+        gain, offset = reverse_map(world, m)
+        mean, var = gain * mean + offset, gain**2 * var + world.reverse_var(m)
+    return mean, var
+
+
+def normal_log_prob(x: float, mean: float, var: float) -> float:
+    """log N(x; mean, var)."""
+    return -0.5 * (math.log(2 * math.pi * var) + (x - mean) ** 2 / var)

@@ -117,6 +117,17 @@ def test_test_reproduces_itself_and_reports_each_image_once(trained: Path, tmp_p
         records.append(json.loads((folder / "bound-test.json").read_text()))
         assert (folder / "bound-test.txt").read_text().strip() in output
     assert records[0]["images"] == 297
+    told = {
+        "stage": "test", "dims": 64, "levels": 17, "T": 12, "weights": "averaged", "ema_decay": 0.999,
+        "steps_trained": 20, "clip_x0": True, "variance": "FixedLargeVariance", "decoder": "DiscretizedGaussian",
+        "density": False, "class_conditional": False, "eval_seed": 0, "precision": "32-true",
+    }  # fmt: skip
+    assert {name: records[0][name] for name in told} == told
+    assert records[0]["versions"]["torch"] == torch.__version__
+    assert records[0]["bounds"]["trajectory"] == {"T": 12, "steps_evaluated": 11, "draws": 1}
+    text = (tmp_path / "a/bound-test.txt").read_text()
+    for words in ("after 20 steps", "denoising: all 11,", "from eval_seed 0", "32-true", f"torch {torch.__version__}"):
+        assert words in text, words
     first, second = (record["figures"] for record in records)
     for form, terms in first.items():
         for name, figure in terms.items():

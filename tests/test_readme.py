@@ -1,4 +1,4 @@
-"""What the README shows is what works."""
+"""What the README and the evaluation protocol show is what works."""
 
 import re
 import shlex
@@ -11,10 +11,11 @@ from conftest import ROOT
 from ddpm_lightning.cli import DiffusionCLI
 
 README = (ROOT / "README.md").read_text()
+SHOWN = README + (ROOT / "docs/evaluation.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", SHOWN, flags=re.DOTALL)
 
 
 COMMANDS = sorted(

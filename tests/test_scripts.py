@@ -1,16 +1,14 @@
 """The scripts that read a run."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_ddpm
+from conftest import ROOT, run_ddpm, run_script
 
 from ddpm_lightning.process import AnalyticVariance, LearnedRangeVariance, ReverseVariance
 from ddpm_lightning.training import load_run
@@ -18,14 +16,9 @@ from ddpm_lightning.training import load_run
 pytestmark = pytest.mark.cli
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-
-
 def test_compare_estimators_reports_every_form_and_T(trained: Path, tmp_path: Path) -> None:
     options = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", f"--out={tmp_path}"]
-    done = run("compare_estimators.py", *options, "--T", "4", "40", "--images=24", "--draws=4")
+    done = run_script("compare_estimators.py", *options, "--T", "4", "40", "--images=24", "--draws=4")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "estimators.json").read_text())
     assert [(row["T"], row["form"]) for row in rows] == [
@@ -56,7 +49,7 @@ def test_compare_estimators_reports_every_form_and_T(trained: Path, tmp_path: Pa
 )
 def test_compare_estimators_refuses_bad_input(trained: Path, arguments: list[str], word: str) -> None:
     options = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", "--images=2"]
-    done = run("compare_estimators.py", *options, *arguments)
+    done = run_script("compare_estimators.py", *options, *arguments)
     assert done.returncode == 2 and word in done.stderr
 
 
@@ -64,7 +57,7 @@ def test_analytic_variance_is_measured_and_raises_the_bound(trained: Path, tmp_p
     """The script's file laid over the run's own configuration, through the real entry point."""
     config, checkpoint, overlay = trained / "config.yaml", trained / "checkpoints/last.ckpt", tmp_path / "analytic.yaml"
     options = [f"--config={config}", f"--ckpt_path={checkpoint}", "--images=300", f"--out={overlay}"]
-    done = run("analytic_variance.py", *options)
+    done = run_script("analytic_variance.py", *options)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "300 of 300 images"
     part = yaml.safe_load(overlay.read_text())["model"]["variance"]

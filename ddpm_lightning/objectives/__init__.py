@@ -12,6 +12,7 @@ from ddpm_lightning.objectives.hybrid import HybridObjective
 from ddpm_lightning.objectives.negative_elbo import ContinuousNegativeElbo, NegativeElbo
 from ddpm_lightning.objectives.noise_mse import NoiseMSE
 from ddpm_lightning.objectives.objective import Objective
+from ddpm_lightning.objectives.path import PathLogProbs, path_log_probs, state_bound
 from ddpm_lightning.objectives.times import (
     BatchShare,
     EquispacedTimes,
@@ -49,6 +50,7 @@ __all__ = [
     "NoiseMSE",
     "Objective",
     "P2Weighting",
+    "PathLogProbs",
     "StratifiedTimes",
     "TimeDraw",
     "TimeSampler",
@@ -57,4 +59,6 @@ __all__ = [
     "UniformWeighting",
     "WeightedMSE",
     "Weighting",
+    "path_log_probs",
+    "state_bound",
 ]

@@ -24,8 +24,8 @@ from ddpm_lightning.process.variance import (
 )
 
 __all__ = [
-    "CategoricalDecoder",
     "AnalyticVariance",
+    "CategoricalDecoder",
     "ClippedDenoiser",
     "Decoder",
     "Denoiser",

@@ -56,19 +56,22 @@ class ForwardProcess:
         log_var = self.schedule.log_posterior_var(as_times(s, x_t), as_times(t, x_t))
         return DiagonalGaussian(self.posterior_mean(x0, x_t, s, t), expand_to(log_var, x_t))
 
-    def path(self, x0: Tensor, times: Tensor, generators: Generators = None) -> Iterator[Tensor]:
+    def path(
+        self, x: Tensor, times: Tensor, generators: Generators = None, start: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """One joint draw of x at increasing times, one time after the other: a Markov walk that keeps one state.
 
         Args:
-            x0: ``[B, C, H, W]``.
-            times: ``[K]``, strictly increasing in (0, 1].
+            x: the state that the walk leaves from, ``[B, C, H, W]``.
+            times: ``[K]``, strictly increasing, the first above ``start``.
             generators: source of the noise.
+            start: time of ``x``; None where ``x`` are the data x_0.
 
         Yields:
-            K times ``[B, C, H, W]``, jointly distributed as q(x_{t_1}, ..., x_{t_K} | x_0).
+            K times ``[B, C, H, W]``, jointly distributed as q(x_{t_1}, ..., x_{t_K} | x).
         """
-        x_t, s = x0, None
+        x_t, s = x, start
         for t in times:
-            step = self.marginal(x0, t) if s is None else self.transition(x_t, s, t)
+            step = self.marginal(x, t) if s is None else self.transition(x_t, s, t)
             x_t, s = step.sample(generators), t
             yield x_t

@@ -114,9 +114,7 @@ class DiffusionModel(nn.Module):
             return self.forward_process.likelihood(x1, grid[1])
         return self.decoder_gaussian_from(self.reverse_process.denoiser(x1, grid[1], **cond), x1, grid)
 
-    def decoder_gaussian_from(
-        self, prediction: Prediction, x1: Tensor, grid: Tensor | None = None
-    ) -> DiagonalGaussian:
+    def decoder_gaussian_from(self, prediction: Prediction, x1: Tensor, grid: Tensor | None = None) -> DiagonalGaussian:
         """The same from a prediction that has been made; a decoder that does without one starts from q(x_1 | x_0), read
         as a function of x_0."""
         grid = self.grid if grid is None else grid

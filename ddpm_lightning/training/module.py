@@ -132,6 +132,7 @@ class DiffusionModule(LightningModule):
         )
         self.bound_figures: dict[str, BoundFigures] = {}
         self.images_evaluated: dict[str, int] = {}
+        self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
         self._generator: torch.Generator | None = None
 
     @property
@@ -179,7 +180,7 @@ class DiffusionModule(LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture in one sentence.
+        """Refuse a checkpoint of another architecture in one sentence, and remember how long it was trained.
 
         Raises:
             InputError: a tensor is missing, left over or of another shape.
@@ -198,6 +199,7 @@ class DiffusionModule(LightningModule):
                 f"the checkpoint is of another architecture than this {type(self.model.network).__name__}: "
                 f"{difference}. Use the configuration that was saved beside it: -c RUN/config.yaml"
             )
+        self.steps_trained = checkpoint["global_step"]
 
     # ---------------------------------------------------------------- training
 
@@ -261,8 +263,8 @@ class DiffusionModule(LightningModule):
         """Step the optimiser, then the average."""
         super().optimizer_step(*args, **kwargs)
         # Lightning counts the step when this hook has returned
-        step = self.trainer.global_step + 1
-        update_average(self.ema_model, self.model, decay_at(step, self.ema_decay))
+        self.steps_trained = self.trainer.global_step + 1
+        update_average(self.ema_model, self.model, decay_at(self.steps_trained, self.ema_decay))
 
     def configure_optimizers(self) -> Any:
         """The injected optimiser and, where there is one, its scheduler by step.

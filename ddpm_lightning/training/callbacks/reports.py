@@ -7,23 +7,61 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from ddpm_lightning import __version__
 from ddpm_lightning.metrics import BoundFigures, bits_per_dim
-from ddpm_lightning.objectives import ElboEstimator
+from ddpm_lightning.objectives import ContinuousElbo, ElboEstimator
 from ddpm_lightning.training.distributed import gather_to_all
 from ddpm_lightning.training.module import DiffusionModule
 
-__all__ = ["BoundTable", "ImageTermsWriter", "bound_table"]
+__all__ = ["BoundTable", "ImageTermsWriter", "bound_table", "model_facts"]
 
 _COSTS = ("prior_matching", "consistency", "denoising_matching", "path_log_ratio", "diffusion")
 
 
-def _steps_evaluated(estimator: ElboEstimator, T: int) -> str:
-    chain = "" if estimator.T is None else f" with T = {estimator.T}"
-    return (f"all {(estimator.T or T) - 1}" if estimator.steps is None else str(estimator.steps)) + chain
+def _steps_evaluated(estimator: ElboEstimator, own_T: int) -> dict[str, int | None]:
+    """Number of states and of network evaluations; T is None for the limit of infinitely many states."""
+    if isinstance(estimator, ContinuousElbo):
+        return {"T": None, "steps_evaluated": estimator.steps}
+    T = estimator.T or own_T
+    return {"T": T, "steps_evaluated": T - 1 if estimator.steps is None else min(estimator.steps, T - 1)}
+
+
+def _steps_in_words(estimator: ElboEstimator, own_T: int) -> str:
+    facts = _steps_evaluated(estimator, own_T)
+    T, steps = facts["T"], facts["steps_evaluated"]
+    if T is None:
+        return f"{steps} times, T infinite"
+    return (f"all {steps}" if steps == T - 1 else str(steps)) + ("" if estimator.T is None else f" with T = {T}")
+
+
+def model_facts(module: DiffusionModule) -> dict[str, Any]:
+    """What a figure of the bound depends on besides images and steps, as plain data."""
+    model = module.ema_model
+    return {
+        "dims": module.dims,
+        "levels": module.levels,
+        "T": model.T,
+        "weights": "averaged",
+        "ema_decay": module.ema_decay,
+        "steps_trained": module.steps_trained,
+        "clip_x0": model.clip_x0,
+        "variance": type(model.reverse_process.variance).__name__,
+        "decoder": type(model.decoder).__name__,
+        "density": model.decoder.is_density,
+        "class_conditional": module.class_conditional,
+        "eval_seed": module.eval_seed,
+        "device": module.device.type,
+        "versions": {
+            "ddpm_lightning": __version__,
+            "torch": str(torch.__version__),
+            "lightning": lightning.__version__,
+        },
+    }
 
 
 def bound_table(figures: BoundFigures, dims: int) -> str:
@@ -62,13 +100,16 @@ class BoundTable(Callback):
         figures = module.bound_figures[stage]
         model = module.ema_model
         estimators = module.bounds[stage]
-        evaluated = ", ".join(f"{e.name}: {_steps_evaluated(e, model.T)}" for e in estimators)
-        variance = type(model.reverse_process.variance).__name__
+        facts = model_facts(module)
+        evaluated = ", ".join(f"{e.name}: {_steps_in_words(e, model.T)}" for e in estimators)
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         head = [
-            f"Bound on {module.images_evaluated[stage]} images ({stage}), T = {model.T}, averaged weights, "
-            f"x0 {'clipped' if model.clip_x0 else 'not clipped'}",
-            f"{type(model.decoder).__name__} over {module.levels} levels, {variance}; "
+            f"Bound on {module.images_evaluated[stage]} images ({stage}), T = {model.T}, averaged weights after "
+            f"{module.steps_trained} steps, x0 {'clipped' if model.clip_x0 else 'not clipped'}",
+            f"{facts['decoder']} over {module.levels} levels, {facts['variance']}; "
             f"reverse steps evaluated: {evaluated}",
+            f"one draw for each image and step from eval_seed {module.eval_seed}; +- is the standard error over images",
+            f"precision {trainer.precision}, {facts['device']}; {versions}",
         ]
         if model.decoder.is_density:
             constant = math.log2((module.levels - 1) / 2)
@@ -79,11 +120,11 @@ class BoundTable(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"bound-{stage}.txt").write_text(text)
         record = {
+            "stage": stage,
             "images": module.images_evaluated[stage],
-            "dims": module.dims,
-            "T": model.T,
-            "steps": {estimator.name: estimator.steps for estimator in estimators},
-            "global_step": trainer.global_step,
+            **facts,
+            "precision": str(trainer.precision),
+            "bounds": {e.name: {**_steps_evaluated(e, model.T), "draws": 1} for e in estimators},
             "figures": {
                 form: {name: {"mean": mean, "se": error} for name, (mean, error) in terms.items()}
                 for form, terms in figures.items()
