@@ -124,7 +124,7 @@ def test_detect_ood_refuses_bad_input(
 
 def test_auroc_of_any_scores(ood: ModuleType) -> None:
     """Pairs counted one by one, with ties, and with scores so large that a sigmoid of them would be 1."""
-    inside, outside = torch.tensor([1.0, 2.0, 2.0, 90.0]).double(), torch.tensor([2.0, 80.0, 91.0]).double()
+    inside, outside = torch.tensor([1.0, 2.0, 2.0, 90.0, 95.0]).double(), torch.tensor([2.0, 80.0, 91.0, 92.0]).double()
     wins = [1.0 if o > i else 0.5 if o == i else 0.0 for o in outside for i in inside]
     assert ood.auroc(inside, outside) == pytest.approx(sum(wins) / len(wins), abs=1e-6)
     assert ood.auroc(-inside, -outside) == pytest.approx(1 - sum(wins) / len(wins), abs=1e-6)
