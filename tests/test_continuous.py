@@ -390,7 +390,7 @@ def test_continuous_objective_is_the_bound_and_its_end_gradients_are_the_bounds(
         stacked = torch.stack(values).double()
         error = float(stacked.std()) / len(stacked) ** 0.5
         assert abs(float(stacked.mean()) - expected) < 4 * error + 1e-9, (float(stacked.mean()), expected, error)
-        assert error < 0.1 * abs(expected) + 0.01
+        assert error < 0.1 * abs(expected) + 0.02
 
 
 def test_learned_schedule_lowers_the_variance_of_the_estimator() -> None:

@@ -12,19 +12,31 @@ from torch import nn
 from ddpm_lightning.data import Digits
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import SimpleUNet, UNet
-from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, HybridObjective, NoiseMSE, UniformTimes
+from ddpm_lightning.objectives import (
+    ConsistencyElbo,
+    ContinuousNegativeElbo,
+    DenoisingElbo,
+    HybridObjective,
+    NoiseMSE,
+    Objective,
+    StratifiedTimes,
+    UniformTimes,
+    WeightedMSE,
+)
 from ddpm_lightning.process import (
     AnalyticVariance,
+    CategoricalDecoder,
     DiscretizedGaussian,
     EpsParameterization,
     FixedLargeVariance,
     FixedSmallVariance,
+    GammaConditioning,
     LearnedRangeVariance,
     ReverseVariance,
     TimeConditioning,
 )
 from ddpm_lightning.samplers import AncestralSampler
-from ddpm_lightning.schedules import LinearChain
+from ddpm_lightning.schedules import LearnedGamma, LinearChain, LinearGamma, Schedule
 from ddpm_lightning.training import DiffusionModule
 
 
@@ -240,3 +252,61 @@ def test_a_network_of_too_few_or_too_many_channels(
     name = type(variance).__name__
     with pytest.raises(InputError, match=rf"under {name} .*\[{channels}, 8, 8\].*out_channels {channels} "):
         build(network=network, variance=variance)
+
+
+# --- objectives and the models that they can train
+
+
+def test_a_learned_schedule_is_optimised_averaged_and_saved(tmp_path: Path) -> None:
+    parts = {
+        "schedule": LearnedGamma(-9.0, 5.0, T=6, units=4),
+        "decoder": CategoricalDecoder(17),
+        "objective": ContinuousNegativeElbo(StratifiedTimes()),
+        "optimizer": partial(torch.optim.Adam, lr=0.1),
+    }
+    module, runner = build(**parts, ema_decay=0.5), trainer(tmp_path, enable_checkpointing=False)
+    start = state(module.model.schedule)
+    runner.fit(module, Digits())
+    now, averaged = state(module.model.schedule), state(module.ema_model.schedule)
+    assert start.keys() == now.keys() == averaged.keys() and len(start) == 5
+    for name, value in start.items():
+        assert bool((now[name] != value).any()) and bool((averaged[name] != value).any()), name
+        assert bool((averaged[name] != now[name]).any()), name
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    again = DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert equal(state(again.ema_model.schedule), averaged)
+
+
+@pytest.mark.parametrize("objective", [NoiseMSE(UniformTimes()), WeightedMSE(UniformTimes(), continuous=True)])
+def test_a_learned_schedule_needs_a_bound(objective: Objective) -> None:
+    with pytest.raises(InputError, match=r"learned through the bound, and .*MSE is none"):
+        build(schedule=LearnedGamma(T=6), objective=objective)
+
+
+def test_the_continuous_objective_refuses_what_is_discrete_only() -> None:
+    class NoSlope(LinearGamma):
+        gamma_slope = Schedule.gamma_slope
+
+    objective = ContinuousNegativeElbo(UniformTimes())
+    with pytest.raises(InputError, match="NoSlope defines none: give it gamma_slope"):
+        build(schedule=NoSlope(), objective=objective)
+    network = UNet(1, width=8, multipliers=(1, 2), blocks=1, out_channels=2)
+    with pytest.raises(InputError, match="LearnedRangeVariance would not be learned"):
+        build(network=network, variance=LearnedRangeVariance(), objective=objective)
+
+
+def test_a_network_told_the_time_belongs_to_its_schedule(tmp_path: Path) -> None:
+    """Told the time, it would take one noise level for another under another schedule; told gamma, it does not."""
+    other = LinearChain(T=20, beta_start=0.02, beta_end=0.5)
+    for conditioning in (TimeConditioning(), GammaConditioning()):
+        runner = trainer(tmp_path, enable_checkpointing=False)
+        runner.test(build(conditioning=conditioning), Digits(limit_test=8), verbose=False)
+        runner.save_checkpoint(tmp_path / "a.ckpt")
+        torch.load(tmp_path / "a.ckpt", weights_only=True)
+        DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt")
+        load = partial(trainer(tmp_path).test, build(conditioning=conditioning, schedule=other), verbose=False)
+        if isinstance(conditioning, TimeConditioning):
+            with pytest.raises(InputError, match=r"trained under another schedule, .* T = 10, .* T = 20"):
+                load(datamodule=Digits(limit_test=8), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+        else:
+            load(datamodule=Digits(limit_test=8), ckpt_path=tmp_path / "a.ckpt", weights_only=False)

@@ -18,6 +18,7 @@ from torch import Tensor
 from worlds_chain import (
     OUTPUTS,
     Chain,
+    Scales,
     Terms,
     Variances,
     World,
@@ -25,13 +26,36 @@ from worlds_chain import (
     exploding,
     gammas_of_betas,
     optimal_model,
+    preserving,
 )
 from worlds_gaussian import CorrelatedGaussianWorld
 from worlds_mixture import MixtureWorld, learned_schedule_problem
 
-from ddpm_lightning.objectives import ConsistencyElbo, ContinuousElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
-from ddpm_lightning.process import FixedLargeVariance, FixedSmallVariance, ReverseVariance
-from ddpm_lightning.schedules import BetaChain, CosineChain, LinearChain, LinearGamma, Schedule
+from ddpm_lightning.objectives import (
+    ConsistencyElbo,
+    ContinuousElbo,
+    DenoisingElbo,
+    ElboEstimator,
+    NegativeElbo,
+    TrajectoryElbo,
+)
+from ddpm_lightning.process import (
+    AnalyticVariance,
+    FixedLargeVariance,
+    FixedSmallVariance,
+    LearnedRangeVariance,
+    ReverseVariance,
+)
+from ddpm_lightning.schedules import (
+    BetaChain,
+    CosineChain,
+    CosineGamma,
+    LearnedGamma,
+    LinearChain,
+    LinearGamma,
+    Schedule,
+    VarianceExploding,
+)
 
 MEAN = [0.3, -0.6, 0.8, 0.1]
 COV = [[0.5, 0.3, -0.2, 0.1], [0.3, 0.6, -0.1, 0.2], [-0.2, -0.1, 0.4, 0.1], [0.1, 0.2, 0.1, 0.3]]
@@ -41,7 +65,7 @@ class ScalarWorld(CorrelatedGaussianWorld):
     """One dimension, whose exact terms come from ``ScalarGaussianWorld``."""
 
     def terms(self, chain: Chain, variance: Variances) -> Terms:
-        if variance not in ("beta", "posterior"):
+        if variance not in ("beta", "posterior") or bool((chain.alpha == 1).all()):
             return super().terms(chain, variance)
         betas = [1 - float((new / old) ** 2) for old, new in pairwise(chain.alpha)]
         terms = ScalarGaussianWorld(float(self.mean), float(self.cov), betas, str(variance)).terms()
@@ -71,12 +95,54 @@ SCHEDULES: dict[str, tuple[Schedule, list[float]]] = {
 }
 """Schedules, and the gammas of their states by hand."""
 
+
+def learned_gammas() -> list[float]:
+    """LearnedGamma(-5, 4, T=8, units=2) as it starts: a line and two small sigmoids, scaled to the ends."""
+    heights, rates, centres = [0.05, 0.05], [4.0, 4.0], [0.25, 0.75]
+
+    def g(t: float) -> float:
+        sigmoids = (h / (1 + math.exp(-r * (t - m))) for h, r, m in zip(heights, rates, centres, strict=True))
+        return t + sum(sigmoids)
+
+    return [-5 + 9 * (g(i / 7) - g(0)) / (g(1) - g(0)) for i in range(8)]
+
+
+_FIRST, _LAST = math.atan(math.exp(-2.5)), math.atan(math.exp(2.0))
+SCHEDULES["cosine gamma"] = (
+    CosineGamma(-5.0, 4.0, T=8),
+    [2 * math.log(math.tan(_FIRST + (_LAST - _FIRST) * i / 7)) for i in range(8)],
+)
+SCHEDULES["learned gamma"] = (LearnedGamma(-5.0, 4.0, T=8, units=2).requires_grad_(False), learned_gammas())
+SCHEDULES["variance exploding"] = (VarianceExploding(LinearGamma(-5.0, 4.0, T=8)), [-5 + 9 * i / 7 for i in range(8)])
+
+
+def scales_of(schedule: str) -> Scales:
+    return exploding if schedule == "variance exploding" else preserving
+
+
+def chain_by_name(schedule: str) -> Chain:
+    """The exact chain of a schedule of the table; the prior of variance explosion has the variance of x_T for data of
+    variance 1."""
+    gammas = SCHEDULES[schedule][1]
+    if schedule == "variance exploding":
+        return chain_of(gammas, exploding, prior_var=1 + math.exp(gammas[-1]))
+    return chain_of(gammas)
+
+
 PARAMETERIZATIONS = {output.__name__: output() for output in OUTPUTS}
-VARIANCES: dict[str, tuple[ReverseVariance, Variances]] = {
-    "large": (FixedLargeVariance(), "beta"),
-    "small": (FixedSmallVariance(), "posterior"),
-}
-"""The package's variances, and how the exact worlds call them ("optimal" and lists of values are known too)."""
+VARIANCES: dict[str, str] = {"large": "beta", "small": "posterior", "range": "range", "analytic": "optimal"}
+"""The package's variances, and how the exact worlds call them (lists of values are known too)."""
+
+
+def reverse_variance(name: str, world: str, schedule: str) -> ReverseVariance:
+    """The package's variance; the analytic one from the exact error of eps, (alpha / sigma)^2 that of x_0."""
+    if name == "analytic":
+        source, chain = WORLDS[world][0], chain_by_name(schedule)
+        alpha, sigma2 = chain.alpha[1:], chain.sigma2[1:]
+        error = source.error(alpha, sigma2) * alpha**2 / sigma2 / source.dims
+        return AnalyticVariance(SCHEDULES[schedule][1], error.tolist())
+    return {"large": FixedLargeVariance, "small": FixedSmallVariance, "range": LearnedRangeVariance}[name]()
+
 
 FORMS: dict[str, ElboEstimator] = {
     "denoising_form": DenoisingElbo(),
@@ -97,9 +163,9 @@ def floats(terms: Terms) -> dict[str, dict[str, float]]:
     }
 
 
-def exact_terms(world: World, gammas: list[float], variance: Variances) -> dict[str, dict[str, float]]:
+def exact_terms(world: World, chain: Chain, gammas: list[float], variance: Variances) -> dict[str, dict[str, float]]:
     """Nats an event, by form and name, continuous time included."""
-    exact = floats(world.terms(chain_of(gammas), variance))
+    exact = floats(world.terms(chain, variance))
     reconstruction, prior = exact["denoising_form"]["reconstruction"], exact["denoising_form"]["prior_matching"]
     diffusion = world.diffusion(gammas[0], gammas[-1])
     exact["continuous_form"] = {
@@ -121,7 +187,7 @@ def misses(values: Tensor, expected: float, name: str, max_relative_se: float = 
 @cache
 def exact_case(world: str, schedule: str, variance: str) -> dict[str, dict[str, float]]:
     """The exact terms of a case of the grid, of which several parameterisations have a share."""
-    return exact_terms(WORLDS[world][0], SCHEDULES[schedule][1], VARIANCES[variance][1])
+    return exact_terms(WORLDS[world][0], chain_by_name(schedule), SCHEDULES[schedule][1], VARIANCES[variance])
 
 
 # --- the grid
@@ -133,7 +199,7 @@ def exact_case(world: str, schedule: str, variance: str) -> dict[str, dict[str, 
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_term_of_every_form(world: str, schedule: str, parameterization: str, variance: str) -> None:
     source, shape = WORLDS[world]
-    parts = PARAMETERIZATIONS[parameterization], VARIANCES[variance][0]
+    parts = PARAMETERIZATIONS[parameterization], reverse_variance(variance, world, schedule), scales_of(schedule)
     model, exact = optimal_model(source, SCHEDULES[schedule][0], *parts), exact_case(world, schedule, variance)
     events = math.prod(shape) // source.dims
     seed = list(product(WORLDS, SCHEDULES, PARAMETERIZATIONS, VARIANCES)).index(
@@ -164,11 +230,13 @@ def test_every_reverse_step(world: str, schedule: str, parameterization: str) ->
     """p(x_n | x_{n+1}) itself, with no noise: at the optimum the bound is stationary in the denoiser and nearly so in
     the variances, so small errors of either are seen here and not there."""
     source, shape = WORLDS[world]
-    chain = chain_of(SCHEDULES[schedule][1])
+    chain = chain_by_name(schedule)
+    tolerance = 1e-5 if schedule == "learned gamma" else 1e-8  # its parameters are float32
     _, _, c0, ct, _ = chain.between(1)
     generator = torch.Generator().manual_seed(0)
-    for variance, exact_variance in VARIANCES.values():
-        model = optimal_model(source, SCHEDULES[schedule][0], PARAMETERIZATIONS[parameterization], variance)
+    for name, exact_variance in VARIANCES.items():
+        parts = PARAMETERIZATIONS[parameterization], reverse_variance(name, world, schedule), scales_of(schedule)
+        model = optimal_model(source, SCHEDULES[schedule][0], *parts)
         expected_vars = source.reverse_vars(chain, exact_variance)
         for n in range(chain.T):
             alpha, sigma2 = chain.alpha[n + 1], chain.sigma2[n + 1]
@@ -177,9 +245,9 @@ def test_every_reverse_step(world: str, schedule: str, parameterization: str) ->
             s, t = model.grid[n], model.grid[n + 1]
             step = model.decoder_gaussian(x_t) if n == 0 else model.reverse_process.transition(x_t, s, t)
             x0 = source.x0_mean(x_t.reshape(7, -1, source.dims), alpha, sigma2).reshape(x_t.shape)
-            torch.testing.assert_close(step.mean, c0[n] * x0 + ct[n] * x_t, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(step.mean, c0[n] * x0 + ct[n] * x_t, rtol=tolerance, atol=tolerance)
             actual_vars = torch.exp(step.log_var).expand_as(x_t)
-            torch.testing.assert_close(actual_vars, expected_vars[n].expand_as(x_t), rtol=1e-8, atol=0)
+            torch.testing.assert_close(actual_vars, expected_vars[n].expand_as(x_t), rtol=tolerance, atol=0)
 
 
 # --- the exact worlds themselves
@@ -406,7 +474,7 @@ def test_bound_approaches_log_p_in_first_order(world: str, variance: str) -> Non
 def test_bound_approaches_the_continuous_one(world: str) -> None:
     source = WORLDS[world][0]
     gammas = geometric(401)
-    terms = exact_terms(source, gammas, "beta")
+    terms = exact_terms(source, chain_of(gammas), gammas, "beta")
     coarse = float(source.exact_bound(geometric(201), "beta"))
     limit, fine = terms["continuous_form"]["elbo"], terms["denoising_form"]["elbo"]
     assert limit > fine > coarse
@@ -422,6 +490,26 @@ def test_bound_is_differentiable_in_gammas() -> None:
     for world, _ in WORLDS.values():
         if not isinstance(world, ScalarWorld):  # whose exact terms are floats
             assert torch.autograd.gradcheck(world.exact_bound, (gammas,))
+
+
+def test_a_learned_schedule_reaches_a_better_bound_than_every_fixed_one() -> None:
+    """The package's LearnedGamma, trained by the package's objective on draws from the mixture; judged exactly."""
+    problem = learned_schedule_problem()
+    name, best = problem.best_fixed()
+    gammas = problem.fixed[name]
+    schedule = LearnedGamma(gammas[0], gammas[-1], T=8, units=8)
+    model = optimal_model(problem.world, schedule)
+    objective, generator = NegativeElbo(DenoisingElbo()), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(schedule.parameters(), lr=0.05)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 250)
+    for _ in range(250):
+        optimizer.zero_grad()
+        objective(model, problem.world.draw((64, 1, 4, 4), generator), generator).mean().backward()
+        optimizer.step()
+        decay.step()
+    learned = float(problem.bound(schedule.gamma(schedule.grid()[1:]).detach()))
+    optimum = float(problem.bound(problem.optimum(name)))
+    assert best + 0.05 < learned <= optimum + 1e-3, (best, learned, optimum)
 
 
 @pytest.mark.parametrize("variance", ["beta", "optimal"])

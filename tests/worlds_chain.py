@@ -28,8 +28,8 @@ from ddpm_lightning.process import (
 from ddpm_lightning.schedules import Schedule
 
 Variances = str | Sequence[float] | Tensor
-"""Of p(x_n | x_{n+1}), n = 0..T-1, the decoder first: "beta", "posterior", "optimal" (the isotropic variances of the
-highest bound), or T values."""
+"""Of p(x_n | x_{n+1}), n = 0..T-1, the decoder first: "beta", "posterior", "range" (between the two), "optimal" (the
+isotropic variances of the highest bound), or T values."""
 
 Terms = dict[str, Tensor | dict[str, Tensor]]
 
@@ -140,6 +140,9 @@ class World:
             return var
         if variance == "posterior":  # beta-tilde_1 := beta-tilde_2
             return torch.cat([posterior_var[1:2], posterior_var[1:]])
+        if variance == "range":  # 0.3 of the way from beta-tilde to beta, in the logarithm
+            small = torch.cat([posterior_var[1:2], posterior_var[1:]])
+            return var**0.3 * small**0.7
         if variance == "optimal":
             return posterior_var + c0**2 * self.error(chain.alpha[1:], chain.sigma2[1:]) / self.dims
         raise ValueError(variance)
@@ -215,14 +218,15 @@ def gauss_legendre(nodes: int) -> tuple[Tensor, Tensor]:
 OUTPUTS: dict[type[Parameterization], Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     EpsParameterization: lambda x0, eps, alpha, sigma: eps,
     X0Parameterization: lambda x0, eps, alpha, sigma: x0,
-    VParameterization: lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0,
+    VParameterization: lambda x0, eps, alpha, sigma: (alpha * eps - sigma * x0) / torch.hypot(alpha, sigma),
     ScoreParameterization: lambda x0, eps, alpha, sigma: -eps / sigma,
 }
 """What a network returns that knows E[x_0 | x_t] and E[eps | x_t]."""
 
 
 class OptimalNetwork(nn.Module):
-    """The optimal denoiser of a world at any noise level, told ``c`` with gamma = ``gamma_of(c)``."""
+    """The optimal denoiser of a world at any noise level, told ``c`` with gamma = ``gamma_of(c)``, and x_t divided by
+    sqrt(alpha^2 + sigma^2). With a ``fraction`` it returns that of the learned range too, as 2 fraction - 1."""
 
     def __init__(
         self,
@@ -230,16 +234,21 @@ class OptimalNetwork(nn.Module):
         output: type[Parameterization],
         gamma_of: Callable[[Tensor], Tensor],
         scales: Scales = preserving,
+        fraction: float | None = None,
     ) -> None:
         super().__init__()
         self.world, self.output, self.gamma_of, self.scales = world, OUTPUTS[output], gamma_of, scales
+        self.fraction = fraction
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         alpha, sigma2 = (scale.reshape(-1, 1, 1) for scale in self.scales(self.gamma_of(c.double())))
-        x_t = x.double().reshape(len(x), -1, self.world.dims)
+        x_t = (alpha**2 + sigma2).sqrt() * x.double().reshape(len(x), -1, self.world.dims)
         x0 = self.world.x0_mean(x_t, alpha, sigma2)
         eps = (x_t - alpha * x0) / sigma2.sqrt()
-        return self.output(x0, eps, alpha, sigma2.sqrt()).reshape(x.shape).to(x.dtype)
+        output = self.output(x0, eps, alpha, sigma2.sqrt()).reshape(x.shape).to(x.dtype)
+        if self.fraction is None:
+            return output
+        return torch.cat([output, torch.full_like(x, 2 * self.fraction - 1)], 1)
 
 
 def optimal_model(
@@ -248,16 +257,20 @@ def optimal_model(
     parameterization: Parameterization | None = None,
     variance: ReverseVariance | None = None,
     scales: Scales = preserving,
+    fraction: float = 0.3,
 ) -> DiffusionModel:
-    """The package's model of this world under the optimal denoiser, by default of eps with the variance beta."""
+    """The package's model of this world under the optimal denoiser, by default of eps with the variance beta. A learned
+    variance is given ``fraction``."""
+    variance = FixedLargeVariance() if variance is None else variance
+    learned = fraction if variance.network_outputs == 2 else None
     parameterization = EpsParameterization() if parameterization is None else parameterization
     conditioning = GammaConditioning()
     return DiffusionModel(
-        network=OptimalNetwork(world, type(parameterization), lambda c: c * conditioning.scale, scales),
+        network=OptimalNetwork(world, type(parameterization), lambda c: c * conditioning.scale, scales, learned),
         schedule=schedule,
         parameterization=parameterization,
         conditioning=conditioning,
-        variance=FixedLargeVariance() if variance is None else variance,
+        variance=variance,
         decoder=PlainGaussian(levels=256),
         clip_x0=False,
     )

@@ -108,11 +108,14 @@ class CategoricalDecoder(Decoder):
     _images_at_once = 8
 
     def _logits(self, gaussian: DiagonalGaussian) -> Tensor:
-        """-(x_1 / alpha_1 - level)^2 / (2 variance), ``[B, C, H, W, levels]``."""
-        levels = torch.arange(self.levels, dtype=torch.float64, device=gaussian.mean.device) * self.spacing - 1
-        inverse_std = torch.exp(-0.5 * gaussian.log_var).to(gaussian.mean.dtype)
-        scaled = (gaussian.mean[..., None] - levels.to(gaussian.mean.dtype)) * inverse_std[..., None]
-        return -0.5 * scaled.square()
+        """log density at each level less that at the nearest one, ``[B, C, H, W, levels]``."""
+        mean = gaussian.mean
+        nearest = self._level_index(mean)
+        levels = torch.arange(self.levels, dtype=mean.dtype, device=mean.device)
+        # (m - l_k)^2 - (m - l_n)^2 = d (d + 2 (m - l_n)) with d = l_n - l_k: no difference of large numbers
+        d = (nearest[..., None] - levels) * self.spacing
+        excess = d * (d + 2 * (mean - (nearest * self.spacing - 1))[..., None])
+        return -0.5 * excess * torch.exp(-gaussian.log_var).to(mean.dtype)[..., None]
 
     def level_log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
         """log P(level of x_0) for each pixel, ``[B, C, H, W]`` nats."""

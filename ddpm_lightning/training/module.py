@@ -24,6 +24,7 @@ from ddpm_lightning.process import (
     NoiseConditioning,
     Parameterization,
     ReverseVariance,
+    TimeConditioning,
 )
 from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.schedules import Schedule, strided_grid
@@ -183,7 +184,8 @@ class DiffusionModule(LightningModule):
         """Refuse a checkpoint of another architecture in one sentence, and remember how long it was trained.
 
         Raises:
-            InputError: a tensor is missing, left over or of another shape.
+            InputError: a tensor is missing, left over or of another shape; another schedule, for a network that is told
+                the time.
         """
         theirs, mine = checkpoint["state_dict"], self.state_dict()
         for name in [*mine, *theirs]:
@@ -199,7 +201,32 @@ class DiffusionModule(LightningModule):
                 f"the checkpoint is of another architecture than this {type(self.model.network).__name__}: "
                 f"{difference}. Use the configuration that was saved beside it: -c RUN/config.yaml"
             )
+        if "schedule" in checkpoint:
+            self._check_schedule(checkpoint["schedule"])
         self.steps_trained = checkpoint["global_step"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which schedule the weights belong to."""
+        checkpoint["schedule"] = self._schedule_marks()
+
+    def _schedule_marks(self) -> dict[str, Any]:
+        schedule = self.model.schedule
+        t = torch.linspace(0.1, 1, 10, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            return {"name": type(schedule).__name__, "T": schedule.T, "gamma": schedule.gamma(t).tolist()}
+
+    def _check_schedule(self, theirs: dict[str, Any]) -> None:
+        """A network that is told gamma may be evaluated under another schedule, one that is told the time may not."""
+        told_time = isinstance(self.model.denoiser.conditioning, TimeConditioning)
+        if not told_time or any(True for _ in self.model.schedule.parameters()):
+            return
+        mine = self._schedule_marks()
+        if not np.allclose(mine["gamma"], theirs["gamma"], rtol=1e-6, atol=1e-6):
+            raise InputError(
+                f"the checkpoint was trained under another schedule, {theirs['name']} of T = {theirs['T']}, than this "
+                f"{mine['name']} of T = {mine['T']}, and TimeConditioning tells its network the time, not the noise: "
+                "take the configuration saved beside it, and T of a bound or steps of a sampler for fewer steps"
+            )
 
     # ---------------------------------------------------------------- training
 
