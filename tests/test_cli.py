@@ -90,7 +90,8 @@ def test_fit_writes_checkpoints_pictures_logs_and_its_configuration(trained: Pat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
-    assert (trained / "forward.png").is_file() and len(list((trained / "samples").glob("*.png"))) == 2
+    assert (trained / "schedule.png").is_file() and (trained / "forward.png").is_file()
+    assert len(list((trained / "samples").glob("*.png"))) == 2
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config["model"]["schedule"]["init_args"]["T"] == 12 and "extends" not in config
     events = EventAccumulator(str(trained)).Reload()

@@ -114,3 +114,33 @@ def test_analytic_variance_refuses_bad_input(
     except SystemExit as stop:  # argparse's own errors
         status = stop.code
     assert status == 2 and word in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+# --- compare_choices
+
+
+def test_compare_choices_trains_once_and_reports_every_variance(tmp_path: Path) -> None:
+    options = ["--steps=2", "--few=3", "--many=2", "--images=8", f"--out={tmp_path}"]
+    done = run_script("compare_choices.py", *options, "--only=gamma, bound")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "choices.json").read_text())
+    variances = ["beta", "beta-tilde", "analytic"]
+    assert [(row["schedule"], row["variance"]) for row in rows] == [
+        *(("linear gamma", name) for name in variances),
+        *(("learned gamma", name) for name in variances),
+    ]
+    assert all(0 < row[column][1] < row[column][0] for row in rows for column in ("few", "many", "continuous"))
+    # the analytic variance is measured for the same denoiser, and a few steps are where it matters
+    for schedule in ("linear gamma", "learned gamma"):
+        few = {row["variance"]: row["few"][0] for row in rows if row["schedule"] == schedule}
+        assert few["analytic"] < min(few["beta"], few["beta-tilde"])
+    stamp = (tmp_path / "linear_gamma-bound" / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    again = run_script("compare_choices.py", *options, "--only=linear gamma, bound")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "linear_gamma-bound" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == stamp
+
+
+def test_compare_choices_refuses_bad_input() -> None:
+    for option, word in (("--few=1", "--few 2 or more"), ("--only=quadratic", "--only quadratic: none of")):
+        done = run_script("compare_choices.py", option)
+        assert done.returncode == 2 and word in done.stderr
