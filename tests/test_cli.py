@@ -230,9 +230,28 @@ def test_fast_dev_run_leaves_no_checkpoint(tiny: list[str], tmp_path: Path) -> N
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_two_processes_train(tiny: list[str], tmp_path: Path) -> None:
+LEARNED_SCHEDULE = [
+    "--model.schedule=LearnedGamma",
+    "--model.decoder=CategoricalDecoder",
+    "--model.objective=ContinuousNegativeElbo",
+    "--model.objective.times=EquispacedTimes",
+]
+EXPLODING = [
+    "--model.schedule=VarianceExploding",
+    "--model.schedule.schedule=LinearGamma",
+    "--model.schedule.schedule.T=12",
+    "--model.objective=WeightedMSE",
+    "--model.objective.times=ImportanceTimes",
+    "--model.objective.weighting=EDMWeighting",
+]
+
+
+@pytest.mark.parametrize("parts", [[], LEARNED_SCHEDULE, EXPLODING], ids=["chain", "learned", "exploding"])
+def test_two_processes_train(parts: list[str], tiny: list[str], tmp_path: Path) -> None:
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_epochs=1"]
-    output = run_ddpm("fit", *tiny, f"--run_dir={tmp_path}", *two)
+    if "VarianceExploding" in "".join(parts):
+        tiny = [option for option in tiny if "schedule" not in option]
+    output = run_ddpm("fit", *tiny, f"--run_dir={tmp_path}", *parts, *two)
     # the batch of 128 is shared, so an epoch has the steps that it has on one process
     assert output.count("epoch 0 | step 10 ") == 1
     raw = {k: v for k, v in weights(tmp_path / "checkpoints/last.ckpt").items() if k.startswith("model.")}
@@ -241,7 +260,7 @@ def test_two_processes_train(tiny: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.mnist
 @real_mnist
-@pytest.mark.parametrize("config", ["mnist", "lecture"])
+@pytest.mark.parametrize("config", ["mnist", "lecture", "mnist_likelihood"])
 def test_mnist_trains_and_is_tested(config: str, tmp_path: Path) -> None:
     common = [f"--data.root={DATA_DIR}", f"--run_dir={tmp_path}", "--data.limit_val=32", "--data.limit_test=48"]
     small = ["--data.batch_size=32", "--trainer.limit_train_batches=3", "--trainer.max_epochs=1"]

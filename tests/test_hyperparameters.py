@@ -16,6 +16,7 @@ from torch import nn
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import (
     ConsistencyElbo,
+    ContinuousNegativeElbo,
     DenoisingElbo,
     EDMWeighting,
     ElboWeighting,
@@ -34,6 +35,7 @@ from ddpm_lightning.objectives import (
 )
 from ddpm_lightning.process import (
     AnalyticVariance,
+    CategoricalDecoder,
     DiscretizedGaussian,
     EpsParameterization,
     FixedSmallVariance,
@@ -44,7 +46,14 @@ from ddpm_lightning.process import (
     VParameterization,
 )
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler
-from ddpm_lightning.schedules import BetaChain, CosineChain, LinearChain
+from ddpm_lightning.schedules import (
+    BetaChain,
+    CosineChain,
+    CosineGamma,
+    LearnedGamma,
+    LinearChain,
+    VarianceExploding,
+)
 from ddpm_lightning.training.hyperparameters import describe
 
 PARTS = [
@@ -53,8 +62,12 @@ PARTS = [
     CosineChain(7, max_beta=0.5),
     BetaChain([0.1, 0.2, 0.3]),
     BetaChain((0.1, 0.2)),
+    CosineGamma(-9.0, T=5),
+    VarianceExploding(LearnedGamma(-9.0, 4.0, T=5, units=3)),
     UNet(width=8, multipliers=(1, 2), blocks=(1, 2), attention=(1,), num_classes=3),
+    UNet(width=8, multipliers=(1, 2), fourier=(4.0, 2.0)),
     SimpleUNet(),
+    ContinuousNegativeElbo(EquispacedTimes()),
     NoiseMSE(StratifiedTimes()),
     NegativeElbo(DenoisingElbo(steps=1)),
     WeightedMSE(EquispacedTimes()),
@@ -63,7 +76,7 @@ PARTS = [
     [HybridObjective(StratifiedTimes(), 0.01), LearnedRangeVariance(), AnalyticVariance([-1.0, 2.5], [0.9, 0.1])],
     [ConsistencyElbo(), DenoisingElbo(steps=3), TrajectoryElbo()],
     [EpsParameterization(), TimeConditioning(), GammaConditioning(5.0), FixedSmallVariance()],
-    [DiscretizedGaussian(levels=17), PlainGaussian(levels=256)],
+    [CategoricalDecoder(levels=17), DiscretizedGaussian(levels=17), PlainGaussian(levels=256)],
     {"ancestral": AncestralSampler(), "ddim": DDIMSampler(0.5)},
 ]
 

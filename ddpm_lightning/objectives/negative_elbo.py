@@ -77,8 +77,8 @@ class ContinuousNegativeElbo(Objective):
             ) from None
         if variance.network_outputs > 1:
             raise InputError(
-                f"the continuous bound does not depend on the reverse variance, so {type(variance).__name__} would not be "
-                "learned: use --model.objective HybridObjective or NegativeElbo, or a fixed variance"
+                f"the continuous bound does not depend on the reverse variance, so {type(variance).__name__} would not "
+                "be learned: use --model.objective HybridObjective or NegativeElbo, or a fixed variance"
             )
 
     def forward(
