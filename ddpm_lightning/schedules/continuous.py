@@ -13,23 +13,30 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.grids import chain_grid
 
-__all__ = ["ContinuousSchedule", "CosineGamma", "LinearGamma", "check_ends"]
+__all__ = ["ContinuousSchedule", "CosineGamma", "LinearGamma"]
 
 
 class ContinuousSchedule(Schedule):
     """Base of the schedules in continuous time. Subclasses define :meth:`state_gamma` and ``gamma_slope``.
 
     Args:
+        gamma_min: -log SNR of the first state.
+        gamma_max: -log SNR of the last state, above ``gamma_min``.
         T: number of states x_1, ..., x_T of the discrete chain, at least 2.
 
     Raises:
-        InputError: T < 2.
+        InputError: gamma does not increase, or T < 2.
     """
 
-    def __init__(self, T: int) -> None:
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000) -> None:
         super().__init__()
+        if not gamma_min < gamma_max:
+            raise InputError(
+                f"gamma must increase, so that the signal-to-noise ratio falls: gamma_min = {gamma_min:g} is not below "
+                f"gamma_max = {gamma_max:g}; change --model.schedule.init_args.gamma_min"
+            )
         _check_states(T)
-        self.T = T
+        self.gamma_min, self.gamma_max, self.T = gamma_min, gamma_max, T
 
     def state_gamma(self, t: Tensor) -> Tensor:
         """-log SNR(t) for t in [0, 1], float64."""
@@ -48,21 +55,7 @@ class ContinuousSchedule(Schedule):
 
 
 class LinearGamma(ContinuousSchedule):
-    """gamma linear in t from ``gamma_min`` to ``gamma_max`` (Kingma et al. 2021, arXiv 2107.00630).
-
-    Args:
-        gamma_min: -log SNR of the first state.
-        gamma_max: -log SNR of the last state, above ``gamma_min``.
-        T: number of states x_1, ..., x_T of the discrete chain, at least 2.
-
-    Raises:
-        InputError: gamma does not increase, or T < 2.
-    """
-
-    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000) -> None:
-        super().__init__(T)
-        check_ends(gamma_min, gamma_max)
-        self.gamma_min, self.gamma_max = gamma_min, gamma_max
+    """gamma linear in t from ``gamma_min`` to ``gamma_max`` (Kingma et al. 2021, arXiv 2107.00630)."""
 
     def state_gamma(self, t: Tensor) -> Tensor:
         """gamma_min + (gamma_max - gamma_min) t."""
@@ -78,20 +71,7 @@ class CosineGamma(ContinuousSchedule):
     continuous time), from ``gamma_min`` to ``gamma_max``:
 
         gamma = 2 log tan(phi),   d gamma / dt = 4 phi' / sin(2 phi)
-
-    Args:
-        gamma_min: -log SNR of the first state.
-        gamma_max: -log SNR of the last state, above ``gamma_min``.
-        T: number of states x_1, ..., x_T of the discrete chain, at least 2.
-
-    Raises:
-        InputError: gamma does not increase, or T < 2.
     """
-
-    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000) -> None:
-        super().__init__(T)
-        check_ends(gamma_min, gamma_max)
-        self.gamma_min, self.gamma_max = gamma_min, gamma_max
 
     def _angle(self, t: Tensor) -> tuple[Tensor, float]:
         first, last = (math.atan(math.exp(0.5 * gamma)) for gamma in (self.gamma_min, self.gamma_max))
@@ -105,15 +85,6 @@ class CosineGamma(ContinuousSchedule):
         """4 phi' / sin(2 phi), shape of ``t``, float64, for t in [0, 1]."""
         angle, rate = self._angle(t.double())
         return 4 * rate / torch.sin(2 * angle)
-
-
-def check_ends(gamma_min: float, gamma_max: float) -> None:
-    """Raise an InputError unless gamma increases."""
-    if not gamma_min < gamma_max:
-        raise InputError(
-            f"gamma must increase, so that the signal-to-noise ratio falls: gamma_min = {gamma_min:g} is not below "
-            f"gamma_max = {gamma_max:g}; change --model.schedule.init_args.gamma_min"
-        )
 
 
 def _check_states(T: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ddpm_lightning.schedules.continuous import ContinuousSchedule, check_ends
+from ddpm_lightning.schedules.continuous import ContinuousSchedule
 
 __all__ = ["LearnedGamma"]
 
@@ -36,9 +36,8 @@ class LearnedGamma(ContinuousSchedule):
     """
 
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000, units: int = 32) -> None:
-        super().__init__(T)
-        check_ends(gamma_min, gamma_max)
-        self.gamma_min, self.gamma_max, self.units = gamma_min, gamma_max, units
+        super().__init__(gamma_min, gamma_max, T)
+        self.units = units
         self.first = nn.Parameter(torch.tensor(float(gamma_min)))
         self.log_span = nn.Parameter(torch.tensor(math.log(gamma_max - gamma_min)))
         self.raw_height = nn.Parameter(torch.full((units,), _softplus_inverse(0.1 / units)))
