@@ -56,7 +56,7 @@ class BetaChain(Schedule):
     def grid(self, T: int | None = None) -> Tensor:
         """i/T for i = 0..T. With another T than the chain's own, another chain through the same continuous process."""
         if T is not None:
-            _check_steps(T)
+            _check_steps(T, "give 1 or more")
         return chain_grid(self.T if T is None else T)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,6 +149,6 @@ def betas_of(alpha_bar: Callable[[float], float], T: int, max_beta: float) -> li
     return [min(1 - alpha_bar(i / T) / alpha_bar((i - 1) / T), max_beta) for i in range(1, T + 1)]
 
 
-def _check_steps(T: int) -> None:
+def _check_steps(T: int, remedy: str = "set --model.schedule.init_args.T to 1 or more") -> None:
     if T < 1:
-        raise InputError(f"T = {T} is no number of steps: set --model.schedule.init_args.T to 1 or more")
+        raise InputError(f"T = {T} is no number of steps: {remedy}")

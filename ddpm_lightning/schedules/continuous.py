@@ -50,7 +50,7 @@ class ContinuousSchedule(Schedule):
     def grid(self, T: int | None = None) -> Tensor:
         """The data at -1, then T equally spaced states from 0 to 1."""
         if T is not None:
-            _check_states(T)
+            _check_states(T, "give 2 or more")
         return torch.cat([torch.tensor([-1.0], dtype=torch.float64), chain_grid((self.T if T is None else T) - 1)])
 
 
@@ -87,6 +87,6 @@ class CosineGamma(ContinuousSchedule):
         return 4 * rate / torch.sin(2 * angle)
 
 
-def _check_states(T: int) -> None:
+def _check_states(T: int, remedy: str = "set --model.schedule.init_args.T to 2 or more") -> None:
     if T < 2:
-        raise InputError(f"T = {T} is too few states: set --model.schedule.init_args.T to 2 or more")
+        raise InputError(f"T = {T} is too few states: {remedy}")

@@ -74,7 +74,8 @@ class DiffusionModule(LightningModule):
     Raises:
         InputError: a network that does not take images of ``shape`` or does not return as many channels as the
             variance needs, a decoder for other levels, a decay outside [0, 1), a form of the bound named twice, a
-            class-conditional model without ``num_classes``.
+            class-conditional model without ``num_classes``, an objective that cannot train this model, a form with too
+            few states.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class DiffusionModule(LightningModule):
         self._check_network(network, variance)
         self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
         objective.check(self.model)
+        self._check_bounds()
         self.ema_model = deepcopy(self.model).requires_grad_(False)
         self.means = nn.ModuleDict(
             {stage: BoundMeans({e.name: e.term_names for e in estimators}) for stage, estimators in self.bounds.items()}
@@ -155,6 +157,15 @@ class DiffusionModule(LightningModule):
                 continue  # load_from_checkpoint then asks for this argument by name
         self.hparams.clear()
         self.hparams.update(plain)
+
+    def _check_bounds(self) -> None:
+        """Make every chain that an estimator asks for now, not after hours of training."""
+        for option, stage in (("validation_bounds", "val"), ("test_bounds", "test")):
+            for estimator in self.bounds[stage]:
+                try:
+                    self.model.with_steps(self.model.T if estimator.T is None else estimator.T)
+                except InputError as error:
+                    raise InputError(f"--model.{option}, the {estimator.name} form: {error}") from error
 
     def _check_network(self, network: nn.Module, variance: ReverseVariance) -> None:
         x = torch.zeros(2, *self.shape)

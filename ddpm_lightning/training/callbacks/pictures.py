@@ -106,7 +106,8 @@ class ScheduleCurves(Callback):
         """Draw the schedule that training starts from."""
         assert isinstance(pl_module, DiffusionModule)
         self._at_start = deepcopy(pl_module.model.schedule)
-        self._publish(trainer, {"start": self._at_start})
+        learned = any(True for _ in self._at_start.parameters())
+        self._publish(trainer, {"start" if learned else type(self._at_start).__name__: self._at_start})
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
