@@ -98,7 +98,7 @@ def test_fit_writes_checkpoints_pictures_logs_and_its_configuration(trained: Pat
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "lr-AdamW", "train/images_per_second", "val/denoising/bits_per_dim_se"} <= scalars
     assert {"val/denoising/reconstruction", "val/denoising/prior_matching", "val/denoising/elbo"} <= scalars
-    assert set(events.Tags()["images"]) == {"samples", "forward process"}
+    assert set(events.Tags()["images"]) == {"samples", "forward process", "schedule"}
 
 
 def test_off_a_terminal_fit_prints_one_line_an_epoch_and_no_noise(trained: Path) -> None:
