@@ -337,7 +337,7 @@ def second_moment(schedule: Schedule, points: int = 4001) -> Tensor:
     return torch.trapezoid((schedule.gamma_slope(t) * s / (1 + s)).square(), t)
 
 
-def test_spread_carries_the_gradient_of_the_second_moment() -> None:
+def test_slope_ratio_carries_the_gradient_of_the_second_moment() -> None:
     """Against autograd through the whole integral, in which gamma(t) moves too."""
     schedule = bent_schedule(*ENDS)
     shape = [schedule.raw_height, schedule.raw_rate, schedule.centre]
@@ -346,8 +346,8 @@ def test_spread_carries_the_gradient_of_the_second_moment() -> None:
     with torch.no_grad():
         s = VAR * torch.exp(-schedule.gamma(t))
         square = (schedule.gamma_slope(t) * s / (1 + s)).square()
-    assert torch.equal(schedule.spread(t), torch.ones_like(t))
-    ours = torch.autograd.grad(torch.trapezoid(square * schedule.spread(t), t), shape)
+    assert torch.equal(schedule.slope_ratio(t), torch.ones_like(t))
+    ours = torch.autograd.grad(torch.trapezoid(square * schedule.slope_ratio(t), t), shape)
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)
 
@@ -362,7 +362,7 @@ def test_held_interior_stops_its_gradient_only() -> None:
     assert schedule.raw_height.grad is None and schedule.centre.grad is None
     schedule.gamma(t).sum().backward()
     assert schedule.raw_height.grad is not None
-    assert VarianceExploding(schedule).spread(t) is not None and LinearGamma().spread(t) is None
+    assert VarianceExploding(schedule).slope_ratio(t) is not None and LinearGamma().slope_ratio(t) is None
 
 
 def test_continuous_objective_is_the_bound_and_its_end_gradients_are_the_bounds() -> None:

@@ -14,9 +14,11 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import (
     ConsistencyElbo,
+    ContinuousElbo,
     ContinuousNegativeElbo,
     DenoisingElbo,
     HybridObjective,
+    NegativeElbo,
     NoiseMSE,
     Objective,
     StratifiedTimes,
@@ -283,6 +285,16 @@ def test_a_learned_schedule_needs_a_bound(objective: Objective) -> None:
         build(schedule=LearnedGamma(T=6), objective=objective)
 
 
+@pytest.mark.parametrize(
+    "objective", [NoiseMSE(UniformTimes()), NegativeElbo(ContinuousElbo()), ContinuousNegativeElbo(UniformTimes())]
+)
+def test_a_learned_variance_needs_a_loss_that_depends_on_it(objective: Objective) -> None:
+    network = UNet(1, width=8, multipliers=(1, 2), blocks=1, out_channels=2)
+    with pytest.raises(InputError, match="so LearnedRangeVariance would not be learned"):
+        build(network=network, variance=LearnedRangeVariance(), objective=objective)
+    build(network=network, variance=LearnedRangeVariance(), objective=NegativeElbo(DenoisingElbo(steps=1)))
+
+
 def test_the_continuous_objective_refuses_what_is_discrete_only() -> None:
     class NoSlope(LinearGamma):
         gamma_slope = Schedule.gamma_slope
@@ -290,9 +302,6 @@ def test_the_continuous_objective_refuses_what_is_discrete_only() -> None:
     objective = ContinuousNegativeElbo(UniformTimes())
     with pytest.raises(InputError, match="NoSlope defines none: give it gamma_slope"):
         build(schedule=NoSlope(), objective=objective)
-    network = UNet(1, width=8, multipliers=(1, 2), blocks=1, out_channels=2)
-    with pytest.raises(InputError, match="LearnedRangeVariance would not be learned"):
-        build(network=network, variance=LearnedRangeVariance(), objective=objective)
 
 
 def test_a_network_told_the_time_belongs_to_its_schedule(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    r"""An image with its own sines and cosines as further channels (Kingma et al. 2021, arXiv 2107.00630, section 4).
+    r"""An image with its own sines and cosines as further channels (Kingma et al. 2021, arXiv 2107.00630, section 3.4).
 
         (x, sin(2 pi f_1 x), cos(2 pi f_1 x), sin(2 pi f_2 x), ...)
 

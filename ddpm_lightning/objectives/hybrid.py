@@ -35,6 +35,8 @@ class HybridObjective(Objective):
         InputError: a negative weight.
     """
 
+    trains_variance = True
+
     def __init__(self, times: TimeSampler, vlb_weight: float = 0.001) -> None:
         if not vlb_weight >= 0:
             raise InputError(f"vlb_weight = {vlb_weight:g} must not be negative")

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.objectives.elbo import ElboEstimator, diffusion_cost
+from ddpm_lightning.objectives.elbo import ContinuousElbo, ElboEstimator, diffusion_cost
 from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.times import BatchShare, TimeSampler
 from ddpm_lightning.ops import Generators
@@ -26,6 +26,7 @@ class NegativeElbo(Objective):
     def __init__(self, bound: ElboEstimator) -> None:
         super().__init__()
         self.bound = bound
+        self.trains_variance = not isinstance(bound, ContinuousElbo)
 
     def forward(
         self,
@@ -67,7 +68,8 @@ class ContinuousNegativeElbo(Objective):
         Raises:
             InputError: a schedule without a slope, or a learned variance, which this limit does not depend on.
         """
-        schedule, variance = model.schedule, model.reverse_process.variance
+        super().check(model)
+        schedule = model.schedule
         try:
             schedule.gamma_slope(model.grid[-1])
         except NotImplementedError:
@@ -75,11 +77,6 @@ class ContinuousNegativeElbo(Objective):
                 f"ContinuousNegativeElbo needs d gamma/dt and {type(schedule).__name__} defines none: give it "
                 "gamma_slope, or use --model.objective NegativeElbo"
             ) from None
-        if variance.network_outputs > 1:
-            raise InputError(
-                f"the continuous bound does not depend on the reverse variance, so {type(variance).__name__} would not "
-                "be learned: use --model.objective HybridObjective or NegativeElbo, or a fixed variance"
-            )
 
     def forward(
         self,
@@ -104,7 +101,7 @@ class ContinuousNegativeElbo(Objective):
             self.times.update(draw.position, diffusion.detach())
         weighted = draw.weight * diffusion
         loss = (weighted + prior_matching - reconstruction) / dims
-        spread = schedule.spread(t)
-        if spread is None:
+        slope_ratio = schedule.slope_ratio(t)
+        if slope_ratio is None:
             return loss
-        return loss + (weighted.detach() / dims).square() * (spread - 1)
+        return loss + (weighted.detach() / dims).square() * (slope_ratio - 1)

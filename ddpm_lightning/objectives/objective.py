@@ -17,6 +17,8 @@ class Objective(nn.Module):
 
     is_bound = False
     """True where the loss is minus the bound, so that a schedule can be learned by it."""
+    trains_variance = False
+    """True where the loss depends on the variance of the reverse steps, so that it can be learned by it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,9 +27,16 @@ class Objective(nn.Module):
         """Refuse a model that this objective cannot train.
 
         Raises:
-            InputError: a learned schedule under a loss that is no bound, which would only make its task easy.
+            InputError: a learned schedule under a loss that is no bound, which would only make its task easy; a learned
+                variance under a loss that does not depend on it.
         """
-        if not self.is_bound and any(True for _ in model.schedule.parameters()):
+        variance = model.reverse_process.variance
+        if variance.network_outputs > 1 and not self.trains_variance:
+            raise InputError(
+                f"{type(self).__name__} does not depend on the reverse variance, so {type(variance).__name__} would "
+                "not be learned: use --model.objective HybridObjective or NegativeElbo, or a fixed variance"
+            )
+        if not self.is_bound and model.schedule.is_learned:
             raise InputError(
                 f"{type(model.schedule).__name__} is learned through the bound, and {type(self).__name__} is none: use "
                 "--model.objective ContinuousNegativeElbo or NegativeElbo"

@@ -95,7 +95,7 @@ class DiscretizedGaussian(Decoder):
 
 
 class CategoricalDecoder(Decoder):
-    """q(x_1 | x_0) over the levels of each pixel, normalised (Kingma et al. 2021, arXiv 2107.00630, equation 13).
+    """q(x_1 | x_0) over the levels of each pixel, normalised (Kingma et al. 2021, arXiv 2107.00630, section 3.3).
 
         p(x_0 | x_1) = prod_i q(x_{1,i} | x_{0,i}) / sum_k q(x_{1,i} | level k)
 

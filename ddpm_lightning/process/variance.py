@@ -77,7 +77,7 @@ class LearnedRangeVariance(ReverseVariance):
         log sigma_p^2 = v log beta_t + (1 - v) log beta-tilde_t,    v = (variance_output + 1) / 2
 
     The interpolation is in the logarithm, and its ends are those of the step that is taken, so a strided grid has its
-    own. v is not held to [0, 1]. NoiseMSE does not see it: train with HybridObjective or NegativeElbo.
+    own. v is not held to [0, 1]. HybridObjective and NegativeElbo train it.
     """
 
     network_outputs = 2

@@ -37,6 +37,11 @@ class Schedule(nn.Module):
     T: int
     """Number of states x_1, ..., x_T of the discrete chain that the schedule stands for."""
 
+    @property
+    def is_learned(self) -> bool:
+        """True where gamma has parameters."""
+        return any(True for _ in self.parameters())
+
     def grid(self, T: int | None = None) -> Tensor:
         """Times of a chain of T states, float64 ``[T + 1]``: the data first, then x_1, ..., x_T, up to t = 1.
 
@@ -74,10 +79,10 @@ class Schedule(nn.Module):
         """While it is open, gradients reach the ends of gamma but not the shape between them."""
         return nullcontext()
 
-    def spread(self, t: Tensor) -> Tensor | None:
-        """1 for each t, with the gradient that log(d gamma/dt) at a fixed gamma has in the shape between the ends;
-        None where that shape is not learned. ``L(t)^2 spread(t)`` then has the gradient of the second moment of an
-        estimator L drawn at uniform t."""
+    def slope_ratio(self, t: Tensor) -> Tensor | None:
+        """d gamma/dt at the fixed gamma(t), divided by its own value, shape of ``t``: 1, with a gradient in the shape
+        of gamma between its ends; None where that shape is not learned. ``L(t)^2 slope_ratio(t)`` then has the gradient of
+        the second moment of an estimator L drawn at uniform t."""
         return None
 
     def alpha(self, t: Tensor) -> Tensor:

@@ -58,6 +58,6 @@ class VarianceExploding(Schedule):
         """That of the other schedule."""
         return self.schedule.held_interior()
 
-    def spread(self, t: Tensor) -> Tensor | None:
+    def slope_ratio(self, t: Tensor) -> Tensor | None:
         """That of the other schedule."""
-        return self.schedule.spread(t)
+        return self.schedule.slope_ratio(t)

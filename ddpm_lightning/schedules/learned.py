@@ -76,7 +76,7 @@ class LearnedGamma(ContinuousSchedule):
         finally:
             self._interior_held = False
 
-    def spread(self, t: Tensor) -> Tensor:
+    def slope_ratio(self, t: Tensor) -> Tensor:
         """du/dt at the fixed u(t), divided by its own value: 1, with a gradient in the shape.
 
         Of an estimator L = gamma'(t) f(gamma(t)) at uniform t, the second moment is the integral of gamma' f^2 over

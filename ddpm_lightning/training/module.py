@@ -24,10 +24,16 @@ from ddpm_lightning.process import (
     NoiseConditioning,
     Parameterization,
     ReverseVariance,
-    TimeConditioning,
 )
 from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.schedules import Schedule, strided_grid
+from ddpm_lightning.training.checks import (
+    check_bounds,
+    check_network,
+    check_schedule,
+    check_state,
+    schedule_marks,
+)
 from ddpm_lightning.training.ema import decay_at, update_average
 from ddpm_lightning.training.hyperparameters import describe
 
@@ -116,19 +122,15 @@ class DiffusionModule(LightningModule):
         self.shape, self.levels = tuple(shape), levels
         self.objective = objective
         self.bounds = {"val": list(validation_bounds), "test": list(test_bounds)}
-        for option, estimators in (("validation_bounds", validation_bounds), ("test_bounds", test_bounds)):
-            names = [estimator.name for estimator in estimators]
-            if len(set(names)) < len(names):
-                raise InputError(f"--model.{option} names a form of the bound twice: {', '.join(names)}")
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
         if class_conditional and num_classes is None:
             raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
         self.ema_decay, self.class_conditional, self.num_classes = ema_decay, class_conditional, num_classes
         self.seed, self.eval_seed = seed, eval_seed
-        self._check_network(network, variance)
+        check_network(network, variance, self.shape, class_conditional)
         self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
         objective.check(self.model)
-        self._check_bounds()
+        check_bounds(self.model, self.bounds)
         self.ema_model = deepcopy(self.model).requires_grad_(False)
         self.means = nn.ModuleDict(
             {stage: BoundMeans({e.name: e.term_names for e in estimators}) for stage, estimators in self.bounds.items()}
@@ -158,39 +160,6 @@ class DiffusionModule(LightningModule):
         self.hparams.clear()
         self.hparams.update(plain)
 
-    def _check_bounds(self) -> None:
-        """Make every chain that an estimator asks for now, not after hours of training."""
-        for option, stage in (("validation_bounds", "val"), ("test_bounds", "test")):
-            for estimator in self.bounds[stage]:
-                try:
-                    self.model.with_steps(self.model.T if estimator.T is None else estimator.T)
-                except InputError as error:
-                    raise InputError(f"--model.{option}, the {estimator.name} form: {error}") from error
-
-    def _check_network(self, network: nn.Module, variance: ReverseVariance) -> None:
-        x = torch.zeros(2, *self.shape)
-        cond = {"label": torch.zeros(2, dtype=torch.long)} if self.class_conditional else {}
-        training = network.training
-        network.eval()
-        try:
-            with torch.no_grad():
-                output = network(x, torch.full((2,), 0.5), **cond)
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise InputError(
-                f"{type(network).__name__} cannot take the data's images of shape {list(self.shape)} "
-                f"(channels, height, width): {error}"
-            ) from error
-        finally:
-            network.train(training)
-        channels, *size = self.shape
-        expected = [variance.network_outputs * channels, *size]
-        if list(output.shape) != [len(x), *expected]:
-            raise InputError(
-                f"{type(network).__name__} returns {list(output.shape[1:])} for images of shape {list(self.shape)}: "
-                f"under {type(variance).__name__} it must return {expected}; "
-                f"set --model.network.init_args.out_channels {expected[0]} where it has that option"
-            )
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture in one sentence, and remember how long it was trained.
 
@@ -198,46 +167,14 @@ class DiffusionModule(LightningModule):
             InputError: a tensor is missing, left over or of another shape; another schedule, for a network that is told
                 the time.
         """
-        theirs, mine = checkpoint["state_dict"], self.state_dict()
-        for name in [*mine, *theirs]:
-            if name not in theirs:
-                difference = f"it lacks {name}"
-            elif name not in mine:
-                difference = f"it has {name}, which this model lacks"
-            elif theirs[name].shape != mine[name].shape:
-                difference = f"{name} is {list(theirs[name].shape)} there and {list(mine[name].shape)} here"
-            else:
-                continue
-            raise InputError(
-                f"the checkpoint is of another architecture than this {type(self.model.network).__name__}: "
-                f"{difference}. Use the configuration that was saved beside it: -c RUN/config.yaml"
-            )
+        check_state(type(self.model.network).__name__, self.state_dict(), checkpoint["state_dict"])
         if "schedule" in checkpoint:
-            self._check_schedule(checkpoint["schedule"])
+            check_schedule(self.model, checkpoint["schedule"])
         self.steps_trained = checkpoint["global_step"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which schedule the weights belong to."""
-        checkpoint["schedule"] = self._schedule_marks()
-
-    def _schedule_marks(self) -> dict[str, Any]:
-        schedule = self.model.schedule
-        t = torch.linspace(0.1, 1, 10, dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            return {"name": type(schedule).__name__, "T": schedule.T, "gamma": schedule.gamma(t).tolist()}
-
-    def _check_schedule(self, theirs: dict[str, Any]) -> None:
-        """A network that is told gamma may be evaluated under another schedule, one that is told the time may not."""
-        told_time = isinstance(self.model.denoiser.conditioning, TimeConditioning)
-        if not told_time or any(True for _ in self.model.schedule.parameters()):
-            return
-        mine = self._schedule_marks()
-        if not np.allclose(mine["gamma"], theirs["gamma"], rtol=1e-6, atol=1e-6):
-            raise InputError(
-                f"the checkpoint was trained under another schedule, {theirs['name']} of T = {theirs['T']}, than this "
-                f"{mine['name']} of T = {mine['T']}, and TimeConditioning tells its network the time, not the noise: "
-                "take the configuration saved beside it, and T of a bound or steps of a sampler for fewer steps"
-            )
+        checkpoint["schedule"] = schedule_marks(self.model)
 
     # ---------------------------------------------------------------- training
 

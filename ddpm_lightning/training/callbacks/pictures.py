@@ -106,8 +106,8 @@ class ScheduleCurves(Callback):
         """Draw the schedule that training starts from."""
         assert isinstance(pl_module, DiffusionModule)
         self._at_start = deepcopy(pl_module.model.schedule)
-        learned = any(True for _ in self._at_start.parameters())
-        self._publish(trainer, {"start" if learned else type(self._at_start).__name__: self._at_start})
+        name = "start" if self._at_start.is_learned else type(self._at_start).__name__
+        self._publish(trainer, {name: self._at_start})
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,7 +123,7 @@ class ScheduleCurves(Callback):
 
     def _draw_learned(self, trainer: Trainer, module: LightningModule, at_start: Schedule) -> None:
         assert isinstance(module, DiffusionModule)
-        if any(True for _ in at_start.parameters()):
+        if at_start.is_learned:
             curves = {"start": at_start, "now": module.model.schedule, "averaged": module.ema_model.schedule}
             self._publish(trainer, curves)
 

@@ -1,0 +1,129 @@
+"""What is refused before training or with a checkpoint, in one sentence that says what to do."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.objectives import ElboEstimator
+from ddpm_lightning.process import DiffusionModel, ReverseVariance, TimeConditioning
+
+__all__ = ["check_bounds", "check_network", "check_schedule", "check_state", "schedule_marks"]
+
+
+def check_network(
+    network: nn.Module, variance: ReverseVariance, shape: tuple[int, ...], class_conditional: bool
+) -> None:
+    """Evaluate the network once, on zeros.
+
+    Args:
+        network: ``network(x, c, **cond)``.
+        variance: says how many images' worth of channels it must return.
+        shape: (C, H, W) of the images.
+        class_conditional: give it a ``label`` too.
+
+    Raises:
+        InputError: it does not take images of ``shape``, or returns another one than it must.
+    """
+    x = torch.zeros(2, *shape)
+    cond = {"label": torch.zeros(2, dtype=torch.long)} if class_conditional else {}
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            output = network(x, torch.full((2,), 0.5), **cond)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{type(network).__name__} cannot take the data's images of shape {list(shape)} "
+            f"(channels, height, width): {error}"
+        ) from error
+    finally:
+        network.train(training)
+    channels, *size = shape
+    expected = [variance.network_outputs * channels, *size]
+    if list(output.shape) != [len(x), *expected]:
+        raise InputError(
+            f"{type(network).__name__} returns {list(output.shape[1:])} for images of shape {list(shape)}: "
+            f"under {type(variance).__name__} it must return {expected}; "
+            f"set --model.network.init_args.out_channels {expected[0]} where it has that option"
+        )
+
+
+def check_bounds(model: DiffusionModel, bounds: Mapping[str, Sequence[ElboEstimator]]) -> None:
+    """Make every chain that an estimator asks for now, not after hours of training.
+
+    Args:
+        model: the generative model.
+        bounds: estimators by stage, ``val`` and ``test``.
+
+    Raises:
+        InputError: a form named twice in a stage, or a chain with too few states.
+    """
+    for option, stage in (("validation_bounds", "val"), ("test_bounds", "test")):
+        names = [estimator.name for estimator in bounds[stage]]
+        if len(set(names)) < len(names):
+            raise InputError(f"--model.{option} names a form of the bound twice: {', '.join(names)}")
+        for estimator in bounds[stage]:
+            try:
+                model.with_steps(model.T if estimator.T is None else estimator.T)
+            except InputError as error:
+                raise InputError(f"--model.{option}, the {estimator.name} form: {error}") from error
+
+
+def check_state(network: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """Compare a module's tensors with a checkpoint's.
+
+    Args:
+        network: the network's name, for the message.
+        mine: the module's state dict.
+        theirs: the checkpoint's.
+
+    Raises:
+        InputError: a tensor is missing, left over or of another shape.
+    """
+    for name in [*mine, *theirs]:
+        if name not in theirs:
+            difference = f"it lacks {name}"
+        elif name not in mine:
+            difference = f"it has {name}, which this model lacks"
+        elif theirs[name].shape != mine[name].shape:
+            difference = f"{name} is {list(theirs[name].shape)} there and {list(mine[name].shape)} here"
+        else:
+            continue
+        raise InputError(
+            f"the checkpoint is of another architecture than this {network}: "
+            f"{difference}. Use the configuration that was saved beside it: -c RUN/config.yaml"
+        )
+
+
+def schedule_marks(model: DiffusionModel) -> dict[str, Any]:
+    """What a checkpoint notes of its schedule, as plain data: its name, T, and gamma at ten times."""
+    schedule = model.schedule
+    device = next((p.device for p in schedule.parameters()), torch.device("cpu"))
+    t = torch.linspace(0.1, 1, 10, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        return {"name": type(schedule).__name__, "T": schedule.T, "gamma": schedule.gamma(t).tolist()}
+
+
+def check_schedule(model: DiffusionModel, theirs: Mapping[str, Any]) -> None:
+    """A network that is told gamma may be evaluated under another schedule, one that is told the time may not.
+
+    Args:
+        model: the generative model.
+        theirs: ``schedule_marks`` of the model that the checkpoint was written for.
+
+    Raises:
+        InputError: another schedule, for a network that is told the time.
+    """
+    if model.schedule.is_learned or not isinstance(model.denoiser.conditioning, TimeConditioning):
+        return
+    mine = schedule_marks(model)
+    if not np.allclose(mine["gamma"], theirs["gamma"], rtol=1e-6, atol=1e-6):
+        raise InputError(
+            f"the checkpoint was trained under another schedule, {theirs['name']} of T = {theirs['T']}, than this "
+            f"{mine['name']} of T = {mine['T']}, and TimeConditioning tells its network the time, not the noise: "
+            "take the configuration saved beside it, and T of a bound or steps of a sampler for fewer steps"
+        )
