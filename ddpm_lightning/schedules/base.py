@@ -80,9 +80,11 @@ class Schedule(nn.Module):
         return nullcontext()
 
     def slope_ratio(self, t: Tensor) -> Tensor | None:
-        """d gamma/dt at the fixed gamma(t), divided by its own value, shape of ``t``: 1, with a gradient in the shape
-        of gamma between its ends; None where that shape is not learned. ``L(t)^2 slope_ratio(t)`` then has the gradient of
-        the second moment of an estimator L drawn at uniform t."""
+        """d gamma/dt at the fixed gamma(t), divided by its own value, shape of ``t``.
+
+        It is 1, with a gradient in the shape of gamma between its ends; None where that shape is not learned.
+        ``L(t)^2 slope_ratio(t)`` then has the gradient of the second moment of an estimator L drawn at uniform t.
+        """
         return None
 
     def alpha(self, t: Tensor) -> Tensor:
