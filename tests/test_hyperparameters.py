@@ -45,7 +45,14 @@ from ddpm_lightning.process import (
     TimeConditioning,
     VParameterization,
 )
-from ddpm_lightning.samplers import AncestralSampler, DDIMSampler
+from ddpm_lightning.samplers import (
+    AncestralSampler,
+    DDIMSampler,
+    DPMSolverSampler,
+    HeunSampler,
+    HutchinsonDivergence,
+    ProbabilityFlow,
+)
 from ddpm_lightning.schedules import (
     BetaChain,
     CosineChain,
@@ -78,6 +85,7 @@ PARTS = [
     [EpsParameterization(), TimeConditioning(), GammaConditioning(5.0), FixedSmallVariance()],
     [CategoricalDecoder(levels=17), DiscretizedGaussian(levels=17), PlainGaussian(levels=256)],
     {"ancestral": AncestralSampler(), "ddim": DDIMSampler(0.5)},
+    [DPMSolverSampler(1, sde=True), HeunSampler(), ProbabilityFlow(7), HutchinsonDivergence(3)],
 ]
 
 

@@ -1,7 +1,28 @@
-"""Samplers: from noise to images on any time grid."""
+"""Samplers: from noise to images on any time grid; and the flow that gives states a density."""
 
 from ddpm_lightning.samplers.ancestral import AncestralSampler
-from ddpm_lightning.samplers.base import Sampler
+from ddpm_lightning.samplers.base import Memory, Sampler
 from ddpm_lightning.samplers.ddim import DDIMSampler
+from ddpm_lightning.samplers.dpm_solver import DPMSolverSampler
+from ddpm_lightning.samplers.heun import HeunSampler
+from ddpm_lightning.samplers.probability_flow import (
+    Divergence,
+    ExactDivergence,
+    FlowLikelihood,
+    HutchinsonDivergence,
+    ProbabilityFlow,
+)
 
-__all__ = ["AncestralSampler", "DDIMSampler", "Sampler"]
+__all__ = [
+    "AncestralSampler",
+    "DDIMSampler",
+    "DPMSolverSampler",
+    "Divergence",
+    "ExactDivergence",
+    "FlowLikelihood",
+    "HeunSampler",
+    "HutchinsonDivergence",
+    "Memory",
+    "ProbabilityFlow",
+    "Sampler",
+]

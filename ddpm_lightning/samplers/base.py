@@ -1,6 +1,7 @@
 """Samplers walk a time grid from noise to data. A solver's grid is an argument of the call, not part of the solver."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -10,11 +11,31 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
-__all__ = ["Sampler"]
+__all__ = ["Memory", "Sampler"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a multistep sampler hands from one step of a walk to the next.
+
+    Attributes:
+        t: the time that the last step left from, float64, a scalar.
+        x0: x0-hat there, ``[B, C, H, W]``.
+    """
+
+    t: Tensor
+    x0: Tensor
 
 
 class Sampler:
-    """Base of samplers: subclasses define :meth:`step`."""
+    """Base of samplers: subclasses define :meth:`step`, multistep ones :meth:`advance`.
+
+    They hold options and nothing of a walk, so one object serves any number of walks at once."""
+
+    def evaluations(self, steps: int) -> int:
+        """Evaluations of the network on a grid of ``steps`` steps, one of them the decoder's (which is none for a
+        decoder without a denoiser)."""
+        return steps
 
     def step(
         self,
@@ -27,6 +48,19 @@ class Sampler:
     ) -> Tensor:
         """x_s from x_t ``[B, C, H, W]``, for scalar times 0 < s < t."""
         raise NotImplementedError
+
+    def advance(
+        self,
+        model: DiffusionModel,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        memory: Memory | None = None,
+        generators: Generators = None,
+        **cond: Any,
+    ) -> tuple[Tensor, Memory | None]:
+        """:meth:`step` with the memory of the step before (None at the first): x_s and the memory for the next."""
+        return self.step(model, x_t, t, s, generators, **cond), None
 
     def __call__(
         self,
@@ -45,8 +79,9 @@ class Sampler:
         Args:
             model: the generative model.
             x_T: ``[B, C, H, W]``, the start.
-            grid: float64 ``[K + 1]``, increasing from the time of the data to 1, for K evaluations of the network
-                (``strided_grid`` makes one); None for all T steps of the chain.
+            grid: float64 ``[K + 1]``, increasing from the time of the data to 1, for ``evaluations(K)`` evaluations of
+                the network (``strided_grid``, ``logsnr_grid`` and ``karras_grid`` make one); None for all T steps of
+                the chain.
             generators: source of the noise of the steps.
             callback: called with (x_s, s) after each step.
             cond: conditions, passed on to the network.
@@ -62,9 +97,10 @@ class Sampler:
         if grid.ndim != 1 or len(grid) < 2 or grid[0] != data or grid[-1] != 1 or bool((grid.diff() <= 0).any()):
             raise InputError(f"a sampler's grid must increase from {data:g}, the time of the data, to 1")
         x = x_T
+        memory: Memory | None = None
         times = grid.flip(0).to(x.device)
         for t, s in pairwise(times[:-1]):
-            x = self.step(model, x, t, s, generators, **cond)
+            x, memory = self.advance(model, x, t, s, memory, generators, **cond)
             if callback is not None:
                 callback(x, s)
         x0 = model.decoder.mode(model.decoder_gaussian(x, grid.to(x.device), **cond))

@@ -4,7 +4,7 @@ from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.chains import BetaChain, CosineChain, LinearChain
 from ddpm_lightning.schedules.continuous import CosineGamma, LinearGamma
 from ddpm_lightning.schedules.exploding import VarianceExploding
-from ddpm_lightning.schedules.grids import chain_grid, strided_grid
+from ddpm_lightning.schedules.grids import chain_grid, karras_grid, logsnr_grid, strided_grid
 from ddpm_lightning.schedules.learned import LearnedGamma
 
 __all__ = [
@@ -17,5 +17,7 @@ __all__ = [
     "Schedule",
     "VarianceExploding",
     "chain_grid",
+    "karras_grid",
+    "logsnr_grid",
     "strided_grid",
 ]

@@ -322,7 +322,7 @@ class DiffusionModule(LightningModule):
             sampler: how to walk from noise to data.
             indices: the images to draw; image k of a seed is the same in any selection.
             seed: the seed.
-            steps: evaluations of the network; None for all T.
+            steps: steps of the sampler (see ``Sampler.evaluations``); None for all T.
             label: classes ``[n]`` of a class-conditional model.
             callback: called with (x_s, s) after each step.
 

@@ -29,7 +29,7 @@ class Sampling(LightningModule):
         sampler: how to sample.
         n: number of images, shared among the processes.
         seed: seed of the images.
-        steps: evaluations of the network; None for all T.
+        steps: steps of the sampler; None for all T.
         batch_size: images drawn at a time on each process.
         label: class of every image, for a class-conditional model; None cycles through the classes.
     """
@@ -106,7 +106,7 @@ class DiffusionTrainer(Trainer):
             n: number of images.
             seed: seed of the images.
             sampler: AncestralSampler (the default) or another sampler class.
-            steps: evaluations of the network for each image, 1..T; null for all T.
+            steps: steps of the sampler for each image, 1..T; null for all T.
             batch_size: images drawn at a time on each process.
             label: class of every image, for a class-conditional model; null cycles through the classes.
             out: folder for samples.png and samples.safetensors; null for the run's folder.
