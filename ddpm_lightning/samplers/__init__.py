@@ -3,5 +3,6 @@
 from ddpm_lightning.samplers.ancestral import AncestralSampler
 from ddpm_lightning.samplers.base import Sampler
 from ddpm_lightning.samplers.ddim import DDIMSampler
+from ddpm_lightning.samplers.inpainting import ReplacementSampler
 
-__all__ = ["AncestralSampler", "DDIMSampler", "Sampler"]
+__all__ = ["AncestralSampler", "DDIMSampler", "ReplacementSampler", "Sampler"]

@@ -28,6 +28,10 @@ class Sampler:
         """x_s from x_t ``[B, C, H, W]``, for scalar times 0 < s < t."""
         raise NotImplementedError
 
+    def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
+        """The image that the walk ends with: the decoder's mode at ``x1``, the state at ``grid[1]``."""
+        return model.decoder.mode(model.decoder_gaussian(x1, grid, **cond))
+
     def __call__(
         self,
         model: DiffusionModel,
@@ -67,7 +71,7 @@ class Sampler:
             x = self.step(model, x, t, s, generators, **cond)
             if callback is not None:
                 callback(x, s)
-        x0 = model.decoder.mode(model.decoder_gaussian(x, grid.to(x.device), **cond))
+        x0 = self.decode(model, x, grid.to(x.device), **cond)
         if callback is not None:
             callback(x0, times[-1])
         return x0
