@@ -15,6 +15,7 @@ from ddpm_lightning.errors import InputError
 __all__ = [
     "Generators",
     "as_times",
+    "expand_mask",
     "expand_to",
     "image_generators",
     "log1mexp",
@@ -34,6 +35,26 @@ StratifiedTimes and EquispacedTimes, which share the time axis out among a batch
 def expand_to(values: Tensor, like: Tensor) -> Tensor:
     """Append dimensions of size 1 until there are as many as ``like`` has: ``[B]`` -> ``[B, 1, ...]``, ``[]`` too."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of pixels for images ``[B, C, H, W]``, on their device and broadcastable to them.
+
+    Args:
+        mask: bool, ``[C, H, W]`` for all images or ``[B, C, H, W]``; any of the dimensions may be 1.
+        like: the images.
+
+    Raises:
+        InputError: another shape, or no bool.
+    """
+    full = (1,) * (like.ndim - mask.ndim) + mask.shape
+    fits = like.ndim - mask.ndim in (0, 1) and all(m in (1, n) for m, n in zip(full, like.shape, strict=True))
+    if mask.dtype != torch.bool or not fits:
+        raise InputError(
+            f"mask of shape {list(mask.shape)} and {mask.dtype} for images {list(like.shape)}: give torch.bool of "
+            f"shape {list(like.shape[1:])} for all images, or {list(like.shape)}; a dimension may be 1"
+        )
+    return mask.to(like.device).reshape(full)
 
 
 def as_times(t: Tensor | float, like: Tensor) -> Tensor:

@@ -368,6 +368,7 @@ class TestBadInput:
             (["--n=0"], "--n 0"),
             (["--batch_size=0"], "--batch_size 0"),
             (["--label=3"], "--label 3"),
+            (["--guidance_scale=2"], "needs a class-conditional model"),
         ],
     )
     def test_sampling(

@@ -138,6 +138,78 @@ def test_evaluation_and_sampling_use_the_average(tmp_path: Path) -> None:
     assert module.sample(AncestralSampler(), [0, 1]).shape == (2, 1, 8, 8)
 
 
+def conditional(**changes: object) -> DiffusionModule:
+    network = UNet(1, width=8, multipliers=(1, 2), blocks=1, num_classes=10)
+    return build(**{"network": network, "class_conditional": True, "num_classes": 10, **changes})
+
+
+def test_labels_are_dropped_image_by_image_from_the_training_generator() -> None:
+    module, label = conditional(label_dropout=0.3), torch.arange(10_000) % 10
+
+    def dropped(seed: int) -> torch.Tensor:
+        module._generator = torch.Generator().manual_seed(seed)
+        return module._with_dropped(label)
+
+    first = dropped(0)
+    without = first == 10
+    assert abs(float(without.double().mean()) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 10_000)
+    assert torch.equal(first[~without], label[~without]) and first.dtype == torch.int64
+    assert torch.equal(dropped(0), first) and not torch.equal(dropped(1), first)
+    module.label_dropout = 0.0
+    assert torch.equal(dropped(2), label)
+    assert torch.equal(module._generator.get_state(), torch.Generator().manual_seed(2).get_state())
+
+
+def test_training_drops_labels_and_evaluation_does_not(tmp_path: Path) -> None:
+    seen: dict[bool, set[int]] = {True: set(), False: set()}
+
+    class Recording(UNet):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, *, label: torch.Tensor | None = None) -> torch.Tensor:
+            if label is not None:
+                seen[self.training].update(label.tolist())
+            return super().forward(x, t, label=label)
+
+    network = Recording(1, width=8, multipliers=(1, 2), blocks=1, num_classes=10)
+    module = conditional(network=network, label_dropout=0.5)
+    seen[False].clear()  # the check of the network shows it "no class"
+    trainer(tmp_path, enable_checkpointing=False).fit(module, Digits())
+    assert seen[True] == set(range(11)) and seen[False] == set(range(10))
+
+
+def test_guided_samples() -> None:
+    module, generator = conditional(label_dropout=0.1), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.ema_model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+
+    def sample(*label: int, scale: float = 1.0) -> torch.Tensor:
+        sampler = AncestralSampler()
+        return module.sample(sampler, [0, 1], label=torch.tensor(label), guidance_scale=scale)
+
+    conditioned = sample(3, 4)
+    assert torch.equal(module.sample(AncestralSampler(), [0, 1], label=torch.tensor([3, 4])), conditioned)
+    assert torch.equal(sample(3, 4, scale=0.0), sample(10, 10))
+    assert not torch.equal(sample(3, 4, scale=3.0), conditioned)
+    assert not torch.equal(sample(10, 10), conditioned)
+    for wrong in (-1, 11):
+        with pytest.raises(InputError, match="label must lie between 0 and 10"):
+            sample(3, wrong)
+
+
+def test_guidance_and_label_dropout_errors() -> None:
+    for dropout in (-0.1, 1.0, math.nan):
+        with pytest.raises(InputError, match=r"--model\.label_dropout .* must lie in \[0, 1\)"):
+            conditional(label_dropout=dropout)
+    with pytest.raises(InputError, match=r"label_dropout 0\.1 needs --model\.class_conditional true"):
+        build(label_dropout=0.1)
+    with pytest.raises(InputError, match="needs a class-conditional model"):
+        build(num_classes=10).guided(2.0)
+    with pytest.raises(InputError, match="guidance_scale 2: this model never saw an image without its class"):
+        conditional().guided(2.0)
+    with pytest.raises(InputError, match="with labels from 0 to 9"):
+        conditional(network=UNet(1, width=8, multipliers=(1, 2), blocks=1, num_classes=5))
+
+
 def test_the_average_is_evaluated_without_dropout() -> None:
     module = build(network=UNet(1, width=8, multipliers=(1, 2), blocks=1, dropout=0.5))
     module.train()

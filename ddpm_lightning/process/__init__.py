@@ -5,6 +5,15 @@ from ddpm_lightning.process.decoders import CategoricalDecoder, Decoder, Discret
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
 from ddpm_lightning.process.eps_mse import eps_mse_table, spread_times
 from ddpm_lightning.process.forward import ForwardProcess
+from ddpm_lightning.process.guidance import ClassifierDenoiser, ClassifierFreeDenoiser, LogFactor, ProductDenoiser
+from ddpm_lightning.process.measurement import (
+    AverageOperator,
+    DenoisingOperator,
+    LinearMeasurement,
+    LinearOperator,
+    MaskOperator,
+    MatrixOperator,
+)
 from ddpm_lightning.process.model import DiffusionModel
 from ddpm_lightning.process.parameterization import (
     EpsParameterization,
@@ -14,6 +23,7 @@ from ddpm_lightning.process.parameterization import (
     VParameterization,
     X0Parameterization,
 )
+from ddpm_lightning.process.posterior import DPSDenoiser, MMPSDenoiser
 from ddpm_lightning.process.reverse import ReverseProcess
 from ddpm_lightning.process.variance import (
     AnalyticVariance,
@@ -25,10 +35,15 @@ from ddpm_lightning.process.variance import (
 
 __all__ = [
     "AnalyticVariance",
+    "AverageOperator",
     "CategoricalDecoder",
+    "ClassifierDenoiser",
+    "ClassifierFreeDenoiser",
     "ClippedDenoiser",
+    "DPSDenoiser",
     "Decoder",
     "Denoiser",
+    "DenoisingOperator",
     "DiffusionModel",
     "DiscretizedGaussian",
     "EpsParameterization",
@@ -37,11 +52,18 @@ __all__ = [
     "ForwardProcess",
     "GammaConditioning",
     "LearnedRangeVariance",
+    "LinearMeasurement",
+    "LinearOperator",
+    "LogFactor",
+    "MMPSDenoiser",
+    "MaskOperator",
+    "MatrixOperator",
     "NetworkDenoiser",
     "NoiseConditioning",
     "Parameterization",
     "PlainGaussian",
     "Prediction",
+    "ProductDenoiser",
     "ReverseProcess",
     "ReverseVariance",
     "ScoreParameterization",

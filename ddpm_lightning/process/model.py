@@ -1,5 +1,6 @@
 """The generative model: prior, reverse steps and decoder, with the forward process that trains and bounds it."""
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -9,7 +10,7 @@ from ddpm_lightning.distributions import DiagonalGaussian, centred_like
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process.conditioning import NoiseConditioning
 from ddpm_lightning.process.decoders import Decoder
-from ddpm_lightning.process.denoiser import ClippedDenoiser, NetworkDenoiser
+from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
 from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.parameterization import Parameterization, Prediction
 from ddpm_lightning.process.reverse import ReverseProcess
@@ -95,6 +96,21 @@ class DiffusionModel(nn.Module):
         other = copy(self)
         other.grid = self.schedule.grid(T)
         other._check_steps()
+        return other
+
+    def with_denoiser(self, wrap: Callable[[Denoiser], Denoiser]) -> "DiffusionModel":
+        """The same model with another denoiser in its reverse steps, decoder and samplers.
+
+        ``denoiser``, which a training objective sees, stays. Nothing is copied: both share their weights.
+
+        Args:
+            wrap: makes it of the denoiser that the reverse steps have now, before clipping; where ``clip_x0`` is set,
+                its x0 is clipped in turn.
+        """
+        other, reverse = copy(self), self.reverse_process
+        wrapped = wrap(reverse.denoiser.denoiser if isinstance(reverse.denoiser, ClippedDenoiser) else reverse.denoiser)
+        denoiser = ClippedDenoiser(wrapped) if self.clip_x0 else wrapped
+        other.reverse_process = ReverseProcess(denoiser, self.forward_process, reverse.variance)
         return other
 
     def prior(self, like: Tensor) -> DiagonalGaussian:

@@ -4,7 +4,7 @@ From x_t = alpha_t x_0 + sigma_t eps either of the two follows from the other, s
 conversions, and everything behind the denoiser is written once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,16 @@ class Prediction:
         """The same with x0 clipped to [-1, 1] and eps recomputed from it, so that the two stay consistent."""
         x0 = self.x0.clamp(-1, 1)
         return Prediction(x0, (x_t - alpha_t * x0) / sigma_t, self.output, self.variance_output)
+
+    def with_score_added(self, gradient: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> "Prediction":
+        """The same with ``gradient`` ``[B, C, H, W]`` added to the score -eps / sigma_t, and x0 to match."""
+        x0 = self.x0 + sigma_t.square() / alpha_t * gradient
+        return replace(self, x0=x0, eps=self.eps - sigma_t * gradient)
+
+    def detached(self) -> "Prediction":
+        """The same without its history."""
+        variance_output = None if self.variance_output is None else self.variance_output.detach()
+        return Prediction(self.x0.detach(), self.eps.detach(), self.output.detach(), variance_output)
 
 
 class Parameterization:

@@ -5,6 +5,7 @@ from ddpm_lightning.samplers.base import Memory, Sampler
 from ddpm_lightning.samplers.ddim import DDIMSampler
 from ddpm_lightning.samplers.dpm_solver import DPMSolverSampler
 from ddpm_lightning.samplers.heun import HeunSampler
+from ddpm_lightning.samplers.inpainting import ReplacementSampler
 from ddpm_lightning.samplers.probability_flow import (
     Divergence,
     ExactDivergence,
@@ -24,5 +25,6 @@ __all__ = [
     "HutchinsonDivergence",
     "Memory",
     "ProbabilityFlow",
+    "ReplacementSampler",
     "Sampler",
 ]

@@ -62,6 +62,10 @@ class Sampler:
         """:meth:`step` with the memory of the step before (None at the first): x_s and the memory for the next."""
         return self.step(model, x_t, t, s, generators, **cond), None
 
+    def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
+        """The image that the walk ends with: the decoder's mode at ``x1``, the state at ``grid[1]``."""
+        return model.decoder.mode(model.decoder_gaussian(x1, grid, **cond))
+
     def __call__(
         self,
         model: DiffusionModel,
@@ -103,7 +107,7 @@ class Sampler:
             x, memory = self.advance(model, x, t, s, memory, generators, **cond)
             if callback is not None:
                 callback(x, s)
-        x0 = model.decoder.mode(model.decoder_gaussian(x, grid.to(x.device), **cond))
+        x0 = self.decode(model, x, grid.to(x.device), **cond)
         if callback is not None:
             callback(x0, times[-1])
         return x0

@@ -15,7 +15,7 @@ __all__ = ["check_bounds", "check_network", "check_schedule", "check_state", "sc
 
 
 def check_network(
-    network: nn.Module, variance: ReverseVariance, shape: tuple[int, ...], class_conditional: bool
+    network: nn.Module, variance: ReverseVariance, shape: tuple[int, ...], last_label: int | None
 ) -> None:
     """Evaluate the network once, on zeros.
 
@@ -23,22 +23,23 @@ def check_network(
         network: ``network(x, c, **cond)``.
         variance: says how many images' worth of channels it must return.
         shape: (C, H, W) of the images.
-        class_conditional: give it a ``label`` too.
+        last_label: the largest ``label`` that it will be given; None for none.
 
     Raises:
         InputError: it does not take images of ``shape``, or returns another one than it must.
     """
     x = torch.zeros(2, *shape)
-    cond = {"label": torch.zeros(2, dtype=torch.long)} if class_conditional else {}
+    cond = {} if last_label is None else {"label": torch.tensor([0, last_label])}
     training = network.training
     network.eval()
     try:
         with torch.no_grad():
             output = network(x, torch.full((2,), 0.5), **cond)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        labels = f" with labels from 0 to {last_label}" if cond else ""
         raise InputError(
             f"{type(network).__name__} cannot take the data's images of shape {list(shape)} "
-            f"(channels, height, width): {error}"
+            f"(channels, height, width){labels}: {error}"
         ) from error
     finally:
         network.train(training)

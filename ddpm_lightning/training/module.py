@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +18,9 @@ from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundFigures, BoundMeans
 from ddpm_lightning.objectives import BatchShare, ElboEstimator, Objective
-from ddpm_lightning.ops import image_generators
+from ddpm_lightning.ops import image_generators, rand
 from ddpm_lightning.process import (
+    ClassifierFreeDenoiser,
     Decoder,
     DiffusionModel,
     NoiseConditioning,
@@ -72,6 +74,9 @@ class DiffusionModule(LightningModule):
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers.
         class_conditional: give the network each image's class as ``label``.
         num_classes: number of classes in the data; a class-conditional model needs it.
+        label_dropout: probability that the network sees a training image of a class-conditional model without its class
+            (label ``num_classes``), in [0, 1): 0.1 or 0.2 for classifier-free guidance. Bounds are those of the
+            class-conditional model.
         shape: (C, H, W) of the images.
         levels: number of grey levels.
         seed: seed of the training noise.
@@ -80,8 +85,8 @@ class DiffusionModule(LightningModule):
     Raises:
         InputError: a network that does not take images of ``shape`` or does not return as many channels as the
             variance needs, a decoder for other levels, a decay outside [0, 1), a form of the bound named twice, a
-            class-conditional model without ``num_classes``, an objective that cannot train this model, a form with too
-            few states.
+            class-conditional model without ``num_classes``, a label dropout outside [0, 1) or without classes, an
+            objective that cannot train this model, a form with too few states.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class DiffusionModule(LightningModule):
         clip_x0: bool = True,
         class_conditional: bool = False,
         num_classes: int | None = None,
+        label_dropout: float = 0.0,
         seed: int = 0,
         eval_seed: int = 0,
     ) -> None:
@@ -125,9 +131,16 @@ class DiffusionModule(LightningModule):
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
         if class_conditional and num_classes is None:
             raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
+        if not 0 <= label_dropout < 1:
+            raise InputError(f"--model.label_dropout {label_dropout:g} must lie in [0, 1)")
+        if label_dropout > 0 and not class_conditional:
+            raise InputError(f"--model.label_dropout {label_dropout:g} needs --model.class_conditional true")
+        self.label_dropout = label_dropout
         self.ema_decay, self.class_conditional, self.num_classes = ema_decay, class_conditional, num_classes
         self.seed, self.eval_seed = seed, eval_seed
-        check_network(network, variance, self.shape, class_conditional)
+        # num_classes itself stands for "no class"
+        last_label = (num_classes if label_dropout else num_classes - 1) if class_conditional and num_classes else None
+        check_network(network, variance, self.shape, last_label)
         self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
         objective.check(self.model)
         check_bounds(self.model, self.bounds)
@@ -223,11 +236,18 @@ class DiffusionModule(LightningModule):
         generator = torch.Generator(device=self.device).manual_seed(key)
         return BatchShare(place * processes + self.global_rank, batches * processes, generator)
 
+    def _with_dropped(self, label: Tensor) -> Tensor:
+        """Each label ``[B]`` replaced by "no class" with probability ``label_dropout``; else nothing is drawn."""
+        if self.label_dropout == 0:
+            return label
+        return torch.where(rand(label, self._generator) < self.label_dropout, cast(int, self.num_classes), label)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's mean over the batch, logged as ``train/loss`` every ``log_every_n_steps`` steps."""
         x0 = levels_to_model(batch.image, self.levels)
         share = self._batch_share(batch_idx)
-        loss = self.objective(self.model, x0, self._generator, share=share, **self._condition(batch.label)).mean()
+        label = self._with_dropped(batch.label)
+        loss = self.objective(self.model, x0, self._generator, share=share, **self._condition(label)).mean()
         # logging costs as much as a step of a tiny network: only where the logger will write
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
         if interval and (self.trainer.global_step + 1) % interval == 0:
@@ -306,6 +326,25 @@ class DiffusionModule(LightningModule):
         """Classes 0, 1, ... in turn for images ``[n]`` by index; None for a model that is not class-conditional."""
         return indices % self.num_classes if self.class_conditional and self.num_classes else None
 
+    def guided(self, scale: float) -> DiffusionModel:
+        """The averaged model under classifier-free guidance, which then needs a ``label``; itself at scale 1.
+
+        Raises:
+            InputError: a model that was trained without classes, or never without.
+        """
+        if scale == 1:
+            return self.ema_model
+        wrap = partial(
+            ClassifierFreeDenoiser, scale=scale, num_classes=self.num_classes if self.class_conditional else None
+        )
+        guided = self.ema_model.with_denoiser(wrap)
+        if self.label_dropout == 0:
+            raise InputError(
+                f"guidance_scale {scale:g}: this model never saw an image without its class; train it with "
+                "--model.label_dropout 0.1"
+            )
+        return guided
+
     def sample(
         self,
         sampler: Sampler,
@@ -314,6 +353,7 @@ class DiffusionModule(LightningModule):
         seed: int = 0,
         steps: int | None = None,
         label: Tensor | None = None,
+        guidance_scale: float = 1.0,
         callback: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Images of the averaged model.
@@ -324,18 +364,24 @@ class DiffusionModule(LightningModule):
             seed: the seed.
             steps: steps of the sampler (see ``Sampler.evaluations``); None for all T.
             label: classes ``[n]`` of a class-conditional model.
+            guidance_scale: of classifier-free guidance; 1 is the model itself, which costs half as much.
             callback: called with (x_s, s) after each step.
 
         Returns:
             uint8 ``[n, C, H, W]``, grey levels.
 
         Raises:
-            InputError: ``steps`` outside 1..T.
+            InputError: ``steps`` outside 1..T, a class that there is not, guidance of a model that was trained without
+                ``label_dropout`` or without classes.
         """
+        model = self.guided(guidance_scale)
+        last = self.num_classes
+        if label is not None and last is not None and not bool(((label >= 0) & (label <= last)).all()):
+            raise InputError(f"label must lie between 0 and {last} (no class), got {label.tolist()}")
         generators = image_generators(seed, indices)
         prior = self.ema_model.prior(torch.zeros(len(generators), *self.shape, device=self.device))
         x_T = prior.sample(generators)
         grid = strided_grid(self.ema_model.grid, steps)
         cond = {} if label is None else {"label": label.to(self.device)}
-        x0 = sampler(self.ema_model, x_T, grid=grid, generators=generators, callback=callback, **cond)
+        x0 = sampler(model, x_T, grid=grid, generators=generators, callback=callback, **cond)
         return model_to_levels(x0, self.levels)

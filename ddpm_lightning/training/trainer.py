@@ -32,6 +32,7 @@ class Sampling(LightningModule):
         steps: steps of the sampler; None for all T.
         batch_size: images drawn at a time on each process.
         label: class of every image, for a class-conditional model; None cycles through the classes.
+        guidance_scale: of classifier-free guidance; 1 is none.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Sampling(LightningModule):
         steps: int | None,
         batch_size: int,
         label: int | None,
+        guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.module, self.sampler = module, sampler
         self.n, self.seed, self.steps, self.batch_size, self.label = n, seed, steps, batch_size, label
+        self.guidance_scale = guidance_scale
         self._progress: Progress | None = None
 
     def predict_dataloader(self) -> IndexBatches:
@@ -72,7 +75,13 @@ class Sampling(LightningModule):
         label = self.module.cycled_labels(index) if self.label is None else torch.full_like(index, self.label)
         with self._steps_shown(self.steps or self.module.ema_model.T) as callback:
             images = self.module.sample(
-                self.sampler, index, seed=self.seed, steps=self.steps, label=label, callback=callback
+                self.sampler,
+                index,
+                seed=self.seed,
+                steps=self.steps,
+                label=label,
+                guidance_scale=self.guidance_scale,
+                callback=callback,
             )
         return {"sample": index, "image": images.cpu()}
 
@@ -92,6 +101,7 @@ class DiffusionTrainer(Trainer):
         steps: int | None = None,
         batch_size: int = 64,
         label: int | None = None,
+        guidance_scale: float = 1.0,
         out: str | None = None,
     ) -> None:
         """Draw images from a trained model.
@@ -109,10 +119,12 @@ class DiffusionTrainer(Trainer):
             steps: steps of the sampler for each image, 1..T; null for all T.
             batch_size: images drawn at a time on each process.
             label: class of every image, for a class-conditional model; null cycles through the classes.
+            guidance_scale: of classifier-free guidance, for a class-conditional model trained with label_dropout: 1 is
+                the model itself, above 1 draws sharper images of the class.
             out: folder for samples.png and samples.safetensors; null for the run's folder.
 
         Raises:
-            InputError: a number out of its range, no checkpoint.
+            InputError: a number out of its range, no checkpoint, guidance of a model that was not trained for it.
         """
         for name, value in (("n", n), ("batch_size", batch_size)):
             if value < 1:
@@ -123,10 +135,11 @@ class DiffusionTrainer(Trainer):
             raise InputError(f"--label {label}: this model is not class-conditional (--model.class_conditional)")
         if label is not None and not 0 <= label < (model.num_classes or 0):
             raise InputError(f"--label {label} must lie between 0 and {(model.num_classes or 0) - 1}")
+        model.guided(guidance_scale)  # for what it refuses, before anything is loaded
         if ckpt_path is None:
             raise InputError("sample needs a trained model: give --ckpt_path FILE, or last for the run's last one")
         self._restore(model, ckpt_path, weights_only is not False)
-        task = Sampling(model, sampler or AncestralSampler(), n, seed, steps, batch_size, label)
+        task = Sampling(model, sampler or AncestralSampler(), n, seed, steps, batch_size, label, guidance_scale)
         predictions = cast(list[dict[str, Tensor]], self.predict(task))
         parts = gather_to_all(predictions)
         if not self.is_global_zero:

@@ -1,0 +1,186 @@
+r"""Guidance: a denoiser that wraps a denoiser, so that every sampler has it.
+
+Multiplying the data's distribution by a factor r (Sohl-Dickstein et al. 2015, arXiv 1503.03585, section 2.5),
+
+    p~(x_0) prop. to p(x_0) r(x_0),    q~(x_t) prop. to q(x_t) r_t(x_t),    r_t(x_t) = E[r(x_0) | x_t],
+
+adds grad log r_t to the score, and since eps = -sigma_t score and x_t = alpha_t x0 + sigma_t eps,
+
+    eps~ = eps - sigma_t grad log r_t(x_t)
+    x0~  = x0 + sigma_t^2 / alpha_t grad log r_t(x_t)
+
+Gradients in x_t are taken by autograd, under ``torch.no_grad`` and ``torch.inference_mode`` too. They reach neither the
+weights of the network nor anything outside of the wrapper, unless ``x_t`` itself requires a gradient, as it does where
+one wrapper stands inside another.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import as_times, expand_to
+from ddpm_lightning.process.conditioning import NoiseConditioning, TimeConditioning
+from ddpm_lightning.process.denoiser import Denoiser
+from ddpm_lightning.process.parameterization import Prediction
+
+__all__ = ["ClassifierDenoiser", "ClassifierFreeDenoiser", "LogFactor", "ProductDenoiser", "differentiable", "fresh"]
+
+LogFactor = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""log r_t as a differentiable function of (x_t, x0_hat, t), up to a constant: ``[B]`` nats."""
+
+
+@contextmanager
+def differentiable(x_t: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    """x_t with autograd on, whatever the mode outside; and whether the result is to be differentiated further."""
+    nested = torch.is_grad_enabled() and x_t.requires_grad
+    with torch.inference_mode(False), torch.enable_grad():
+        yield (x_t, True) if nested else (x_t.detach().clone().requires_grad_(), False)
+
+
+def fresh(value: Any) -> Any:
+    """A copy of a tensor, which autograd may keep even if the tensor was made in inference mode; else ``value``."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+class ProductDenoiser(Denoiser):
+    """The denoiser of p(x_t) r_t(x_t), for any differentiable log r_t.
+
+    With r_t(x_t) = E[r(x_0) | x_t] small reverse steps sample p(x_0) r(x_0); with any other r_t they sample something
+    else. Several factors: add their logarithms, or wrap again.
+
+    Args:
+        denoiser: of p(x_t).
+        log_factor: log r_t(x_t, x0_hat, t), ``[B]`` nats, up to a constant; x0_hat is the denoiser's x0 at x_t, through
+            which it is differentiated.
+    """
+
+    def __init__(self, denoiser: Denoiser, log_factor: LogFactor) -> None:
+        self.denoiser, self.log_factor = denoiser, log_factor
+        self.schedule = denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """The wrapped prediction, with grad log r_t in its score.
+
+        Raises:
+            ValueError: a factor that is not one number for each image.
+        """
+        with differentiable(x_t) as (x, nested):
+            t, cond = fresh(t), {name: fresh(value) for name, value in cond.items()}
+            prediction = self.denoiser(x, t, **cond)
+            log_factor = self.log_factor(x, prediction.x0, t)
+            if log_factor.shape != x.shape[:1]:
+                raise ValueError(f"log_factor gave shape {tuple(log_factor.shape)}, not one number for each image")
+            (gradient,) = torch.autograd.grad(log_factor.sum(), x, create_graph=nested)
+        prediction = prediction if nested else prediction.detached()
+        return prediction.with_score_added(gradient, *self.scales(x_t, t))
+
+
+class ClassifierDenoiser(Denoiser):
+    """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.1): p(x_t) p(class | x_t)^scale.
+
+    At scale 1 and with the exact class posterior it samples the class. Calls take the class as ``label`` ``[B]``, which
+    is for the classifier alone: the wrapped denoiser is asked without.
+
+    Args:
+        denoiser: of p(x_t), unconditional.
+        classifier: ``classifier(x, c) -> [B, K]`` logits of the class of a noisy image. It is given what the network is
+            given: x_t / sqrt(alpha_t^2 + sigma_t^2) and the scalar c ``[B]`` of ``conditioning``.
+        scale: weight of the classifier; 0 switches it off.
+        conditioning: the scalar that the classifier is given for t.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        classifier: Callable[[Tensor, Tensor], Tensor] | nn.Module,
+        scale: float = 1.0,
+        conditioning: NoiseConditioning | None = None,
+    ) -> None:
+        self.denoiser, self.classifier, self.scale = denoiser, classifier, scale
+        self.conditioning = TimeConditioning() if conditioning is None else conditioning
+        self.schedule = denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, *, label: Tensor | None = None, **cond: Any) -> Prediction:
+        """The wrapped prediction, with scale grad log p(label | x_t) in its score.
+
+        Raises:
+            InputError: no label, or one that the classifier does not know.
+        """
+        if label is None:
+            raise InputError("classifier guidance needs to know the class to draw: give label")
+        prediction = self.denoiser(x_t, t, **cond)
+        with differentiable(x_t) as (x, nested):
+            t, label = fresh(as_times(t, x)), fresh(label)
+            level = self.conditioning(self.schedule, t).to(torch.promote_types(x.dtype, torch.float32))
+            unit = expand_to(torch.exp(-0.5 * self.schedule.log_unit_var(t)), x).to(x.dtype)
+            log_probs = self.classifier(unit * x, level.expand(len(x))).log_softmax(1)
+            _check_label(label, len(x), log_probs.shape[1] - 1)
+            log_prob = log_probs.gather(1, label[:, None])
+            (gradient,) = torch.autograd.grad(log_prob.sum(), x, create_graph=nested)
+        return prediction.with_score_added(self.scale * gradient, *self.scales(x_t, t))
+
+
+class ClassifierFreeDenoiser(Denoiser):
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, equation 6):
+
+        eps~ = eps(x_t) + scale (eps(x_t, label) - eps(x_t))
+
+    Scale 1 is the conditional model, 0 the unconditional one; the paper's w is scale - 1. The factor is the model's own
+    implicit classifier, r_t = (q(x_t | label) / q(x_t))^scale. Above 1 that is not E[r(x_0) | x_t], so what is drawn is
+    sharper than the class and not p(x_0) p(label | x_0)^scale.
+
+    Each prediction costs two evaluations of the network, one at scales 1 and 0. What the network says of the reverse
+    variance is that of the class.
+
+    Args:
+        denoiser: takes ``label`` ``[B]``, or None for no class; its network was trained with ``label_dropout``.
+        scale: weight of the class.
+        num_classes: number of classes of the network; None for an unconditional one, which is refused.
+
+    Raises:
+        InputError: an unconditional model.
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float, num_classes: int | None) -> None:
+        if num_classes is None:
+            raise InputError(
+                "classifier-free guidance needs a class-conditional model: train one with "
+                "--model.class_conditional true and --model.label_dropout 0.1"
+            )
+        self.denoiser, self.scale, self.num_classes = denoiser, scale, num_classes
+        self.schedule = denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, *, label: Tensor | None = None, **cond: Any) -> Prediction:
+        """The guided prediction.
+
+        Raises:
+            InputError: no label, or one outside 0..num_classes (num_classes is "no class").
+        """
+        if label is None:
+            raise InputError("classifier-free guidance needs to know the class to draw: give label")
+        _check_label(label, len(x_t), self.num_classes)
+        if self.scale == 0:
+            return self.denoiser(x_t, t, label=None, **cond)
+        conditional = self.denoiser(x_t, t, label=label, **cond)
+        if self.scale == 1:
+            return conditional
+        unconditional = self.denoiser(x_t, t, label=None, **cond)
+        # not torch.lerp, whose rounding depends on where in a batch a pixel lies
+        x0, eps = (
+            none + self.scale * (known - none)
+            for none, known in ((unconditional.x0, conditional.x0), (unconditional.eps, conditional.eps))
+        )
+        return replace(conditional, x0=x0, eps=eps)
+
+
+def _check_label(label: Tensor, count: int, last: int) -> None:
+    if label.shape != (count,):
+        raise InputError(f"label has shape {list(label.shape)} for {count} images: give one class for each")
+    # values are read only where that waits for no device
+    if label.device.type == "cpu" and not bool(((label >= 0) & (label <= last)).all()):
+        raise InputError(f"label must lie between 0 and {last}, these span {int(label.min())} to {int(label.max())}")

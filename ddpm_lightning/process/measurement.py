@@ -1,0 +1,163 @@
+"""Linear measurements of an image: y = A x_0 + noise."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import expand_mask, sum_per_image
+
+__all__ = [
+    "AverageOperator",
+    "DenoisingOperator",
+    "LinearMeasurement",
+    "LinearOperator",
+    "MaskOperator",
+    "MatrixOperator",
+]
+
+
+class LinearOperator:
+    """A. Subclasses define both methods; sum(A x * y) = sum(x * A^T y) for all x and y."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """A x for images ``[B, C, H, W]``: ``[B, ...]``."""
+        raise NotImplementedError
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A^T y: ``[B, C, H, W]``."""
+        raise NotImplementedError
+
+
+class DenoisingOperator(LinearOperator):
+    """The whole image, as it is."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x."""
+        return x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """y."""
+        return y
+
+
+class MaskOperator(LinearOperator):
+    """Some of the pixels; A x has the shape of x, with 0 at the others.
+
+    Args:
+        mask: bool, True where the pixel is measured: ``[C or 1, H, W]`` for all images or ``[B or 1, C or 1, H, W]``.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = _kept(mask)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x where it is measured, else 0.
+
+        Raises:
+            InputError: a mask of another shape.
+        """
+        return torch.where(expand_mask(self.mask, x), x, 0)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """The same."""
+        return self.apply(y)
+
+
+class AverageOperator(LinearOperator):
+    """Averages of squares of pixels: an image of lower resolution.
+
+    Args:
+        factor: side of a square; H and W are multiples of it.
+
+    Raises:
+        InputError: a factor below 1.
+    """
+
+    def __init__(self, factor: int) -> None:
+        if factor < 1:
+            raise InputError(f"factor = {factor} must be 1 or more: the side of the squares that are averaged")
+        self.factor = factor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Averages ``[B, C, H / factor, W / factor]``.
+
+        Raises:
+            InputError: an image that does not divide into squares.
+        """
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise InputError(f"factor = {self.factor} does not divide images of {x.shape[2]} x {x.shape[3]} pixels")
+        return avg_pool2d(x, self.factor)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Each average shared out among its pixels."""
+        return interpolate(y, scale_factor=float(self.factor), mode="nearest") / self.factor**2
+
+
+class MatrixOperator(LinearOperator):
+    """Any A, as a matrix.
+
+    Args:
+        matrix: ``[M, C * H * W]``.
+        shape: (C, H, W) of the images.
+
+    Raises:
+        InputError: a matrix of another width.
+    """
+
+    def __init__(self, matrix: Tensor, shape: tuple[int, int, int]) -> None:
+        if matrix.ndim != 2 or matrix.shape[1] != math.prod(shape):
+            raise InputError(f"matrix has shape {list(matrix.shape)}: give [M, {math.prod(shape)}] for images {shape}")
+        self.matrix, self.shape = _kept(matrix), tuple(shape)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """A x, ``[B, M]``."""
+        return x.flatten(1) @ self.matrix.to(x).T
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A^T y."""
+        return (y @ self.matrix.to(y)).reshape(-1, *self.shape)
+
+
+class LinearMeasurement:
+    """What was measured: y = A x_0 + noise with noise ~ N(0, noise_var I).
+
+    Args:
+        operator: A.
+        y: ``[B, ...]``, or ``[1, ...]`` for one measurement of all images.
+        noise_var: variance of the noise for each component of y, in the square of model range.
+
+    Raises:
+        InputError: a variance that is not positive.
+    """
+
+    def __init__(self, operator: LinearOperator, y: Tensor, noise_var: float) -> None:
+        if not 0 < noise_var < math.inf:
+            raise InputError(
+                f"noise_var = {noise_var:g} must be positive and finite: the variance of the measurement's noise. For "
+                "pixels that are known exactly use ReplacementSampler, or a variance below that of rounding to levels"
+            )
+        self.operator, self.y, self.noise_var = operator, _kept(y), noise_var
+
+    def residual(self, x0: Tensor) -> Tensor:
+        """y - A x0, ``[B, ...]``.
+
+        Raises:
+            InputError: y has another shape than A x0.
+        """
+        expected = self.operator.apply(x0)
+        if self.y.shape[1:] != expected.shape[1:] or self.y.shape[0] not in (1, expected.shape[0]):
+            raise InputError(f"y has shape {list(self.y.shape)}, a measurement of these images {list(expected.shape)}")
+        return self.y.to(expected) - expected
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        """log p(y | x0) up to a constant, ``[B]`` nats, float64."""
+        return -0.5 * sum_per_image(self.residual(x0).square()) / self.noise_var
+
+
+def _kept(values: Tensor) -> Tensor:
+    """A copy that autograd may keep, even of a tensor that was made in inference mode."""
+    with torch.inference_mode(False):
+        return values.detach().clone()

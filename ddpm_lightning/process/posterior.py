@@ -1,0 +1,122 @@
+r"""Denoisers of p(x_t | y) for a linear measurement y = A x_0 + noise: guidance by the likelihood p(y | x_t).
+
+p(y | x_t) = E[p(y | x_0) | x_t] is not known in closed form; with p(x_0 | x_t) taken as N(x0_hat, V_t),
+
+    p(y | x_t) = N(y; A x0_hat, noise_var I + A V_t A^T)
+
+DPS takes V_t = 0, MMPS the true covariance, by Tweedie's formula V_t = sigma_t^2 / alpha_t d x0_hat / d x_t.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import expand_to, sum_per_image
+from ddpm_lightning.process.denoiser import Denoiser
+from ddpm_lightning.process.guidance import ProductDenoiser, differentiable, fresh
+from ddpm_lightning.process.measurement import LinearMeasurement
+from ddpm_lightning.process.parameterization import Prediction
+
+__all__ = ["DPSDenoiser", "MMPSDenoiser", "conjugate_gradients"]
+
+
+class DPSDenoiser(ProductDenoiser):
+    """Diffusion posterior sampling (Chung et al. 2023, arXiv 2209.14687): p(y | x_t) = p(y | x_0 = x0_hat(x_t)).
+
+    One evaluation of the network and its gradient. It believes y as if x0_hat were the image, so it pulls too hard
+    where there is noise, the more so the less noise_var is against the covariance of x_0 given x_t: what is drawn
+    varies too little, and a coarse grid diverges. The paper's algorithm has a step size over the norm of the residual
+    in the place of 1 / (2 noise_var), which is not a likelihood; ``scale`` is the knob here.
+
+    Args:
+        denoiser: of p(x_t).
+        measurement: y, A and the variance of the noise.
+        scale: factor of log p(y | x_t).
+    """
+
+    def __init__(self, denoiser: Denoiser, measurement: LinearMeasurement, scale: float = 1.0) -> None:
+        self.measurement, self.scale = measurement, scale
+        super().__init__(denoiser, self._log_likelihood)
+
+    def _log_likelihood(self, x_t: Tensor, x0_hat: Tensor, t: Tensor) -> Tensor:
+        return self.scale * self.measurement.log_prob(x0_hat)
+
+
+class MMPSDenoiser(Denoiser):
+    """Moment-matching posterior sampling (Rozet et al. 2024, arXiv 2405.13712, section 4):
+
+        grad log p(y | x_t) = J^T A^T (noise_var I + A V_t A^T)^{-1} (y - A x0_hat),    J = d x0_hat / d x_t
+
+    with V_t = sigma_t^2 / alpha_t J^T, whose products with vectors are vector-Jacobian products of the denoiser; the
+    system is solved by conjugate gradients, image by image. It is exact for Gaussian data, where V_t does not depend on
+    x_t, once there are as many iterations as the matrix has different eigenvalues.
+
+    One evaluation of the network and ``iterations`` + 1 gradients.
+
+    Args:
+        denoiser: of p(x_t).
+        measurement: y, A and the variance of the noise.
+        iterations: of conjugate gradients, at least 1.
+
+    Raises:
+        InputError: no iterations.
+    """
+
+    def __init__(self, denoiser: Denoiser, measurement: LinearMeasurement, iterations: int = 5) -> None:
+        if iterations < 1:
+            raise InputError(f"iterations = {iterations} must be 1 or more: steps of conjugate gradients")
+        self.denoiser, self.measurement, self.iterations = denoiser, measurement, iterations
+        self.schedule = denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """The wrapped prediction, with grad log p(y | x_t) in its score."""
+        operator, noise_var = self.measurement.operator, self.measurement.noise_var
+        with differentiable(x_t) as (x, nested):
+            t, cond = fresh(t), {name: fresh(value) for name, value in cond.items()}
+            alpha_t, sigma_t = self.scales(x, t)
+            tweedie = sigma_t.square() / alpha_t
+            prediction = self.denoiser(x, t, **cond)
+            x0 = prediction.x0
+
+            if not nested:
+                tweedie = tweedie.detach()
+
+            def vjp(v: Tensor) -> Tensor:
+                (product,) = torch.autograd.grad(x0, x, v, retain_graph=True, create_graph=nested)
+                return product
+
+            def covariance(v: Tensor) -> Tensor:
+                return noise_var * v + operator.apply(tweedie * vjp(operator.adjoint(v)))
+
+            residual = self.measurement.residual(x0 if nested else x0.detach())
+            gradient = vjp(operator.adjoint(conjugate_gradients(covariance, residual, self.iterations)))
+        prediction = prediction if nested else prediction.detached()
+        return prediction.with_score_added(gradient, *self.scales(x_t, t))
+
+
+def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+    """An approximate solution of M z = b for each image, from z = 0 (Hestenes & Stiefel 1952).
+
+    Args:
+        matrix: v -> M v for ``[B, ...]``, symmetric and positive definite for each image.
+        b: ``[B, ...]``.
+        iterations: as many as wanted; none is made for an image that is solved, or along a direction in which M is not
+            positive, as it can be for a network.
+    """
+    z, r, p = torch.zeros_like(b), b, b
+    square = sum_per_image(r.square())
+    for _ in range(iterations):
+        product = matrix(p)
+        step = expand_to(_ratio(square, sum_per_image(p * product)), b).to(b.dtype)
+        z, r = z + step * p, r - step * product
+        square, before = sum_per_image(r.square()), square
+        p = r + expand_to(_ratio(square, before), b).to(b.dtype) * p
+    return z
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b where b is positive, else 0."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)

@@ -1,0 +1,97 @@
+"""Inpainting by replacement, against its own exact chain and the exact posterior of Gaussian data."""
+
+import pytest
+import torch
+from test_guidance import GAMMAS, SCHEDULE, network_model, noise, states_of
+from test_worlds_samplers import CORRELATED, assert_covariance
+from torch import Tensor
+from worlds_chain import Chain, chain_of, optimal_model
+from worlds_gaussian import _pushed
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import image_generators
+from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, ReplacementSampler, Sampler
+
+MASK = torch.tensor([[[True, False], [False, True]]])
+KNOWN = torch.tensor([0.9, 7.0, 7.0, -0.8], dtype=torch.float64).reshape(1, 1, 2, 2)
+ROWS = MASK.flatten()
+HIDDEN = ~ROWS
+
+
+def replacement_moments(chain: Chain, resamplings: int) -> list[tuple[Tensor, Tensor]]:
+    """Mean and covariance of every state of ancestral sampling with the variance beta, exact at any T."""
+    ratio, var, _, _, _ = chain.between(1)
+    eye, known = CORRELATED.eye, KNOWN.flatten()
+
+    def replaced(moments: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
+        keep = HIDDEN.to(known.dtype)
+        mean = torch.where(ROWS, chain.alpha[n] * known, moments[0])
+        return mean, moments[1] * keep[:, None] * keep + chain.sigma2[n] * torch.diag(1 - keep)
+
+    moments = [(torch.zeros_like(known), chain.prior_var * eye)]
+    for n in range(chain.T - 1, -1, -1):
+        state = moments[-1]
+        for i in range(resamplings if n > 0 else 1):
+            if i > 0:
+                state = _pushed(state, ratio[n] * eye, torch.zeros_like(known), var[n])
+            added = var[n] if n > 0 else torch.zeros_like(var[n])
+            state = replaced(_pushed(state, *CORRELATED.reverse_map(chain, n), added), n)
+        moments.append(state)
+    return moments
+
+
+@pytest.mark.parametrize("resamplings", [1, 3])
+def test_states_of_replacement(resamplings: int) -> None:
+    sampler = ReplacementSampler(AncestralSampler(), KNOWN, MASK, resamplings)
+    states = states_of(optimal_model(CORRELATED, SCHEDULE), sampler, 30_000)
+    for state, (mean, cov) in zip(states[:-1], replacement_moments(chain_of(GAMMAS), resamplings), strict=False):
+        assert_covariance(state, mean, cov)
+    mean, cov = replacement_moments(chain_of(GAMMAS), resamplings)[-1]
+    assert torch.equal(states[-1][:, ROWS], KNOWN.flatten()[ROWS].expand(30_000, 2))
+    assert_covariance(states[-1][:, HIDDEN], mean[HIDDEN], cov[HIDDEN][:, HIDDEN])
+
+
+def test_resampling_approaches_the_posterior() -> None:
+    """Exact moments, no sampling, T = 250: the error of the unknown pixels' mean falls with more resamplings."""
+    chain = chain_of([-9 + 18 * i / 249 for i in range(250)])
+    exact_mean, _ = CORRELATED.posterior(CORRELATED.eye[ROWS], KNOWN.flatten()[ROWS], 0.0)
+    errors = []
+    for resamplings in (1, 5, 25):
+        mean, _ = replacement_moments(chain, resamplings)[-1]
+        errors.append(float((mean - exact_mean)[HIDDEN].norm()))
+    assert errors[2] < errors[1] < errors[0], errors
+
+
+@pytest.mark.parametrize("sampler", [AncestralSampler(), DDIMSampler(), DDIMSampler(0.5)])
+def test_an_image_does_not_depend_on_the_batch(sampler: Sampler) -> None:
+    model, x_T = network_model(), noise(6, size=4)
+    known, masks = 0.5 * noise(6, seed=5, size=4), noise(6, seed=6, size=4) > 0
+
+    def run(order: list[int]) -> Tensor:
+        inpainting = ReplacementSampler(sampler, known[order], masks[order], 2)
+        with torch.inference_mode():
+            return inpainting(model, x_T[order], generators=image_generators(4, order))
+
+    whole = run(list(range(6)))
+    assert torch.equal(whole[masks], known[masks])
+    for order in ([5, 0, 3], [2], list(range(5, -1, -1))):
+        assert torch.equal(run(order), whole[order])
+
+
+def test_replacement_of_nothing_and_of_everything() -> None:
+    model, x_T = network_model(), noise(3)
+    nothing, everything = torch.zeros_like(MASK), torch.ones_like(MASK)
+    plain = DDIMSampler()(model, x_T)
+    assert torch.equal(ReplacementSampler(DDIMSampler(), KNOWN, nothing)(model, x_T), plain)
+    assert torch.equal(ReplacementSampler(DDIMSampler(), KNOWN, everything)(model, x_T), KNOWN.expand(3, 1, 2, 2))
+
+
+def test_replacement_errors() -> None:
+    model, x_T = network_model(), noise(3)
+    with pytest.raises(InputError, match="resamplings = 0 must be 1 or more"):
+        ReplacementSampler(DDIMSampler(), KNOWN, MASK, 0)
+    for known in (torch.zeros(2, 1, 2, 2), torch.zeros(1, 1, 2, 3)):
+        with pytest.raises(InputError, match="known images of shape"):
+            ReplacementSampler(DDIMSampler(), known, MASK)(model, x_T)
+    with pytest.raises(InputError, match="mask of shape"):
+        ReplacementSampler(DDIMSampler(), KNOWN, torch.ones(1, 3, 2, dtype=torch.bool))(model, x_T)
