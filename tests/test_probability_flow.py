@@ -22,9 +22,9 @@ from worlds_gaussian import CorrelatedGaussianWorld
 from worlds_mixture import MixtureWorld
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.metrics import bits_per_dim, dequantized_log_prob
+from ddpm_lightning.metrics import bits_per_dim, decoded_log_prob, dequantized_log_prob
 from ddpm_lightning.ops import Generators, image_generators
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import AnalyticVariance, DiffusionModel
 from ddpm_lightning.samplers import ExactDivergence, HutchinsonDivergence, ProbabilityFlow
 from ddpm_lightning.schedules import BetaChain, LinearGamma, Schedule, VarianceExploding
 
@@ -235,6 +235,33 @@ def test_the_dequantised_bound_is_close_where_the_density_is_smooth() -> None:
     estimates = dequantized_log_prob(density, x0, levels, torch.Generator().manual_seed(1))
     # the bound's gap is of second order in the width of a bin: far below the standard error
     assert_mean(estimates - exact, 0.0, max_se=0.002)
+
+
+def test_the_exact_decoder_gives_every_draw_the_exact_likelihood() -> None:
+    """Where p(x_0 | x_1) and p(x_1) are exact, so is the sum, whatever x_1 is drawn; with another decoder it is a
+    bound."""
+    schedule = LinearGamma(-2.0, 22.0)
+    gamma = schedule.gamma(torch.tensor(0.0, dtype=torch.float64))
+    var = float(SCALAR.cov[0, 0])
+    eps_mse = float(var / (var + torch.exp(gamma)))
+    x0 = SCALAR.draw((400, 1, 2, 2), torch.Generator().manual_seed(0))
+    exact = torch.distributions.Normal(SCALAR.mean, var**0.5).log_prob(x0).flatten(1).sum(1)
+
+    model = optimal_model(SCALAR, schedule, variance=AnalyticVariance([float(gamma)], [eps_mse]))
+    flow = ProbabilityFlow(60)
+    estimate = decoded_log_prob(
+        lambda x1: flow.log_likelihood(model, x1).log_prob, model, x0[:6], image_generators(1, range(6))
+    )
+    assert float((estimate - exact[:6]).abs().max()) < 1e-4 * 4
+
+    model = optimal_model(SCALAR, schedule, variance=AnalyticVariance([float(gamma)], [2 * eps_mse]))
+    alpha, sigma2 = preserving(gamma)
+    bound = decoded_log_prob(
+        lambda x1: state_log_prob(SCALAR, x1, alpha, sigma2), model, x0, torch.Generator().manual_seed(1)
+    )
+    # KL between the exact decoder and one of twice its variance, four pixels
+    kl = 4 * 0.5 * (0.5 - 1 + math.log(2))
+    assert_mean(exact - bound, kl, max_se=0.05)
 
 
 # --- bad input

@@ -144,3 +144,20 @@ def test_compare_choices_refuses_bad_input() -> None:
     for option, word in (("--few=1", "--few 2 or more"), ("--only=quadratic", "--only quadratic: none of")):
         done = run_script("compare_choices.py", option)
         assert done.returncode == 2 and word in done.stderr
+
+
+def test_flow_likelihood_is_a_figure_for_the_data(trained: Path, tmp_path: Path) -> None:
+    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", f"--out={tmp_path}"]
+    figures = {}
+    for dequantization in ("decoder", "uniform"):
+        options = [f"--dequantization={dequantization}", "--images=12", "--batch_size=5", "--steps=8", "--check"]
+        done = run_script("flow_likelihood.py", *run, *options)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "flow.json").read_text())
+        assert [row["evaluations"] for row in record["figures"]] == [32, 64] and record["images"] == 12
+        figures[dequantization] = record["figures"][1]["bits_per_dim"]
+        assert "16 steps, 64 evaluations" in done.stdout and "twice the steps" in done.stdout
+    # 20 steps of training: around the 4.09 bits of a uniform distribution over 17 levels
+    assert all(1 < bits < 6 for bits in figures.values()), figures
+    done = run_script("flow_likelihood.py", *run, "--steps=0")
+    assert done.returncode == 2 and "steps = 0 must be 1 or more" in done.stderr

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import Generators, randn_like
+from ddpm_lightning.process import DiffusionModel
 
-__all__ = ["dequantized_log_prob"]
+__all__ = ["decoded_log_prob", "dequantized_log_prob"]
 
 
 def dequantized_log_prob(
@@ -43,3 +45,35 @@ def dequantized_log_prob(
     delta = 2 / (levels - 1)
     uniform = torch.special.ndtr(randn_like(x0.double(), generators))
     return log_density(x0.double() + delta * (uniform - 0.5)) + x0[0].numel() * math.log(delta)
+
+
+def decoded_log_prob(
+    log_density: Callable[[Tensor], Tensor],
+    model: DiffusionModel,
+    x0: Tensor,
+    generators: Generators = None,
+    **cond: Any,
+) -> Tensor:
+    r"""The same by variational dequantisation (Ho et al. 2019, arXiv 1902.00275, section 3.1), with the forward process
+    for the noise and the model's decoder for the rounding:
+
+        log P(x_0) >= E_q [ log p(x_1) + log P(x_0 | x_1) - log q(x_1 | x_0) ],    x_1 ~ q(x_1 | x_0)
+
+    It asks for the density where the denoiser was trained to be good. Where the decoder is the exact posterior of x_0
+    and p(x_1) is q(x_1), every draw gives log P(x_0) itself.
+
+    Args:
+        log_density: states x_1 ``[B, C, H, W]`` -> ``[B]`` nats, as ``ProbabilityFlow.log_likelihood`` gives it.
+        model: the generative model; its decoder says what kind of bound this is (of grey levels, or of a density).
+        x0: images ``[B, C, H, W]`` in model range.
+        generators: source of x_1.
+        cond: conditions, passed on to the network by the decoder.
+
+    Returns:
+        float64 ``[B]`` nats.
+    """
+    x0 = x0.double()
+    q = model.forward_process.marginal(x0, model.grid[1].to(x0.device))
+    x1 = q.sample(generators)
+    reconstruction = model.decoder.log_prob(x0, model.decoder_gaussian(x1, **cond))
+    return log_density(x1) + reconstruction - q.log_prob(x1)
