@@ -38,7 +38,6 @@ from torch.nn.functional import interpolate, pad
 from torchmetrics.functional.classification import binary_auroc
 
 from ddpm_lightning.data import Batch, Digits, levels_to_model, model_to_levels
-from ddpm_lightning.data.batches import Split
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import MeanAndError, bits_per_dim
 from ddpm_lightning.objectives import DenoisingElbo
@@ -51,12 +50,6 @@ from matplotlib import pyplot as plt
 
 SCORES = ("likelihood", "typicality")
 RESAMPLES = 1000
-
-
-def chosen(split: Split, count: int, seed: int) -> Batch:
-    """A random choice of a split's images, all of them where there are fewer than ``count``."""
-    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
-    return split.batch(rows)
 
 
 def uniform_noise(batch: Batch, levels: int, seed: int) -> Tensor:
@@ -230,8 +223,8 @@ def main() -> int:
         module.to(arguments.device)
         T = min(arguments.steps + 1, module.ema_model.T) if arguments.T is None else arguments.T
         estimator = DenoisingElbo(arguments.steps, T)
-        inside = chosen(data.split("test"), arguments.images, arguments.seed)
-        typical = chosen(data.split("val"), arguments.images, arguments.seed)
+        inside = data.split("test").chosen(arguments.images, arguments.seed)
+        typical = data.split("val").chosen(arguments.images, arguments.seed)
         # noise of their own
         typical = typical._replace(index=typical.index + len(data.split("test")))
         sets = {"test images": inside, **outliers(module, inside, isinstance(data, Digits), arguments.seed)}
