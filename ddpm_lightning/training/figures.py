@@ -16,7 +16,7 @@ from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import ForwardProcess
 from ddpm_lightning.schedules import Schedule
 
-__all__ = ["forward_strip", "save_png", "schedule_curves", "tile"]
+__all__ = ["forward_strip", "nearest_neighbours", "save_png", "schedule_curves", "tile"]
 
 
 def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
@@ -35,6 +35,23 @@ def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
     factor = max(1, 32 // images.shape[-1])
     enlarged = scaled.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     return make_grid(enlarged, nrow=columns, padding=2, pad_value=64)
+
+
+def nearest_neighbours(samples: Tensor, nearest: Tensor, levels: int) -> Tensor:
+    """Each sample above the training images nearest to it: a copy shows as an image twice in a column.
+
+    Args:
+        samples: uint8 ``[n, C, H, W]``, grey levels; a column each.
+        nearest: uint8 ``[n, k, C, H, W]``, one below the other.
+        levels: number of grey levels.
+
+    Returns:
+        uint8 ``[3, height, width]``, the samples set off from the rest by a white line.
+    """
+    top = tile(samples, levels, columns=len(samples))
+    below = tile(nearest.transpose(0, 1).flatten(0, 1), levels, columns=len(samples))
+    line = torch.full((3, 2, top.shape[2]), 255, dtype=torch.uint8)
+    return torch.cat([top, line, below], 1)
 
 
 def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, generators: Generators = None) -> Tensor:

@@ -144,7 +144,8 @@ class DiffusionModule(LightningModule):
         self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
         objective.check(self.model)
         check_bounds(self.model, self.bounds)
-        self.ema_model = deepcopy(self.model).requires_grad_(False)
+        # eval() here: Lightning leaves modules in the mode that they were built in
+        self.ema_model = deepcopy(self.model).requires_grad_(False).eval()
         self.means = nn.ModuleDict(
             {stage: BoundMeans({e.name: e.term_names for e in estimators}) for stage, estimators in self.bounds.items()}
         )

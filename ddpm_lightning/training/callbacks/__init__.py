@@ -3,6 +3,7 @@
 from ddpm_lightning.training.callbacks.checkpoint import LastCheckpoint
 from ddpm_lightning.training.callbacks.pictures import ForwardStrip, SampleGrid, ScheduleCurves
 from ddpm_lightning.training.callbacks.progress import EpochLines, ImagesPerSecond
+from ddpm_lightning.training.callbacks.quality import SampleQuality
 from ddpm_lightning.training.callbacks.reports import BoundTable, ImageTermsWriter
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "ImagesPerSecond",
     "LastCheckpoint",
     "SampleGrid",
+    "SampleQuality",
     "ScheduleCurves",
 ]
