@@ -1,5 +1,6 @@
-"""Inpainting by replacement: what is known of an image is put into every state of the walk."""
+"""Inpainting: the known pixels are put into every state of the walk, or into the score."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,10 +8,13 @@ from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import Generators, expand_mask
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import DiffusionModel, LinearMeasurement, MaskOperator, MMPSDenoiser
 from ddpm_lightning.samplers.base import Memory, Sampler
 
-__all__ = ["ReplacementSampler"]
+__all__ = ["InpaintingFactory", "MomentMatchingSampler", "ReplacementSampler"]
+
+InpaintingFactory = Callable[[Sampler, Tensor, Tensor], Sampler]
+"""(sampler, known, mask) -> the sampler that draws the rest: a class of this file, or a partial of one."""
 
 
 class ReplacementSampler(Sampler):
@@ -71,7 +75,7 @@ class ReplacementSampler(Sampler):
         **cond: Any,
     ) -> tuple[Tensor, Memory | None]:
         """:meth:`step` with the wrapped sampler's memory; a step taken again starts from the same memory."""
-        mask, known = self._known(x_t)
+        mask, known = expand_mask(self.mask, x_t), _fitting(self.known, x_t)
         forward = model.forward_process
 
         def once(x_t: Tensor) -> tuple[Tensor, Memory | None]:
@@ -85,11 +89,87 @@ class ReplacementSampler(Sampler):
 
     def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
         """The wrapped sampler's image, its known pixels those that are known."""
-        mask, known = self._known(x1)
-        return torch.where(mask, known, self.sampler.decode(model, x1, grid, **cond))
+        image = self.sampler.decode(model, x1, grid, **cond)
+        return torch.where(expand_mask(self.mask, x1), _fitting(self.known, x1), image)
 
-    def _known(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        known = self.known.to(like)
-        if known.shape[1:] != like.shape[1:] or known.shape[0] not in (1, like.shape[0]):
-            raise InputError(f"known images of shape {list(known.shape)} do not fit samples {list(like.shape)}")
-        return expand_mask(self.mask, like), known.expand_as(like)
+
+class MomentMatchingSampler(Sampler):
+    """Any sampler, run with the score of p(x_t | known pixels) as :class:`MMPSDenoiser` approximates it.
+
+    Every state knows of the known pixels, which costs a step one evaluation of the network and ``iterations`` + 1
+    gradients. The image's known pixels are exactly ``known``.
+
+    Args:
+        sampler: takes the steps.
+        known: as in :class:`ReplacementSampler`.
+        mask: as there.
+        iterations: of conjugate gradients, at least 1.
+        noise_var: variance with which the known pixels are believed, in the square of model range.
+
+    Raises:
+        InputError: no iterations, a variance that is not positive.
+    """
+
+    def __init__(
+        self, sampler: Sampler, known: Tensor, mask: Tensor, iterations: int = 5, noise_var: float = 1e-3
+    ) -> None:
+        self.sampler, self.known, self.mask = sampler, known, mask
+        self.iterations, self.noise_var = iterations, noise_var
+        LinearMeasurement(MaskOperator(mask), known, noise_var)  # for what it refuses
+        if iterations < 1:
+            raise InputError(f"iterations = {iterations} must be 1 or more: steps of conjugate gradients")
+
+    @property
+    def is_deterministic(self) -> bool:
+        """That of the wrapped sampler."""
+        return self.sampler.is_deterministic
+
+    def evaluations(self, steps: int) -> int:
+        """Those of the wrapped sampler, gradients not counted."""
+        return self.sampler.evaluations(steps)
+
+    def step(
+        self,
+        model: DiffusionModel,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        generators: Generators = None,
+        **cond: Any,
+    ) -> Tensor:
+        """The wrapped sampler's step, given the known pixels.
+
+        Raises:
+            InputError: known images or a mask of another shape.
+        """
+        return self.advance(model, x_t, t, s, None, generators, **cond)[0]
+
+    def advance(
+        self,
+        model: DiffusionModel,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        memory: Memory | None = None,
+        generators: Generators = None,
+        **cond: Any,
+    ) -> tuple[Tensor, Memory | None]:
+        """:meth:`step` with the wrapped sampler's memory."""
+        return self.sampler.advance(self._conditioned(model, x_t), x_t, t, s, memory, generators, **cond)
+
+    def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
+        """The wrapped sampler's image given the known pixels, which then replace its own."""
+        image = self.sampler.decode(self._conditioned(model, x1), x1, grid, **cond)
+        return torch.where(expand_mask(self.mask, x1), _fitting(self.known, x1), image)
+
+    def _conditioned(self, model: DiffusionModel, like: Tensor) -> DiffusionModel:
+        operator = MaskOperator(self.mask)
+        measurement = LinearMeasurement(operator, operator.apply(_fitting(self.known, like)), self.noise_var)
+        return model.with_denoiser(lambda denoiser: MMPSDenoiser(denoiser, measurement, self.iterations))
+
+
+def _fitting(known: Tensor, like: Tensor) -> Tensor:
+    known = known.to(like)
+    if known.shape[1:] != like.shape[1:] or known.shape[0] not in (1, like.shape[0]):
+        raise InputError(f"known images of shape {list(known.shape)} do not fit samples {list(like.shape)}")
+    return known.expand_as(like)
