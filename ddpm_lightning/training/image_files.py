@@ -116,7 +116,7 @@ def write_npz(source: Path, target: Path) -> None:
                 header = {"descr": described, "fortran_order": False, "shape": tuple(rows.get_shape())}
                 np.lib.format.write_array_header_1_0(file, header)
                 for start in range(0, count, _CHUNK):
-                    file.write(rows[start : start + _CHUNK].tobytes())
+                    file.write(rows[start : min(start + _CHUNK, count)].tobytes())
         for name, value in (tensors.metadata() or {}).items():
             buffer = io.BytesIO()
             np.save(buffer, np.array(value))
@@ -127,7 +127,8 @@ def write_npz(source: Path, target: Path) -> None:
 def read_first(path: Path, count: int) -> Tensor:
     """The first images of a safetensors file, uint8 ``[<= count, C, H, W]``; the others are not read."""
     with safe_open(path, "pt") as tensors:
-        images: Tensor = tensors.get_slice("images")[:count]
+        rows = tensors.get_slice("images")
+        images: Tensor = rows[: min(count, rows.get_shape()[0])]
     return images
 
 
