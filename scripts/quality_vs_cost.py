@@ -175,7 +175,7 @@ def samples_figure(module: DiffusionModule, table: Table, path: Path) -> None:
     """A line for each sampler on its own grid, ``SHOWN`` images for each number of evaluations, and the guided ones."""
     lines = [
         torch.cat([table.images[key] for key, row in table.rows.items() if row.get("sampler") == name and row["own"]])
-        for name in SAMPLERS
+        for name in dict.fromkeys(row["sampler"] for row in table.rows.values() if "sampler" in row)
     ]
     guided = [table.images[key] for key, row in table.rows.items() if "scale" in row]
     lines += [torch.cat(guided)] if guided else []
@@ -196,6 +196,7 @@ def main() -> int:
     parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of the run")
     parser.add_argument("--n", type=int, default=1000, help="samples in each row (default: 1000)")
     parser.add_argument("--evaluations", type=int, nargs="+", default=costs, help=f"network evaluations ({costs})")
+    parser.add_argument("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="default: all")
     parser.add_argument("--compare_grids", type=int, default=20, help="every grid up to as many (default: 20)")
     parser.add_argument("--scales", type=float, nargs="*", default=scales, help=f"guidance scales ({scales})")
     parser.add_argument("--guidance_steps", type=int, default=20, help="steps of guided samples (default: 20)")
@@ -234,7 +235,8 @@ def main() -> int:
             )
 
         for evaluations in sorted(arguments.evaluations):
-            for name, (sampler, own) in SAMPLERS.items():
+            for name in arguments.samplers:
+                sampler, own = SAMPLERS[name]
                 steps = min(steps_for(sampler, evaluations), module.ema_model.T)
                 for grid in GRIDS if evaluations <= arguments.compare_grids else (own,):
                     row = {"sampler": name, "evaluations": sampler.evaluations(steps), "own": grid == own}
