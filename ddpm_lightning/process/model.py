@@ -15,7 +15,7 @@ from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.parameterization import Parameterization, Prediction
 from ddpm_lightning.process.reverse import ReverseProcess
 from ddpm_lightning.process.variance import ReverseVariance
-from ddpm_lightning.schedules import Schedule
+from ddpm_lightning.schedules import Schedule, TabulatedSchedule
 
 __all__ = ["DiffusionModel"]
 
@@ -58,14 +58,29 @@ class DiffusionModel(nn.Module):
         # state dict names each tensor once and a deep copy of the model is a model of its own.
         self.network = network
         self.schedule = schedule
-        self.forward_process = ForwardProcess(schedule)
-        self.denoiser = NetworkDenoiser(network, schedule, parameterization, conditioning, variance.network_outputs)
-        reverse_denoiser = ClippedDenoiser(self.denoiser) if clip_x0 else self.denoiser
-        self.reverse_process = ReverseProcess(reverse_denoiser, self.forward_process, variance)
         self.decoder = decoder
         self.clip_x0 = clip_x0
+        self._wraps: tuple[Callable[[Denoiser], Denoiser], ...] = ()
+        self._set_views(schedule, parameterization, conditioning, variance)
         self.grid = schedule.grid()
         self._check_steps()
+
+    def _set_views(
+        self,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        conditioning: NoiseConditioning,
+        variance: ReverseVariance,
+    ) -> None:
+        """Processes and denoisers of the network and a schedule."""
+        outputs = variance.network_outputs
+        self.forward_process = ForwardProcess(schedule)
+        self.denoiser = NetworkDenoiser(self.network, schedule, parameterization, conditioning, outputs)
+        reverse: Denoiser = self.denoiser
+        for wrap in self._wraps:
+            reverse = wrap(reverse)
+        reverse = ClippedDenoiser(reverse) if self.clip_x0 else reverse
+        self.reverse_process = ReverseProcess(reverse, self.forward_process, variance)
 
     def _check_steps(self) -> None:
         if not bool((self.schedule.gamma(self.grid).diff() > 0).all()):
@@ -111,7 +126,25 @@ class DiffusionModel(nn.Module):
         wrapped = wrap(reverse.denoiser.denoiser if isinstance(reverse.denoiser, ClippedDenoiser) else reverse.denoiser)
         denoiser = ClippedDenoiser(wrapped) if self.clip_x0 else wrapped
         other.reverse_process = ReverseProcess(denoiser, self.forward_process, reverse.variance)
+        other._wraps = (*self._wraps, wrap)
         return other
+
+    def tabulated(self, times: Tensor) -> tuple["DiffusionModel", tuple[Tensor, ...]]:
+        """The same model with its schedule computed beforehand at ``times``, and the scalars to ask it for.
+
+        A walk asks for gamma, alpha and sigma several times in each step; on a small network that is a good part of its
+        cost. Nothing of the model is copied.
+
+        Args:
+            times: float64 ``[K]``, not the time of the data.
+        """
+        table = TabulatedSchedule(self.schedule, times)
+        other = copy(self)
+        # a module keeps its parts in a dictionary that a copy would share
+        other._modules = {**self._modules, "schedule": table}
+        denoiser = self.denoiser
+        other._set_views(table, denoiser.parameterization, denoiser.conditioning, self.reverse_process.variance)
+        return other, table.times
 
     def prior(self, like: Tensor) -> DiagonalGaussian:
         """p(x_T) over images of the shape of ``like``: N(0, I) for a variance-preserving schedule."""

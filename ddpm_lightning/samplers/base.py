@@ -107,12 +107,13 @@ class Sampler:
             raise InputError(f"a sampler's grid must increase from {data:g}, the time of the data, to 1")
         x = x_T
         memory: Memory | None = None
-        times = grid.flip(0).to(x.device)
-        for t, s in pairwise(times[:-1]):
+        grid = grid.to(x.device)
+        model, times = model.tabulated(grid[1:].flip(0))
+        for t, s in pairwise(times):
             x, memory = self.advance(model, x, t, s, memory, generators, **cond)
             if callback is not None:
                 callback(x, s)
-        x0 = self.decode(model, x, grid.to(x.device), **cond)
+        x0 = self.decode(model, x, grid, **cond)
         if callback is not None:
-            callback(x0, times[-1])
+            callback(x0, grid[0])
         return x0

@@ -15,6 +15,7 @@ from ddpm_lightning.schedules.grids import (
     strided_grid,
 )
 from ddpm_lightning.schedules.learned import LearnedGamma
+from ddpm_lightning.schedules.tabulated import TabulatedSchedule
 
 __all__ = [
     "BetaChain",
@@ -27,6 +28,7 @@ __all__ = [
     "LogSNRGrid",
     "Schedule",
     "StridedGrid",
+    "TabulatedSchedule",
     "TimeGrid",
     "VarianceExploding",
     "chain_grid",
