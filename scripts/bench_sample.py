@@ -3,10 +3,10 @@
 
     python scripts/bench_sample.py --batch_sizes 16 64 --rounds 7 --json bench_sample.json
 
-All contenders evaluate one and the same diffusers UNet2DModel (random weights, in evaluation mode, float32) as often: the
-package's DDIMSampler and AncestralSampler, diffusers' DDIMPipeline and DDPMPipeline, and the ancestral loop of Ho et al.
-2020 as one writes it down, in float32 with tables. Rounds are interleaved, so that what else the machine does falls on
-all of them; the ratio is the median over rounds of (package / other) within a round, with the smallest and the largest.
+All contenders evaluate one and the same diffusers UNet2DModel (random weights, in evaluation mode, float32) as often:
+the package's DDIMSampler and AncestralSampler, diffusers' DDIMPipeline and DDPMPipeline, and the ancestral loop of Ho
+et al. 2020 as one writes it down, in float32 with tables. Rounds are interleaved, so that what else the machine does
+falls on all of them; the ratio is the median over rounds of (package / other) within a round, with both extremes.
 --tiny takes a network of next to no arithmetic, which leaves what the samplers themselves cost.
 """
 
@@ -70,14 +70,8 @@ def unet_of(tiny: bool) -> UNet2DModel:
 
 def package_run(sampler: Sampler, unet: UNet2DModel, steps: int, device: str) -> Callable[[int, int], Tensor]:
     """(batch, seed) -> images, by the package."""
-    model = DiffusionModel(
-        Wrapped(unet),
-        LinearChain(T),
-        EpsParameterization(),
-        TimeConditioning(),
-        FixedLargeVariance(),
-        PlainGaussian(256),
-    ).to(device)
+    parts = (EpsParameterization(), TimeConditioning(), FixedLargeVariance(), PlainGaussian(256))
+    model = DiffusionModel(Wrapped(unet), LinearChain(T), *parts).to(device)
     grid = strided_grid(model.grid, steps)
 
     def run(batch: int, seed: int) -> Tensor:
@@ -193,11 +187,8 @@ def main() -> int:
                     f"package / it {row['package_over_it']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})",
                     flush=True,
                 )
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    on_host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else on_host
     print(f"peak memory {peak / 2**20:.0f} MiB, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if arguments.json:
         record = {"rows": rows, "peak_bytes": peak, "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -7,8 +7,8 @@ For each sampler and each number of network evaluations, --n images of the avera
 images in the feature space of the data's classifier: Frechet distance (lower is better; it has a bias that falls with
 n, so only figures of the same n compare), precision and recall, and for a class-conditional model the share of images
 that the classifier takes for the class that was asked for. Image k of each row has the same class and the same x_T. The
-floor is as many training images against the same test images. Up to --compare_grids evaluations every sampler walks on
-every kind of time grid, beyond it on its own.
+floor is as many training images, of the same classes, against the same test images. Up to --compare_grids evaluations
+every sampler walks on every kind of time grid, beyond it on its own.
 
 A class-conditional model that was trained with label_dropout is also guided, by DPM-Solver++ in --guidance_steps steps,
 each of two evaluations.
@@ -30,7 +30,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm_lightning.data import levels_to_model
+from ddpm_lightning.data import Batch, levels_to_model
+from ddpm_lightning.data.batches import Split
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import ClassFigures, ClassifierFeatures, FrechetDistance, PrecisionRecall
 from ddpm_lightning.metrics.features import classifier_for, load_classifier
@@ -118,6 +119,17 @@ class Table:
                 f"{name:<44} {row.get('evaluations', ''):>11} {cells[0]:>9} {cells[1]:>9} {cells[2]:>7} {cells[3]:>8}"
             )
         return "\n".join(lines)
+
+
+def training_images(module: DiffusionModule, split: Split, count: int, seed: int) -> Batch:
+    """A random choice of them, with the classes that the samples are asked to have."""
+    shuffled = split.chosen(len(split), seed)
+    wanted = module.cycled_labels(torch.arange(count))
+    if wanted is None:
+        return Batch(*(column[:count] for column in shuffled))
+    places = {k: iter(torch.nonzero(shuffled.label == k).flatten().tolist()) for k in range(int(wanted.max()) + 1)}
+    rows = torch.tensor([next(places[k]) for k in wanted.tolist()])
+    return Batch(*(column[rows] for column in shuffled))
 
 
 def steps_for(sampler: Sampler, evaluations: int) -> int:
@@ -215,7 +227,7 @@ def main() -> int:
         module.to(arguments.device)
         options = {name: getattr(arguments, name) for name in ("n", "seed", "precision")}
         table = Table(arguments.out, {**model_facts(module), **options})
-        test, train = data.split("test"), data.split("train").chosen(arguments.n, arguments.seed)
+        test, train = data.split("test"), training_images(module, data.split("train"), arguments.n, arguments.seed)
         judge = Judge(module, test.images)
         if arguments.compile:
             module.ema_model.network.compile()
