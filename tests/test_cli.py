@@ -89,7 +89,7 @@ def test_a_part_of_another_class_drops_the_arguments_of_the_base(tmp_path: Path)
 def test_fit_writes_checkpoints_pictures_logs_and_its_configuration(trained: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     assert (trained / "schedule.png").is_file() and (trained / "forward.png").is_file()
     assert len(list((trained / "samples").glob("*.png"))) == 2
     config = yaml.safe_load((trained / "config.yaml").read_text())
@@ -326,7 +326,7 @@ class TestBadInput:
             (["--data.batch_size=5000"], ["--data.batch_size"]),
             (["--data.batch_size=0"], ["--data.batch_size"]),
             (["--ckpt_path=nowhere.ckpt"], ["--ckpt_path nowhere.ckpt does not exist"]),
-            (["--ckpt_path=last"], ["last.ckpt does not exist"]),
+            (["--ckpt_path=best"], ["best.ckpt does not exist"]),
         ],
     )
     def test_arguments(

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ddpm_lightning.process import (
 )
 from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.schedules import Schedule, strided_grid
+from ddpm_lightning.training.checkpoint_io import check_hyperparameters, read_last_good
 from ddpm_lightning.training.checks import (
     check_bounds,
     check_network,
@@ -38,6 +39,7 @@ from ddpm_lightning.training.checks import (
 )
 from ddpm_lightning.training.ema import decay_at, update_average
 from ddpm_lightning.training.hyperparameters import describe
+from ddpm_lightning.training.resume import rewind_to_step
 
 __all__ = ["DiffusionModule"]
 
@@ -173,6 +175,24 @@ class DiffusionModule(LightningModule):
         self.hparams.clear()
         self.hparams.update(plain)
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's, for a file on disk, without running code that the file holds or names.
+
+        Args:
+            checkpoint_path: the file, a string or a Path; a damaged ``last.ckpt`` is replaced by the
+                ``previous.ckpt`` beside it.
+            args: Lightning's other arguments.
+            kwargs: those, and arguments of the module to use instead of the checkpoint's.
+
+        Raises:
+            InputError: the file is missing, damaged or refused (``training/checkpoint_io.py``).
+        """
+        kwargs["weights_only"] = kwargs.get("weights_only") is not False
+        path, checkpoint = read_last_good(checkpoint_path, weights_only=kwargs["weights_only"])
+        check_hyperparameters(checkpoint)
+        return super().load_from_checkpoint(path, *args, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture in one sentence, and remember how long it was trained.
 
@@ -186,8 +206,9 @@ class DiffusionModule(LightningModule):
         self.steps_trained = checkpoint["global_step"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which schedule the weights belong to."""
+        """Note which schedule the weights belong to, and how many batches they have seen."""
         checkpoint["schedule"] = schedule_marks(self.model)
+        rewind_to_step(self.trainer, checkpoint)
 
     # ---------------------------------------------------------------- training
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from torch import Tensor
 from ddpm_lightning.data.batches import IndexBatches
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.samplers import AncestralSampler, Sampler
+from ddpm_lightning.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ddpm_lightning.training.distributed import gather_to_all
 from ddpm_lightning.training.figures import save_png, tile
 from ddpm_lightning.training.module import DiffusionModule
@@ -87,7 +89,12 @@ class Sampling(LightningModule):
 
 
 class DiffusionTrainer(Trainer):
-    """The Trainer of the ``ddpm`` command line."""
+    """The Trainer of the ``ddpm`` command line: it samples, and writes checkpoints whole or not at all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # one given as a plugin stays
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def sample(
         self,
@@ -153,6 +160,6 @@ class DiffusionTrainer(Trainer):
         print(f"{n} images: {folder / 'samples.png'} and {folder / 'samples.safetensors'}", flush=True)
 
     def _restore(self, model: DiffusionModule, ckpt_path: str, weights_only: bool) -> None:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
+        checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])

@@ -1,6 +1,7 @@
 """Callbacks: each decides when something is logged, drawn, written or saved."""
 
 from ddpm_lightning.training.callbacks.checkpoint import LastCheckpoint
+from ddpm_lightning.training.callbacks.finite import StopOnNonFinite
 from ddpm_lightning.training.callbacks.pictures import ForwardStrip, SampleGrid, ScheduleCurves
 from ddpm_lightning.training.callbacks.progress import EpochLines, ImagesPerSecond
 from ddpm_lightning.training.callbacks.reports import BoundTable, ImageTermsWriter
@@ -14,4 +15,5 @@ __all__ = [
     "LastCheckpoint",
     "SampleGrid",
     "ScheduleCurves",
+    "StopOnNonFinite",
 ]
