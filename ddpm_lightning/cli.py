@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,14 @@ class DiffusionCLI(LightningCLI):
             )
         return super().instantiate_trainer(**kwargs)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        alone = subcommand == "fit" and self.trainer.is_global_zero
+        with RunLock(Path(self.trainer.default_root_dir)) if alone else nullcontext():
+            super()._run_subcommand(subcommand)
+
     def before_fit(self) -> None:
-        """Say what is trained and where it is written, and let no other process train there."""
+        """Say what is trained and where it is written."""
         if self.trainer.is_global_zero:
-            self._lock = RunLock(Path(self.trainer.default_root_dir))
             network = self.model.model.network
             parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
             print(

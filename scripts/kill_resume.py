@@ -3,8 +3,8 @@
     python scripts/kill_resume.py --kills 20
 
 Both runs train a tiny model on the embedded digits, with accumulated gradients, a learning rate that changes, and a
-checkpoint every five steps. Kills take turns: SIGKILL at a random moment, SIGTERM at a random moment, SIGKILL at a
-random moment of writing a checkpoint. Each resumption has another --seed_everything. Exit status 1 if anything differs
+checkpoint every five steps. Kills take turns: SIGKILL at a random moment, SIGKILL at a random moment of writing a
+checkpoint, SIGTERM at a random moment. Each resumption has another --seed_everything. Exit status 1 if anything differs
 or a checkpoint is lost.
 """
 
@@ -179,7 +179,7 @@ def torture(
     Raises:
         InputError: a run failed by itself, or was over before its time.
     """
-    kinds, lost, newest = dict.fromkeys(("SIGKILL", "SIGTERM", "while writing"), 0), 0, 0
+    kinds, lost, newest = dict.fromkeys(("SIGKILL", "while writing", "SIGTERM"), 0), 0, 0
     for number in range(options.kills):
         kind = list(kinds)[number % len(kinds)]
         # the first one's is the other run's: it makes the initial weights

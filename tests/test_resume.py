@@ -341,13 +341,14 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_one_training_at_a_time_in_a_folder(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path)
-    with pytest.raises(InputError, match=rf"is being trained in by another process \(process {os.getpid()} on \S+\)"):
+    words = rf"is being trained in by another process \(process {os.getpid()} on \S+\)"
+    with RunLock(tmp_path), pytest.raises(InputError, match=words):
         RunLock(tmp_path)
-    lock.release()
-    RunLock(tmp_path).release()
+    with RunLock(tmp_path):
+        pass
     if (child := os.fork()) == 0:
-        RunLock(tmp_path)
-        os.kill(os.getpid(), signal.SIGKILL)
+        with RunLock(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    RunLock(tmp_path).release()
+    with RunLock(tmp_path):
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()

@@ -173,8 +173,8 @@ def _read(path: Path, map_location: Any, weights_only: bool) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise InputError(
-            f"--ckpt_path {path} is refused: it holds {named[1] if named else 'objects'}, and loading that could run any "
-            "code; --weights_only false loads it nevertheless, if you trust whoever wrote it"
+            f"--ckpt_path {path} is refused: it holds {named[1] if named else 'objects'}, and loading that could run "
+            "any code; --weights_only false loads it nevertheless, if you trust whoever wrote it"
         ) from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), Mapping)):
         raise InputError(f"--ckpt_path {path} is no checkpoint of a training run: it has no state_dict")

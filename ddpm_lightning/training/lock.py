@@ -11,7 +11,7 @@ __all__ = ["RunLock"]
 
 
 class RunLock:
-    """Held from its construction until the process ends, however it ends, or ``release``.
+    """Held as a context, and no longer than its process lives, however that ends.
 
     The kernel forgets a lock with the process that holds it, so a killed run leaves none behind; RUN/.lock, which
     stays, says who holds or held it. On a file system without locks nothing is checked.
@@ -43,6 +43,8 @@ class RunLock:
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
 
-    def release(self) -> None:
-        """Let another process train here."""
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
