@@ -76,7 +76,7 @@ def test_resume_is_exact_from_every_moment(tmp_path: Path, options: dict) -> Non
     straight = compared(last)
     assert straight["global_step"] == (8 if "accumulate_grad_batches" in options else 20)
     torch.manual_seed(123)
-    for path in save.paths[:-1]:
+    for path in save.paths[:-1:2]:
         end = tmp_path / "end.ckpt"
         again = trainer(tmp_path, enable_checkpointing=False, **options)
         again.fit(build(**model), Digits(**data), ckpt_path=path)
