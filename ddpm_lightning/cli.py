@@ -168,13 +168,16 @@ class DiffusionCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with TensorBoard in the run folder, and progress that fits where it is shown."""
-        terminal = sys.stdout.isatty() and self.subcommand != "sample"
+        # sampling shows its own progress, and has no terms of the bound to report
+        sampling = self.subcommand == "sample"
+        terminal = sys.stdout.isatty() and not sampling
         callbacks = self.config_init[self.subcommand].trainer.callbacks or []
         if not terminal:
             kwargs["enable_progress_bar"] = False
         elif not any(isinstance(callback, RichProgressBar) for callback in callbacks):
             callbacks = [*callbacks, RichProgressBar(leave=False)]
-        kwargs["callbacks"] = [*callbacks, BoundTable(), ImageTermsWriter(), *([] if terminal else [EpochLines()])]
+        own = [BoundTable(), ImageTermsWriter(), *([] if terminal else [EpochLines()])]
+        kwargs["callbacks"] = [*callbacks, *([] if sampling else own)]
         if self.subcommand == "fit":
             kwargs["callbacks"].append(StopOnNonFinite())
         config = self.config_init[self.subcommand].trainer

@@ -223,8 +223,8 @@ def main() -> int:
         module.to(arguments.device)
         T = min(arguments.steps + 1, module.ema_model.T) if arguments.T is None else arguments.T
         estimator = DenoisingElbo(arguments.steps, T)
-        inside = data.split("test").sample(arguments.images, arguments.seed)
-        typical = data.split("val").sample(arguments.images, arguments.seed)
+        inside = data.split("test").chosen(arguments.images, arguments.seed)
+        typical = data.split("val").chosen(arguments.images, arguments.seed)
         # noise of their own
         typical = typical._replace(index=typical.index + len(data.split("test")))
         sets = {"test images": inside, **outliers(module, inside, isinstance(data, Digits), arguments.seed)}

@@ -85,7 +85,7 @@ def main() -> int:
     try:
         module, data = load_run(arguments.config, arguments.ckpt_path)
         module.to(arguments.device)
-        batch = data.split("test").sample(arguments.images, arguments.seed)
+        batch = data.split("test").chosen(arguments.images, arguments.seed)
         rows, values = [], []
         for steps in (arguments.steps, 2 * arguments.steps) if arguments.check else (arguments.steps,):
             flow = ProbabilityFlow(steps)

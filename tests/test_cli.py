@@ -367,7 +367,7 @@ class TestBadInput:
             (["--steps=13"], "--steps 13"),
             (["--n=0"], "--n 0"),
             (["--batch_size=0"], "--batch_size 0"),
-            (["--label=3"], "--label 3"),
+            (["--labels=[3]"], "--labels [3]"),
             (["--guidance_scale=2"], "needs a class-conditional model"),
         ],
     )

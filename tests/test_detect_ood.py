@@ -92,7 +92,7 @@ def test_standard_error_of_auroc_knows_the_pairs(ood: ModuleType) -> None:
 
 def test_sets_are_what_they_say(ood: ModuleType, trained: Path) -> None:
     module, data = load_run(trained / "config.yaml", trained / "checkpoints/last.ckpt")
-    inside = data.split("test").sample(20, seed=3)
+    inside = data.split("test").chosen(20, seed=3)
     sets = ood.outliers(module, inside, False, seed=3)
     for name, batch in sets.items():
         assert batch.image.dtype == torch.uint8 and batch.image.shape == inside.image.shape, name

@@ -10,13 +10,17 @@ from ddpm_lightning.schedules import (
     BetaChain,
     CosineChain,
     CosineGamma,
+    KarrasGrid,
     LearnedGamma,
     LinearChain,
     LinearGamma,
+    LogSNRGrid,
     Schedule,
+    StridedGrid,
     VarianceExploding,
     karras_grid,
     logsnr_grid,
+    strided_grid,
 )
 
 
@@ -101,6 +105,8 @@ def test_steps_errors(steps: int) -> None:
 @pytest.mark.parametrize("rho", [0.0, -7.0, math.inf, math.nan])
 def test_rho_errors(rho: float) -> None:
     with pytest.raises(InputError, match="rho = "):
+        KarrasGrid(rho)
+    with pytest.raises(InputError, match="rho = "):
         karras_grid(LinearChain(10), LinearChain(10).grid(), 5, rho=rho)
 
 
@@ -108,3 +114,17 @@ def test_a_chain_of_one_state_has_one_step() -> None:
     schedule = BetaChain([0.5])
     with pytest.raises(InputError, match="steps = 2 must be 1 for a chain of one state"):
         logsnr_grid(schedule, schedule.grid(), 2)
+
+
+@pytest.mark.parametrize("steps", [3, None])
+def test_grids_as_objects(steps: int | None) -> None:
+    schedule = CosineChain(20)
+    chain = schedule.grid()
+    pairs = [
+        (StridedGrid(), strided_grid(chain, steps)),
+        (LogSNRGrid(), logsnr_grid(schedule, chain, steps)),
+        (KarrasGrid(), karras_grid(schedule, chain, steps)),
+        (KarrasGrid(3.0), karras_grid(schedule, chain, steps, 3.0)),
+    ]
+    for grid, times in pairs:
+        assert torch.equal(grid(schedule, chain, steps), times)

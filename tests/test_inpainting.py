@@ -1,5 +1,7 @@
 """Inpainting by replacement, against its own exact chain and the exact posterior of Gaussian data."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_guidance import GAMMAS, SCHEDULE, network_model, noise, states_of
@@ -10,7 +12,17 @@ from worlds_gaussian import _pushed
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import image_generators
-from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, ReplacementSampler, Sampler
+from ddpm_lightning.process import LinearMeasurement, MaskOperator, MMPSDenoiser
+from ddpm_lightning.samplers import (
+    AncestralSampler,
+    DDIMSampler,
+    DPMSolverSampler,
+    HeunSampler,
+    InpaintingFactory,
+    MomentMatchingSampler,
+    ReplacementSampler,
+    Sampler,
+)
 
 MASK = torch.tensor([[[True, False], [False, True]]])
 KNOWN = torch.tensor([0.9, 7.0, 7.0, -0.8], dtype=torch.float64).reshape(1, 1, 2, 2)
@@ -65,13 +77,32 @@ def test_resampling_approaches_the_posterior() -> None:
         assert (error, ratio) == pytest.approx(row, abs=6e-4)
 
 
+def test_moment_matching_samples_the_posterior_of_its_measurement() -> None:
+    """The wrapped sampler under the MMPS denoiser, which is exact here; at the end the known pixels are put in."""
+    model = optimal_model(CORRELATED, SCHEDULE)
+    operator = MaskOperator(MASK)
+    measurement = LinearMeasurement(operator, operator.apply(KNOWN), 0.1)
+    guided = model.with_denoiser(partial(MMPSDenoiser, measurement=measurement, iterations=2))
+    sampler = MomentMatchingSampler(AncestralSampler(), KNOWN, MASK, iterations=2, noise_var=0.1)
+    mine, theirs = states_of(model, sampler, 500), states_of(guided, AncestralSampler(), 500)
+    for state, other in zip(mine[:-1], theirs[:-1], strict=True):
+        assert torch.equal(state, other)
+    assert torch.equal(mine[-1][:, HIDDEN], theirs[-1][:, HIDDEN])
+    assert torch.equal(mine[-1][:, ROWS], KNOWN.flatten()[ROWS].expand(500, 2))
+    assert not torch.equal(theirs[-1][:, ROWS], mine[-1][:, ROWS])
+
+
+FACTORIES: list[InpaintingFactory] = [partial(ReplacementSampler, resamplings=2), MomentMatchingSampler]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
 @pytest.mark.parametrize("sampler", [AncestralSampler(), DDIMSampler(), DDIMSampler(0.5)])
-def test_an_image_does_not_depend_on_the_batch(sampler: Sampler) -> None:
+def test_an_image_does_not_depend_on_the_batch(sampler: Sampler, factory: InpaintingFactory) -> None:
     model, x_T = network_model(), noise(6, size=4)
     known, masks = 0.5 * noise(6, seed=5, size=4), noise(6, seed=6, size=4) > 0
 
     def run(order: list[int]) -> Tensor:
-        inpainting = ReplacementSampler(sampler, known[order], masks[order], 2)
+        inpainting = factory(sampler, known[order], masks[order])
         with torch.inference_mode():
             return inpainting(model, x_T[order], generators=image_generators(4, order))
 
@@ -98,3 +129,30 @@ def test_replacement_errors() -> None:
             ReplacementSampler(DDIMSampler(), known, MASK)(model, x_T)
     with pytest.raises(InputError, match="mask of shape"):
         ReplacementSampler(DDIMSampler(), KNOWN, torch.ones(1, 3, 2, dtype=torch.bool))(model, x_T)
+    for arguments, message in (({"iterations": 0}, "iterations = 0"), ({"noise_var": 0.0}, "noise_var = 0")):
+        with pytest.raises(InputError, match=message):
+            MomentMatchingSampler(DDIMSampler(), KNOWN, MASK, **arguments)
+    with pytest.raises(InputError, match="known images of shape"):
+        MomentMatchingSampler(DDIMSampler(), torch.zeros(2, 1, 2, 2), MASK)(model, x_T)
+
+
+SAMPLERS: list[tuple[Sampler, bool]] = [
+    (AncestralSampler(), False),
+    (DDIMSampler(), True),
+    (DDIMSampler(0.1), False),
+    (DPMSolverSampler(), True),
+    (DPMSolverSampler(1, sde=True), False),
+    (HeunSampler(), True),
+    (ReplacementSampler(DDIMSampler(), KNOWN, MASK), False),
+    (MomentMatchingSampler(DDIMSampler(), KNOWN, MASK), True),
+    (MomentMatchingSampler(AncestralSampler(), KNOWN, MASK), False),
+]
+
+
+@pytest.mark.parametrize(("sampler", "deterministic"), SAMPLERS)
+def test_a_deterministic_sampler_draws_nothing(sampler: Sampler, deterministic: bool) -> None:
+    model, x_T = network_model(), noise(3)
+    walks: list[list[Tensor]] = [[], []]
+    for seed, states in enumerate(walks):
+        sampler(model, x_T, generators=image_generators(seed, range(3)), callback=lambda x, s, to=states: to.append(x))
+    assert torch.equal(*map(torch.stack, walks)) == sampler.is_deterministic == deterministic

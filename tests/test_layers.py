@@ -80,7 +80,7 @@ def test_outside_imports(path: Path) -> None:
     assert not tops & {"scripts", "configs", "tests", "oracles", "pytest", "pytorch_lightning"}
     unit = unit_of(path)
     if unit in PLAIN:
-        allowed = {"torch", PACKAGE, *({"torchmetrics"} if unit == "metrics" else set())}
+        allowed = {"torch", PACKAGE, *({"torchmetrics", "safetensors"} if unit == "metrics" else set())}
         assert tops - set(sys.stdlib_module_names) <= allowed
         assert not any(name.startswith(("torch.distributed", "torch.utils.data")) for name in imports_of(path))
     if unit == "networks":

@@ -212,6 +212,7 @@ def test_guidance_and_label_dropout_errors() -> None:
 
 def test_the_average_is_evaluated_without_dropout() -> None:
     module = build(network=UNet(1, width=8, multipliers=(1, 2), blocks=1, dropout=0.5))
+    assert module.model.network.training and not module.ema_model.network.training
     module.train()
     assert module.model.network.training and not module.ema_model.network.training
 

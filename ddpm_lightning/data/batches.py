@@ -43,8 +43,8 @@ class Split:
         """A copy of the given rows (int64 ``[B]``), so that nothing done to a batch reaches the split."""
         return Batch(self.images[rows], self.labels[rows], rows)
 
-    def sample(self, count: int, seed: int) -> Batch:
-        """A random choice of ``count`` images without repetition, all of them where there are fewer."""
+    def chosen(self, count: int, seed: int) -> Batch:
+        """A random choice of the images, all of them where there are fewer than ``count``."""
         return self.batch(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count])
 
 

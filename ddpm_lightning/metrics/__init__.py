@@ -2,7 +2,28 @@
 
 from ddpm_lightning.metrics.bits_per_dim import bits_per_dim
 from ddpm_lightning.metrics.bound import BoundFigures, BoundMeans
+from ddpm_lightning.metrics.classes import ClassFigures
 from ddpm_lightning.metrics.dequantization import decoded_log_prob, dequantized_log_prob
+from ddpm_lightning.metrics.distances import FrechetDistance, KernelDistance, PrecisionRecall
+from ddpm_lightning.metrics.features import ClassifierFeatures, classifier_for, load_classifier
 from ddpm_lightning.metrics.mean import MeanAndError
+from ddpm_lightning.metrics.neighbours import nearest
+from ddpm_lightning.metrics.quality import QualityFigures
 
-__all__ = ["BoundFigures", "BoundMeans", "MeanAndError", "bits_per_dim", "decoded_log_prob", "dequantized_log_prob"]
+__all__ = [
+    "BoundFigures",
+    "BoundMeans",
+    "ClassFigures",
+    "ClassifierFeatures",
+    "FrechetDistance",
+    "KernelDistance",
+    "MeanAndError",
+    "PrecisionRecall",
+    "QualityFigures",
+    "bits_per_dim",
+    "classifier_for",
+    "decoded_log_prob",
+    "dequantized_log_prob",
+    "load_classifier",
+    "nearest",
+]

@@ -1,7 +1,9 @@
-"""Networks ``(x, t, label=None) -> tensor``: a leaf that imports only torch and knows nothing of diffusion."""
+"""Networks ``(x, t, label=None) -> tensor`` and a classifier of images: a leaf that imports only torch and knows
+nothing of diffusion."""
 
+from ddpm_lightning.networks.classifier import FeatureClassifier
 from ddpm_lightning.networks.embedding import FourierFeatures, SinusoidalEmbedding
 from ddpm_lightning.networks.simple_unet import SimpleUNet
 from ddpm_lightning.networks.unet import UNet
 
-__all__ = ["FourierFeatures", "SimpleUNet", "SinusoidalEmbedding", "UNet"]
+__all__ = ["FeatureClassifier", "FourierFeatures", "SimpleUNet", "SinusoidalEmbedding", "UNet"]

@@ -5,7 +5,12 @@ from ddpm_lightning.samplers.base import Memory, Sampler
 from ddpm_lightning.samplers.ddim import DDIMSampler
 from ddpm_lightning.samplers.dpm_solver import DPMSolverSampler
 from ddpm_lightning.samplers.heun import HeunSampler
-from ddpm_lightning.samplers.inpainting import ReplacementSampler
+from ddpm_lightning.samplers.inpainting import (
+    InpaintingFactory,
+    InpaintingSampler,
+    MomentMatchingSampler,
+    ReplacementSampler,
+)
 from ddpm_lightning.samplers.probability_flow import (
     Divergence,
     ExactDivergence,
@@ -23,7 +28,10 @@ __all__ = [
     "FlowLikelihood",
     "HeunSampler",
     "HutchinsonDivergence",
+    "InpaintingFactory",
+    "InpaintingSampler",
     "Memory",
+    "MomentMatchingSampler",
     "ProbabilityFlow",
     "ReplacementSampler",
     "Sampler",

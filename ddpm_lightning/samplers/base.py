@@ -32,6 +32,11 @@ class Sampler:
 
     They hold options and nothing of a walk, so one object serves any number of walks at once."""
 
+    @property
+    def is_deterministic(self) -> bool:
+        """True where the steps draw nothing, so that the image is a function of x_T."""
+        return False
+
     def evaluations(self, steps: int) -> int:
         """Evaluations of the network on a grid of ``steps`` steps, one of them the decoder's (which is none for a
         decoder without a denoiser)."""

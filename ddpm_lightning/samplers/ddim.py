@@ -28,6 +28,11 @@ class DDIMSampler(Sampler):
             raise InputError(f"eta = {eta:g} must lie between 0 and 1")
         self.eta = eta
 
+    @property
+    def is_deterministic(self) -> bool:
+        """True for eta = 0."""
+        return self.eta == 0
+
     def step(
         self,
         model: DiffusionModel,

@@ -49,6 +49,11 @@ class DPMSolverSampler(Sampler):
             raise InputError(f"order = {order} must be 1 or 2")
         self.order, self.sde = order, sde
 
+    @property
+    def is_deterministic(self) -> bool:
+        """True unless ``sde``."""
+        return not self.sde
+
     def step(
         self,
         model: DiffusionModel,

@@ -22,6 +22,11 @@ class HeunSampler(Sampler):
     An Euler step of it is DDIM; Heun's takes the mean of eps-hat at both ends of that step.
     """
 
+    @property
+    def is_deterministic(self) -> bool:
+        """True."""
+        return True
+
     def evaluations(self, steps: int) -> int:
         """2 steps - 1."""
         return 2 * steps - 1

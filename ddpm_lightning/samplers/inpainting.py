@@ -1,5 +1,6 @@
-"""Inpainting by replacement: what is known of an image is put into every state of the walk."""
+"""Inpainting: the known pixels are put into every state of the walk, or into the score."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,42 +8,25 @@ from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import Generators, expand_mask
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import DiffusionModel, LinearMeasurement, MaskOperator, MMPSDenoiser
 from ddpm_lightning.samplers.base import Memory, Sampler
 
-__all__ = ["ReplacementSampler"]
+__all__ = ["InpaintingFactory", "InpaintingSampler", "MomentMatchingSampler", "ReplacementSampler"]
 
 
-class ReplacementSampler(Sampler):
-    """Any sampler, with the known pixels of each x_s replaced by a draw of q(x_s | x_0 = known).
-
-    With ``resamplings`` = 1 it is the replacement of Song et al. 2021 (arXiv 2011.13456, appendix I.2): the known
-    pixels of x_s know nothing of the unknown ones of x_t, and what is drawn is not p(x_0 | known). RePaint (Lugmayr et
-    al. 2022, arXiv 2201.09865, algorithm 1) takes each step several times: it goes back from x_s to x_t by
-    q(x_t | x_s), one step and not the paper's ten, and draws x_s again, which takes x_s towards its distribution given
-    the known pixels.
-
-    The image's known pixels are exactly ``known``.
+class InpaintingSampler(Sampler):
+    """Base of samplers that draw the rest of images of which some pixels are known; these are exactly ``known`` in the
+    end.
 
     Args:
         sampler: takes the steps.
         known: images in model range, ``[B, C, H, W]``, or ``[1, C, H, W]`` for one for all; any finite value where
             they are not known.
         mask: bool, True where a pixel is known: ``[C or 1, H, W]`` for all images or ``[B or 1, C or 1, H, W]``.
-        resamplings: how often each step is taken, at least 1.
-
-    Raises:
-        InputError: no step at all.
     """
 
-    def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor, resamplings: int = 1) -> None:
-        if resamplings < 1:
-            raise InputError(f"resamplings = {resamplings} must be 1 or more: how often each step is taken")
-        self.sampler, self.known, self.mask, self.resamplings = sampler, known, mask, resamplings
-
-    def evaluations(self, steps: int) -> int:
-        """Those of the wrapped sampler's steps ``resamplings`` times, and one for the decoder."""
-        return self.resamplings * (self.sampler.evaluations(steps) - 1) + 1
+    def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor) -> None:
+        self.sampler, self.known, self.mask = sampler, known, mask
 
     def step(
         self,
@@ -53,12 +37,57 @@ class ReplacementSampler(Sampler):
         generators: Generators = None,
         **cond: Any,
     ) -> Tensor:
-        """x_s from x_t, its known pixels drawn from q(x_s | known).
+        """x_s from x_t, given the known pixels.
 
         Raises:
             InputError: known images or a mask of another shape.
         """
         return self.advance(model, x_t, t, s, None, generators, **cond)[0]
+
+    def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
+        """The wrapped sampler's image, its known pixels those that are known."""
+        mask, known = self._known(x1)
+        return torch.where(mask, known, self.sampler.decode(model, x1, grid, **cond))
+
+    def _known(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        known = self.known.to(like)
+        if known.shape[1:] != like.shape[1:] or known.shape[0] not in (1, like.shape[0]):
+            raise InputError(f"known images of shape {list(known.shape)} do not fit samples {list(like.shape)}")
+        return expand_mask(self.mask, like), known.expand_as(like)
+
+
+InpaintingFactory = Callable[[Sampler, Tensor, Tensor], InpaintingSampler]
+"""(sampler, known, mask) -> the sampler that draws the rest: a class of this file, or a partial of one."""
+
+
+class ReplacementSampler(InpaintingSampler):
+    """Any sampler, with the known pixels of each x_s replaced by a draw of q(x_s | x_0 = known).
+
+    With ``resamplings`` = 1 it is the replacement of Song et al. 2021 (arXiv 2011.13456, appendix I.2): the known
+    pixels of x_s know nothing of the unknown ones of x_t, and what is drawn is not p(x_0 | known). RePaint (Lugmayr et
+    al. 2022, arXiv 2201.09865, algorithm 1) takes each step several times: it goes back from x_s to x_t by
+    q(x_t | x_s), one step and not the paper's ten, and draws x_s again, which takes x_s towards its distribution given
+    the known pixels.
+
+    Args:
+        sampler: takes the steps.
+        known: as in :class:`InpaintingSampler`.
+        mask: as there.
+        resamplings: how often each step is taken, at least 1.
+
+    Raises:
+        InputError: no step at all.
+    """
+
+    def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor, resamplings: int = 1) -> None:
+        if resamplings < 1:
+            raise InputError(f"resamplings = {resamplings} must be 1 or more: how often each step is taken")
+        super().__init__(sampler, known, mask)
+        self.resamplings = resamplings
+
+    def evaluations(self, steps: int) -> int:
+        """Those of the wrapped sampler's steps ``resamplings`` times, and one for the decoder."""
+        return self.resamplings * (self.sampler.evaluations(steps) - 1) + 1
 
     def advance(
         self,
@@ -83,13 +112,59 @@ class ReplacementSampler(Sampler):
             x_s, after = once(forward.transition(x_s, s, t).sample(generators))
         return x_s, after
 
-    def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
-        """The wrapped sampler's image, its known pixels those that are known."""
-        mask, known = self._known(x1)
-        return torch.where(mask, known, self.sampler.decode(model, x1, grid, **cond))
 
-    def _known(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        known = self.known.to(like)
-        if known.shape[1:] != like.shape[1:] or known.shape[0] not in (1, like.shape[0]):
-            raise InputError(f"known images of shape {list(known.shape)} do not fit samples {list(like.shape)}")
-        return expand_mask(self.mask, like), known.expand_as(like)
+class MomentMatchingSampler(InpaintingSampler):
+    """Any sampler, run with the score of p(x_t | known pixels) as :class:`MMPSDenoiser` approximates it.
+
+    Each evaluation of the network comes with ``iterations`` + 1 gradients.
+
+    Args:
+        sampler: takes the steps.
+        known: as in :class:`InpaintingSampler`.
+        mask: as there.
+        iterations: of conjugate gradients, at least 1.
+        noise_var: variance with which the known pixels are believed, in the square of model range.
+
+    Raises:
+        InputError: no iterations, a variance that is not positive.
+    """
+
+    def __init__(
+        self, sampler: Sampler, known: Tensor, mask: Tensor, iterations: int = 5, noise_var: float = 1e-3
+    ) -> None:
+        super().__init__(sampler, known, mask)
+        self.iterations, self.noise_var = iterations, noise_var
+        LinearMeasurement(MaskOperator(mask), known, noise_var)  # for what it refuses
+        if iterations < 1:
+            raise InputError(f"iterations = {iterations} must be 1 or more: steps of conjugate gradients")
+
+    @property
+    def is_deterministic(self) -> bool:
+        """That of the wrapped sampler."""
+        return self.sampler.is_deterministic
+
+    def evaluations(self, steps: int) -> int:
+        """Those of the wrapped sampler, gradients not counted."""
+        return self.sampler.evaluations(steps)
+
+    def advance(
+        self,
+        model: DiffusionModel,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        memory: Memory | None = None,
+        generators: Generators = None,
+        **cond: Any,
+    ) -> tuple[Tensor, Memory | None]:
+        """:meth:`step` with the wrapped sampler's memory."""
+        return self.sampler.advance(self._conditioned(model, x_t), x_t, t, s, memory, generators, **cond)
+
+    def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
+        """The wrapped sampler's image given the known pixels, which then replace its own."""
+        return super().decode(self._conditioned(model, x1), x1, grid, **cond)
+
+    def _conditioned(self, model: DiffusionModel, like: Tensor) -> DiffusionModel:
+        operator = MaskOperator(self.mask)
+        measurement = LinearMeasurement(operator, operator.apply(self._known(like)[1]), self.noise_var)
+        return model.with_denoiser(lambda denoiser: MMPSDenoiser(denoiser, measurement, self.iterations))

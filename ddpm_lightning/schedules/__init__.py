@@ -4,17 +4,30 @@ from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.chains import BetaChain, CosineChain, LinearChain
 from ddpm_lightning.schedules.continuous import CosineGamma, LinearGamma
 from ddpm_lightning.schedules.exploding import VarianceExploding
-from ddpm_lightning.schedules.grids import chain_grid, karras_grid, logsnr_grid, strided_grid
+from ddpm_lightning.schedules.grids import (
+    KarrasGrid,
+    LogSNRGrid,
+    StridedGrid,
+    TimeGrid,
+    chain_grid,
+    karras_grid,
+    logsnr_grid,
+    strided_grid,
+)
 from ddpm_lightning.schedules.learned import LearnedGamma
 
 __all__ = [
     "BetaChain",
     "CosineChain",
     "CosineGamma",
+    "KarrasGrid",
     "LearnedGamma",
     "LinearChain",
     "LinearGamma",
+    "LogSNRGrid",
     "Schedule",
+    "StridedGrid",
+    "TimeGrid",
     "VarianceExploding",
     "chain_grid",
     "karras_grid",

@@ -9,7 +9,16 @@ from torch import Tensor
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.schedules.base import Schedule
 
-__all__ = ["chain_grid", "karras_grid", "logsnr_grid", "strided_grid"]
+__all__ = [
+    "KarrasGrid",
+    "LogSNRGrid",
+    "StridedGrid",
+    "TimeGrid",
+    "chain_grid",
+    "karras_grid",
+    "logsnr_grid",
+    "strided_grid",
+]
 
 # of [0, 1], down to 1e-18
 _HALVINGS = 60
@@ -66,8 +75,7 @@ def karras_grid(schedule: Schedule, grid: Tensor, steps: int | None, rho: float 
     Raises:
         InputError: ``rho`` not above 0, ``steps`` < 1, or more than one step for a chain of one state.
     """
-    if not 0 < rho < math.inf:
-        raise InputError(f"rho = {rho:g} must be above 0 and finite")
+    _check_rho(rho)
     return _equal_steps(schedule, grid, steps, lambda gamma: torch.exp(gamma / (2 * rho)))
 
 
@@ -93,3 +101,60 @@ def _equal_steps(schedule: Schedule, grid: Tensor, steps: int | None, level: Cal
         below = level(schedule.gamma(middle)) < targets
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return torch.cat([grid[:2], high[1:-1].to(grid.device), grid[-1:]])
+
+
+def _check_rho(rho: float) -> None:
+    if not 0 < rho < math.inf:
+        raise InputError(f"rho = {rho:g} must be above 0 and finite")
+
+
+class TimeGrid:
+    """A kind of grid, as an object that a configuration can name."""
+
+    def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
+        """The data, then ``steps`` states up to t = 1: float64 ``[steps + 1]``.
+
+        Args:
+            schedule: gives gamma.
+            grid: the chain's grid ``[T + 1]``.
+            steps: number of states; None for T.
+
+        Raises:
+            InputError: a number of steps that this kind cannot make of this chain.
+        """
+        raise NotImplementedError
+
+
+class StridedGrid(TimeGrid):
+    """States of the chain itself, nearly equally far apart: :func:`strided_grid`."""
+
+    def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
+        """``steps`` of the chain's T states."""
+        return strided_grid(grid, steps)
+
+
+class LogSNRGrid(TimeGrid):
+    """States equally far apart in log SNR, which may lie between the chain's: :func:`logsnr_grid`."""
+
+    def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
+        """``steps`` states, more than T too."""
+        return logsnr_grid(schedule, grid, steps)
+
+
+class KarrasGrid(TimeGrid):
+    """States equally far apart in (sigma/alpha)^(1/rho), which may lie between the chain's: :func:`karras_grid`.
+
+    Args:
+        rho: above 0; the larger, the more states at low noise.
+
+    Raises:
+        InputError: another rho.
+    """
+
+    def __init__(self, rho: float = 7.0) -> None:
+        _check_rho(rho)
+        self.rho = rho
+
+    def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
+        """``steps`` states, more than T too."""
+        return karras_grid(schedule, grid, steps, self.rho)

@@ -1,7 +1,7 @@
 """Pictures: tensors in, images out. Nothing here decides when or where one is shown."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import ForwardProcess
 from ddpm_lightning.schedules import Schedule
 
-__all__ = ["forward_strip", "save_png", "schedule_curves", "tile"]
+__all__ = ["forward_strip", "nearest_neighbours", "save_gif", "save_png", "schedule_curves", "tile"]
 
 
 def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
@@ -35,6 +35,23 @@ def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
     factor = max(1, 32 // images.shape[-1])
     enlarged = scaled.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     return make_grid(enlarged, nrow=columns, padding=2, pad_value=64)
+
+
+def nearest_neighbours(samples: Tensor, nearest: Tensor, levels: int) -> Tensor:
+    """Each sample above the training images nearest to it: a copy shows as an image twice in a column.
+
+    Args:
+        samples: uint8 ``[n, C, H, W]``, grey levels; a column each.
+        nearest: uint8 ``[n, k, C, H, W]``, one below the other.
+        levels: number of grey levels.
+
+    Returns:
+        uint8 ``[3, height, width]``, the samples set off from the rest by a white line.
+    """
+    top = tile(samples, levels, columns=len(samples))
+    below = tile(nearest.transpose(0, 1).flatten(0, 1), levels, columns=len(samples))
+    line = torch.full((3, 2, top.shape[2]), 255, dtype=torch.uint8)
+    return torch.cat([top, line, below], 1)
 
 
 def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, generators: Generators = None) -> Tensor:
@@ -85,3 +102,23 @@ def save_png(picture: Tensor, path: Path) -> None:
     """Write a uint8 ``[3, height, width]`` picture; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(path)
+
+
+def save_gif(pictures: Sequence[Tensor], path: Path, seconds: float = 0.1, hold: float = 2.0) -> None:
+    """Write uint8 ``[3, height, width]`` pictures as an animation that repeats; folders are made.
+
+    Grey pictures keep their grey levels, of colours a GIF has 256.
+
+    Args:
+        pictures: the frames.
+        path: the file.
+        seconds: how long a frame is shown.
+        hold: how long the last one is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())) for picture in pictures]
+    if all(bool((picture == picture[:1]).all()) for picture in pictures):
+        frames = [frame.convert("L") for frame in frames]
+    # in milliseconds
+    shown = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=shown, loop=0)

@@ -28,7 +28,7 @@ from ddpm_lightning.process import (
     ReverseVariance,
 )
 from ddpm_lightning.samplers import Sampler
-from ddpm_lightning.schedules import Schedule, strided_grid
+from ddpm_lightning.schedules import Schedule, StridedGrid, TimeGrid
 from ddpm_lightning.training.checkpoint_io import check_hyperparameters, read_last_good
 from ddpm_lightning.training.checks import (
     check_bounds,
@@ -146,7 +146,8 @@ class DiffusionModule(LightningModule):
         self.model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
         objective.check(self.model)
         check_bounds(self.model, self.bounds)
-        self.ema_model = deepcopy(self.model).requires_grad_(False)
+        # eval() here: Lightning leaves modules in the mode that they were built in
+        self.ema_model = deepcopy(self.model).requires_grad_(False).eval()
         self.means = nn.ModuleDict(
             {stage: BoundMeans({e.name: e.term_names for e in estimators}) for stage, estimators in self.bounds.items()}
         )
@@ -366,6 +367,11 @@ class DiffusionModule(LightningModule):
             )
         return guided
 
+    def prior_draws(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """x_T of the averaged model, ``[n, C, H, W]``, one for each generator."""
+        prior = self.ema_model.prior(torch.zeros(len(generators), *self.shape, device=self.device))
+        return prior.sample(generators)
+
     def sample(
         self,
         sampler: Sampler,
@@ -373,6 +379,8 @@ class DiffusionModule(LightningModule):
         *,
         seed: int = 0,
         steps: int | None = None,
+        grid: TimeGrid | None = None,
+        x_T: Tensor | None = None,
         label: Tensor | None = None,
         guidance_scale: float = 1.0,
         callback: Callable[[Tensor, Tensor], None] | None = None,
@@ -384,6 +392,9 @@ class DiffusionModule(LightningModule):
             indices: the images to draw; image k of a seed is the same in any selection.
             seed: the seed.
             steps: steps of the sampler (see ``Sampler.evaluations``); None for all T.
+            grid: where these steps are; None for ``StridedGrid``.
+            x_T: ``[n, C, H, W]``, where to start from; None for the seed's draws from the prior. The noise of the steps
+                is the same with both.
             label: classes ``[n]`` of a class-conditional model.
             guidance_scale: of classifier-free guidance; 1 is the model itself, which costs half as much.
             callback: called with (x_s, s) after each step.
@@ -392,17 +403,16 @@ class DiffusionModule(LightningModule):
             uint8 ``[n, C, H, W]``, grey levels.
 
         Raises:
-            InputError: ``steps`` outside 1..T, a class that there is not, guidance of a model that was trained without
-                ``label_dropout`` or without classes.
+            InputError: ``steps`` that the grid cannot make, a class that there is not, guidance of a model that was
+                trained without ``label_dropout`` or without classes.
         """
         model = self.guided(guidance_scale)
         last = self.num_classes
         if label is not None and last is not None and not bool(((label >= 0) & (label <= last)).all()):
             raise InputError(f"label must lie between 0 and {last} (no class), got {label.tolist()}")
         generators = image_generators(seed, indices)
-        prior = self.ema_model.prior(torch.zeros(len(generators), *self.shape, device=self.device))
-        x_T = prior.sample(generators)
-        grid = strided_grid(self.ema_model.grid, steps)
+        drawn = self.prior_draws(generators)
+        times = (grid or StridedGrid())(model.schedule, model.grid, steps)
         cond = {} if label is None else {"label": label.to(self.device)}
-        x0 = sampler(model, x_T, grid=grid, generators=generators, callback=callback, **cond)
+        x0 = sampler(model, drawn if x_T is None else x_T, grid=times, generators=generators, callback=callback, **cond)
         return model_to_levels(x0, self.levels)

@@ -5,6 +5,7 @@ from ddpm_lightning.training.callbacks.finders import BatchSizeTest, LearningRat
 from ddpm_lightning.training.callbacks.finite import StopOnNonFinite
 from ddpm_lightning.training.callbacks.pictures import ForwardStrip, SampleGrid, ScheduleCurves
 from ddpm_lightning.training.callbacks.progress import EpochLines, ImagesPerSecond
+from ddpm_lightning.training.callbacks.quality import SampleQuality
 from ddpm_lightning.training.callbacks.reports import BoundTable, ImageTermsWriter
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LastCheckpoint",
     "LearningRateTest",
     "SampleGrid",
+    "SampleQuality",
     "ScheduleCurves",
     "StopOnNonFinite",
 ]

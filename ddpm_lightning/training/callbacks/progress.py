@@ -32,6 +32,8 @@ class EpochLines(Callback):
         for form, figures in pl_module.bound_figures.get("val", {}).items():
             mean, error = figures["bits_per_dim"]
             parts.append(f"val/{form} {mean:.4f} +- {error:.4f} bits/dim")
+        if "val/frechet" in trainer.callback_metrics:
+            parts.append(f"val/frechet {float(trainer.callback_metrics['val/frechet']):.4f}")
         if "train/images_per_second" in trainer.callback_metrics:
             parts.append(f"{float(trainer.callback_metrics['train/images_per_second']):.0f} images/s")
         print(" | ".join(parts), flush=True)

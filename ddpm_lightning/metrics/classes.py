@@ -1,0 +1,70 @@
+"""What a classifier makes of samples: are they of the class asked for, of all classes, and different within one?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.networks import FeatureClassifier
+
+__all__ = ["ClassFigures"]
+
+
+class ClassFigures(Metric):
+    """Accuracy of a classifier on images of known class, and the diversity of images, on any number of processes.
+
+    Args:
+        classifier: judges the images.
+    """
+
+    full_state_update = False
+    hits: Tensor
+    labelled: Tensor
+    counts: Tensor
+    sums: Tensor
+    squares: Tensor
+
+    def __init__(self, classifier: FeatureClassifier, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.classifier = classifier
+        classes = classifier.num_classes
+        shapes = {"hits": (), "labelled": (), "counts": (classes,), "squares": (classes,)}
+        for name, shape in {**shapes, "sums": (classes, classifier.num_features)}.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, images: Tensor, label: Tensor | None = None) -> None:
+        """Add images ``[B, C, H, W]`` in model range; ``label`` ``[B]`` is the class that they are meant to have."""
+        features = self.classifier.features(images)
+        predicted = self.classifier.head(features).argmax(1)
+        if label is not None:
+            self.hits += (predicted == label).sum()
+            self.labelled += len(predicted)
+        features = features.double()
+        self.counts += torch.bincount(predicted, minlength=len(self.counts))
+        self.sums.index_add_(0, predicted, features)
+        self.squares.index_add_(0, predicted, features.square().sum(1))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Float64 scalars.
+
+        - ``accuracy``: share of the images with a label that are given it; left out where none has one.
+        - ``class_entropy``: entropy of the histogram of predicted classes, nats; log K at most, less where classes are
+          missing.
+        - ``spread``: root mean square distance of an image's features from the mean of those of its predicted class;
+          0 where each class is one image over and over.
+
+        Raises:
+            InputError: no image.
+        """
+        n = self.counts.sum()
+        if n == 0:
+            raise InputError("figures of classes need at least 1 image, and got 0")
+        share = self.counts / n
+        centred = self.squares - self.sums.square().sum(1) / self.counts.clamp(min=1)
+        figures = {
+            "class_entropy": -torch.special.xlogy(share, share).sum(),
+            "spread": (centred.sum() / n).clamp(min=0).sqrt(),
+        }
+        return {"accuracy": self.hits / self.labelled, **figures} if self.labelled > 0 else figures

@@ -1,0 +1,142 @@
+r"""Distances between two sets of images in a feature space: how samples are compared with data.
+
+With features f(x) of dimension d, of real images r_1..r_m and samples s_1..s_n:
+
+    Frechet    |mu_r - mu_s|^2 + tr(C_r + C_s - 2 (C_r C_s)^1/2)          (Heusel et al. 2017, arXiv 1706.08500)
+    kernel     mean_{i != j} k(r_i, r_j) + mean_{i != j} k(s_i, s_j) - 2 mean_{i, j} k(r_i, s_j),
+               k(a, b) = (a.b / d + 1)^3: unbiased, and below 0 by chance     (Binkowski et al. 2018, arXiv 1801.01401)
+    precision  share of samples within the k-th nearest neighbour's distance of some real image
+    recall     share of real images within that distance of some sample   (Kynkaanniemi et al. 2019, arXiv 1904.06991)
+
+The Frechet distance of finite sets is too large by about (1/m + 1/n) times a constant of the data, so it compares at
+equal m and n only, and beside a floor: as many training images against the same real ones.
+
+An extractor is a module with the attribute ``num_features`` that maps what ``update`` is given (images in model range,
+for :class:`~ddpm_lightning.metrics.ClassifierFeatures`) to ``[B, num_features]``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities import dim_zero_cat
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.metrics.neighbours import nearest
+
+__all__ = ["FrechetDistance", "KernelDistance", "PrecisionRecall"]
+
+_CHUNK = 1000
+
+
+class FrechetDistance(FrechetInceptionDistance):
+    """Frechet distance of Gaussians fitted to the features of real images and of samples, on any number of processes.
+
+    torchmetrics' metric as it is, with float64 sums; but for the error when there are too few images.
+
+    Args:
+        extractor: images to features.
+    """
+
+    def __init__(self, extractor: nn.Module, **kwargs: Any) -> None:
+        super().__init__(feature=extractor, **kwargs)
+
+    def compute(self) -> Tensor:
+        """The distance, a scalar.
+
+        Raises:
+            InputError: fewer than two images on a side.
+        """
+        _check_count(
+            "the Frechet distance", 2, int(self.real_features_num_samples), int(self.fake_features_num_samples)
+        )
+        return super().compute()
+
+
+class _FeatureSets(Metric):
+    """Keeps the features of both sides, float64, on any number of processes that have seen images of both."""
+
+    full_state_update = False
+    real: list[Tensor]
+    fake: list[Tensor]
+
+    def __init__(self, extractor: nn.Module, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extractor = extractor
+        self.add_state("real", [], dist_reduce_fx="cat")
+        self.add_state("fake", [], dist_reduce_fx="cat")
+
+    def update(self, images: Tensor, real: bool) -> None:
+        """Add a batch of images in model range; ``real`` or sampled."""
+        (self.real if real else self.fake).append(self.extractor(images).double())
+
+    def _sets(self, figure: str, least: int) -> tuple[Tensor, Tensor]:
+        counts = [sum(map(len, part)) if isinstance(part, list) else len(part) for part in (self.real, self.fake)]
+        _check_count(figure, least, *counts)
+        return dim_zero_cat(self.real), dim_zero_cat(self.fake)
+
+
+class KernelDistance(_FeatureSets):
+    """Unbiased squared MMD with the cubic polynomial kernel over all pairs.
+
+    Not torchmetrics' KernelInceptionDistance, which averages over random subsets drawn from torch's global generator.
+
+    Args:
+        extractor: images to features.
+    """
+
+    def compute(self) -> Tensor:
+        """The squared distance, a float64 scalar.
+
+        Raises:
+            InputError: fewer than two images on a side.
+        """
+        real, fake = self._sets("the kernel distance", 2)
+        return _mean_kernel(real) + _mean_kernel(fake) - 2 * _kernel_sum(real, fake) / (len(real) * len(fake))
+
+
+class PrecisionRecall(_FeatureSets):
+    """Precision and recall of samples by k-nearest-neighbour balls (torchmetrics has neither).
+
+    Args:
+        extractor: images to features.
+        k: the neighbour whose distance is a ball's radius, the image itself not counted.
+    """
+
+    def __init__(self, extractor: nn.Module, k: int = 3, **kwargs: Any) -> None:
+        super().__init__(extractor, **kwargs)
+        self.k = k
+
+    def compute(self) -> dict[str, Tensor]:
+        """``precision`` and ``recall``, float64 scalars.
+
+        Raises:
+            InputError: k images or fewer on a side.
+        """
+        real, fake = self._sets(f"precision and recall by {self.k} neighbours", self.k + 1)
+        return {"precision": self._covered(fake, real), "recall": self._covered(real, fake)}
+
+    def _covered(self, queries: Tensor, points: Tensor) -> Tensor:
+        """Share of the queries that lie in the ball of some point."""
+        radius = nearest(points, points, self.k + 1)[0][:, -1]
+        inside = [(torch.cdist(part, points) <= radius).any(1) for part in queries.split(_CHUNK)]
+        return torch.cat(inside).double().mean()
+
+
+def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
+    sums = [(part @ b.T / b.shape[1] + 1).pow(3).sum() for part in a.split(_CHUNK)]
+    return torch.stack(sums).sum()
+
+
+def _mean_kernel(a: Tensor) -> Tensor:
+    """Mean of the kernel over pairs of different rows."""
+    own = (a.square().sum(1) / a.shape[1] + 1).pow(3).sum()
+    return (_kernel_sum(a, a) - own) / (len(a) * (len(a) - 1))
+
+
+def _check_count(figure: str, least: int, real: int, fake: int) -> None:
+    for name, count in (("real images", real), ("samples", fake)):
+        if count < least:
+            raise InputError(f"{figure} needs at least {least} {name}, and got {count}")

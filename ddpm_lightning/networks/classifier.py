@@ -1,0 +1,68 @@
+"""A small convolutional classifier whose last hidden layer is the space in which samples are compared with data."""
+
+from torch import Tensor, nn
+
+__all__ = ["FeatureClassifier"]
+
+
+class FeatureClassifier(nn.Module):
+    """Classes of images ``[B, channels, size, size]`` in model range [-1, 1], and features of them.
+
+    A 3x3 convolution, then strided ones that halve the image until it has at most 4 x 4 pixels, one more, and two
+    linear layers; GroupNorm and SiLU between, so an image's features depend on no other image and on no mode. The
+    features are the first linear layer's output, before its SiLU: real-valued without a floor at 0, as a Gaussian
+    fitted to them wants it. 28 x 28 images, width 24: 123,306 parameters.
+
+    Args:
+        channels: image channels.
+        size: height and width of the images.
+        num_classes: number of classes.
+        width: channels at full resolution; twice as many below.
+        num_features: dimensions of the features.
+
+    Raises:
+        ValueError: an argument below 1.
+    """
+
+    def __init__(
+        self, channels: int = 1, size: int = 28, num_classes: int = 10, width: int = 24, num_features: int = 64
+    ) -> None:
+        super().__init__()
+        if min(channels, size, num_classes, width, num_features) < 1:
+            raise ValueError("channels, size, num_classes, width and num_features must be at least 1")
+        self.channels, self.size, self.num_classes = channels, size, num_classes
+        self.width, self.num_features = width, num_features
+        convolutions, inputs, pixels = [_convolution(channels, width, 1)], width, size
+        while pixels > 4:
+            convolutions.append(_convolution(inputs, 2 * width, 2))
+            inputs, pixels = 2 * width, (pixels + 1) // 2
+        convolutions.append(_convolution(inputs, inputs, 1))
+        self.body = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(inputs * pixels**2, num_features))
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(num_features, num_classes))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features ``[B, num_features]`` of images ``[B, channels, size, size]`` in model range.
+
+        Raises:
+            ValueError: images of another shape, or grey levels, which are not floating point.
+        """
+        expected = (self.channels, self.size, self.size)
+        if tuple(x.shape[1:]) != expected or not x.is_floating_point():
+            raise ValueError(
+                f"expected floating-point images [B, {', '.join(map(str, expected))}] in model range [-1, 1], "
+                f"got {x.dtype} {list(x.shape)}"
+            )
+        output: Tensor = self.body(x)
+        return output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of images ``[B, channels, size, size]`` in model range."""
+        output: Tensor = self.head(self.features(x))
+        return output
+
+
+def _convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    groups = max(g for g in range(1, 9) if outputs % g == 0)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1), nn.GroupNorm(groups, outputs), nn.SiLU()
+    )

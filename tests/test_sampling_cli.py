@@ -1,0 +1,74 @@
+"""``ddpm sample`` in processes of its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_ddpm
+from safetensors.torch import load_file
+from test_cli import BuiltOnly, refused
+
+pytestmark = [pytest.mark.cli, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter.*")]
+
+CLASSES = [
+    "--model.class_conditional=true",
+    "--model.label_dropout=0.1",
+    "--model.network.init_args.num_classes=10",
+]
+
+
+@pytest.fixture
+def guided(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of a class-conditional model with random weights."""
+    monkeypatch.chdir(ROOT)
+    module = BuiltOnly(["fit", *tiny, *CLASSES, f"--run_dir={tmp_path}/run"]).model
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.ema_model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    torch.save({"state_dict": module.state_dict(), "global_step": 1}, tmp_path / "random.ckpt")
+    options = [option for option in tiny if not option.startswith("--trainer")]
+    return [*options, *CLASSES, f"--ckpt_path={tmp_path}/random.ckpt", f"--run_dir={tmp_path}/run"]
+
+
+WALK = [
+    "--guidance_scale=3", "--labels=[4,2]", "--sampler=DPMSolverSampler", "--sampler.sde=true", "--grid=KarrasGrid",
+    "--grid.rho=3",
+]  # fmt: skip
+
+
+def test_two_processes_draw_the_images_of_one(guided: list[str], tmp_path: Path) -> None:
+    common = [*guided, *WALK, "--n=7", "--steps=5", "--gif=true"]
+    two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--batch_size=3"]
+    outputs = [
+        run_ddpm("sample", *common, f"--out={tmp_path}/{name}", *extra) for name, extra in (("one", []), ("two", two))
+    ]
+    for name, output in zip(("one", "two"), outputs, strict=True):
+        # nothing but the one line, of one process
+        line = f"7 images in {tmp_path}/{name}/samples.safetensors; all of them in "
+        assert output.startswith(line) and len(output.splitlines()) == 1, output
+        assert {path.suffix for path in (tmp_path / name).iterdir()} == {".safetensors", ".png", ".gif"}
+    one, two_ = (load_file(tmp_path / name / "samples.safetensors") for name in ("one", "two"))
+    assert torch.equal(one["images"], two_["images"]) and torch.equal(one["labels"], two_["labels"])
+    for picture in ("samples.png", "samples.gif"):
+        assert (tmp_path / "one" / picture).read_bytes() == (tmp_path / "two" / picture).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sampler=EulerSampler"], ["EulerSampler"]),
+        (["--grid=CubicGrid"], ["CubicGrid"]),
+        (["--grid=KarrasGrid", "--grid.rho=0"], ["rho = 0"]),
+        (["--labels=[11]"], ["--labels [11]", "between 0 and 9"]),
+        (["--mask=mask.png"], ["--known FILE"]),
+        (["--known=a.png", "--mask=b.png"], ["--known a.png cannot be read"]),
+        (["--inpainting=ReplacementSampler", "--inpainting.resamplings=0"], ["--known FILE"]),
+        (["--interpolate_to=4"], ["AncestralSampler", "--sampler DDIMSampler"]),
+    ],
+)
+def test_mistakes(
+    capsys: pytest.CaptureFixture[str], guided: list[str], tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    message = refused(capsys, "sample", *guided, f"--out={tmp_path}/out", *options)
+    assert all(word in message for word in words) and not (tmp_path / "out").exists(), message
