@@ -18,7 +18,7 @@ from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundFigures, BoundMeans
 from ddpm_lightning.objectives import BatchShare, ElboEstimator, Objective
-from ddpm_lightning.ops import image_generators, rand
+from ddpm_lightning.ops import BatchGenerator, Generators, image_generators, rand
 from ddpm_lightning.process import (
     ClassifierFreeDenoiser,
     Decoder,
@@ -54,9 +54,10 @@ class DiffusionModule(LightningModule):
     and sampling use the averaged model, in every process and without swapping weights: it is a submodule of its own,
     ``ema_model``, and is in every checkpoint's state dict beside the raw ``model``.
 
-    Noise is a pure function of (seed, number of batches done, rank) in training and of (eval_seed, index of the image)
-    in evaluation, so a resumed run draws what the uninterrupted one would have drawn, and an image's bound does not
-    depend on the batch or the process that it is in. What the batches of one optimiser step share (``BatchShare``) is a
+    Noise is a pure function of (seed, number of batches done, place in the batch of all processes) in training and of
+    (eval_seed, index of the image) in evaluation, so a resumed run draws what the uninterrupted one would have drawn,
+    on any number of processes, and an image's bound does not depend on the batch or the process that it is in. Dropout
+    alone is drawn by each process for itself. What the batches of one optimiser step share (``BatchShare``) is a
     function of (seed, number of batches done before them).
 
     Args:
@@ -154,7 +155,7 @@ class DiffusionModule(LightningModule):
         self.bound_figures: dict[str, BoundFigures] = {}
         self.images_evaluated: dict[str, int] = {}
         self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
-        self._generator: torch.Generator | None = None
+        self._generator: Generators = None
 
     @property
     def dims(self) -> int:
@@ -238,10 +239,12 @@ class DiffusionModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step: noise and times from a generator of our own, dropout from torch's."""
-        key = self._key(batches_done(self.trainer), self.global_rank)
-        if self._generator is None or self._generator.device != self.device:
-            self._generator = torch.Generator(device=self.device)
-        self._generator.manual_seed(key)
+        done = batches_done(self.trainer)
+        if not isinstance(self._generator, BatchGenerator) or self._generator.generator.device != self.device:
+            generator = torch.Generator(device=self.device)
+            self._generator = BatchGenerator(generator, self.global_rank, self.trainer.world_size)
+        self._generator.generator.manual_seed(self._key(done, 0))
+        key = self._key(done, self.global_rank)
         torch.default_generator.manual_seed(key)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(key)
@@ -250,13 +253,12 @@ class DiffusionModule(LightningModule):
         return int(np.random.SeedSequence(self.seed, spawn_key=numbers).generate_state(1)[0])
 
     def _batch_share(self, batch_idx: int) -> BatchShare:
-        """The place of this process's batch among the batches of all processes that one optimiser step accumulates."""
-        batches, processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        """The place of a batch, that of all processes together, among those that one optimiser step accumulates."""
+        batches = self.trainer.accumulate_grad_batches
         place = batch_idx % batches
-        # three numbers, so that it is not the key of any process's noise
+        # three numbers, so that it is not the key of any batch's noise
         key = self._key(batches_done(self.trainer) - place, 0, 0)
-        generator = torch.Generator(device=self.device).manual_seed(key)
-        return BatchShare(place * processes + self.global_rank, batches * processes, generator)
+        return BatchShare(place, batches, torch.Generator(device=self.device).manual_seed(key))
 
     def _with_dropped(self, label: Tensor) -> Tensor:
         """Each label ``[B]`` replaced by "no class" with probability ``label_dropout``; else nothing is drawn."""
@@ -273,7 +275,7 @@ class DiffusionModule(LightningModule):
         # logging costs as much as a step of a tiny network: only where the logger will write
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
         if interval and (self.trainer.global_step + 1) % interval == 0:
-            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0))
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0), sync_dist=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
