@@ -19,6 +19,7 @@ LAYERS = [
     ["objectives", "samplers", "metrics"],
     ["data"],
     ["training"],
+    ["interchange"],
     ["cli", "__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}

@@ -1,0 +1,294 @@
+"""Exported models give what the model gives, and loading one runs no code of others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_script
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.interchange import export_onnx, export_program, load_model, save_model
+from ddpm_lightning.networks import SimpleUNet, UNet
+from ddpm_lightning.process import (
+    AnalyticVariance,
+    CategoricalDecoder,
+    DiffusionModel,
+    DiscretizedGaussian,
+    EpsParameterization,
+    FixedLargeVariance,
+    FixedSmallVariance,
+    GammaConditioning,
+    LearnedRangeVariance,
+    PlainGaussian,
+    ReverseVariance,
+    TimeConditioning,
+    VParameterization,
+)
+from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, Sampler
+from ddpm_lightning.schedules import CosineChain, LearnedGamma, LinearChain, LinearGamma, VarianceExploding
+
+SHAPE = (1, 8, 8)
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """Weights that make every layer matter: a U-Net's last ones begin at 0."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return network.eval()
+
+
+def unet(**options: Any) -> nn.Module:
+    return randomised(UNet(width=8, multipliers=(1, 2), blocks=1, **options))
+
+
+def models() -> dict[str, DiffusionModel]:
+    """Every kind of part at least once."""
+    parts = {
+        "eps": (unet(), LinearChain(20), EpsParameterization(), TimeConditioning(), FixedLargeVariance()),
+        "lecture": (SimpleUNet(), CosineChain(20), EpsParameterization(), GammaConditioning(), FixedSmallVariance()),
+        "v": (unet(fourier=(1.0, 2.0)), LearnedGamma(), VParameterization(), GammaConditioning(), FixedLargeVariance()),
+        "analytic": (
+            unet(num_classes=3),
+            LinearGamma(-5.0, 5.0),
+            EpsParameterization(),
+            GammaConditioning(),
+            AnalyticVariance([-1.0, 2.0], [0.9, 0.2]),
+        ),
+        "range": (
+            unet(out_channels=2),
+            VarianceExploding(LinearGamma(-5.0, 5.0)),
+            EpsParameterization(),
+            GammaConditioning(),
+            LearnedRangeVariance(),
+        ),
+    }
+    decoders = {"eps": DiscretizedGaussian(17), "range": CategoricalDecoder(17)}
+    return {
+        name: DiffusionModel(*part, decoders.get(name, PlainGaussian(17)), clip_x0=name != "v").eval()
+        for name, part in parts.items()
+    }
+
+
+def noise(count: int = 3, seed: int = 1) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+# --- safetensors
+
+
+@pytest.mark.parametrize("name", models())
+def test_a_model_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
+    model, path = models()[name], tmp_path / "deeper" / "model.safetensors"
+    save_model(model, path)
+    again = load_model(path)
+    assert not again.training and again.clip_x0 == model.clip_x0 and again.T == model.T
+    assert torch.equal(again.grid, model.grid)
+    cond = {"label": torch.tensor([0, 2, 3])} if name == "analytic" else {}
+    x_t, t = noise(), torch.tensor([0.9, 0.4, 0.1], dtype=torch.float64)
+    with torch.no_grad():
+        prediction, other = (m.reverse_process.denoiser(x_t, t, **cond) for m in (model, again))
+        assert torch.equal(prediction.x0, other.x0) and torch.equal(prediction.eps, other.eps)
+        first, second = (
+            AncestralSampler()(m, x_t, grid=m.grid[[0, 1, -1]], generators=torch.Generator().manual_seed(0), **cond)
+            for m in (model, again)
+        )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "class_path", ["os.system", "torch.hub.load", "ddpm_lightning.networks.unet.math.sqrt", "builtins.eval", "a", 3]
+)
+def test_foreign_classes_are_refused(class_path: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(models()["eps"], path)
+    description = json.loads(_metadata(path))
+    description["decoder"] = {"class_path": class_path, "init_args": {"command": f"touch {tmp_path}/executed"}}
+    save_file(load_file(path), path, metadata={"ddpm_lightning": json.dumps(description)})
+    with pytest.raises(InputError, match=r"made of|no class that a model is made of|holds no model"):
+        load_model(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def _metadata(path: Path) -> str:
+    with safe_open(path, "pt") as file:
+        return str(file.metadata()["ddpm_lightning"])
+
+
+def test_files_that_are_no_models(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(models()["eps"], path)
+    description, weights, whole = _metadata(path), load_file(path), path.read_bytes()
+    with pytest.raises(InputError, match=r"nowhere\.safetensors holds no model"):
+        load_model(tmp_path / "nowhere.safetensors")
+    path.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match="holds no model"):
+        load_model(path)
+    save_file(weights, path)
+    with pytest.raises(InputError, match="holds no model"):
+        load_model(path)
+    del weights[next(name for name in weights if name.startswith("network."))]
+    save_file(weights, path, metadata={"ddpm_lightning": description})
+    with pytest.raises(InputError, match="holds no model"):
+        load_model(path)
+
+
+class Own(nn.Module):
+    """A network of a user."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x
+
+
+def test_a_part_of_ones_own_is_refused_when_it_is_written(tmp_path: Path) -> None:
+    model = DiffusionModel(
+        Own(), LinearChain(5), EpsParameterization(), TimeConditioning(), FixedLargeVariance(), PlainGaussian(17)
+    )
+    with pytest.raises(InputError, match=r"made of test_interchange\.Own"):
+        save_model(model, tmp_path / "model.safetensors")
+
+
+# --- graphs
+
+
+@pytest.mark.parametrize("name", ["eps", "analytic"])
+def test_graphs_give_what_the_network_gives(name: str, tmp_path: Path) -> None:
+    """For other batch sizes than the one that they were traced with."""
+    model = models()[name]
+    classes = 3 if name == "analytic" else None
+    onnx = pytest.importorskip("onnxruntime", reason="pip install 'ddpm-lightning[interchange]'")
+    pytest.importorskip("onnxscript", reason="pip install 'ddpm-lightning[interchange]'")
+    export_program(model, tmp_path / "network.pt2", SHAPE, classes)
+    export_onnx(model, tmp_path / "network.onnx", SHAPE, classes)
+    program = torch.export.load(tmp_path / "network.pt2").module()
+    session = onnx.InferenceSession(tmp_path / "network.onnx")
+    for count in (1, 5):
+        inputs = {"x": noise(count), "t": torch.linspace(0.1, 0.9, count)}
+        if classes:
+            inputs["label"] = torch.arange(count) % 4
+        cond = {"label": inputs["label"]} if classes else {}
+        with torch.no_grad():
+            expected = model.network(inputs["x"], inputs["t"], **cond)
+            torch.testing.assert_close(program(*inputs.values()), expected, rtol=1e-5, atol=1e-6)
+        (output,) = session.run(["output"], {key: value.numpy() for key, value in inputs.items()})
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-4, atol=1e-5)
+    assert float(expected.std()) > 0.1
+
+
+# --- diffusers
+
+
+def diffusers_states(model: DiffusionModel, x: Tensor, kind: str) -> list[Tensor]:
+    """x_{T-1}, ..., x_1 and diffusers' image, by its own loop."""
+    diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    from ddpm_lightning.interchange.diffusers import to_pipeline
+
+    pipeline = to_pipeline(model, SHAPE)
+    scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(model.T)
+    generator, states = torch.Generator().manual_seed(7), []
+    # of their own DDIM keeps eps where it has clipped x_0
+    options = {"use_clipped_model_output": True} if kind == "DDIMScheduler" else {}
+    for k in scheduler.timesteps:
+        with torch.no_grad():
+            eps = pipeline.unet(x, k).sample
+        x = scheduler.step(eps, k, x, generator=generator, **options).prev_sample
+        states.append(x)
+    return states
+
+
+@pytest.mark.parametrize("clip_x0", [True, False])
+@pytest.mark.parametrize(
+    ("sampler", "kind", "variance"),
+    [
+        (AncestralSampler(), "DDPMScheduler", FixedLargeVariance()),
+        (AncestralSampler(), "DDPMScheduler", FixedSmallVariance()),
+        (DDIMSampler(), "DDIMScheduler", FixedLargeVariance()),
+    ],
+)
+def test_diffusers_walks_the_same_way(sampler: Sampler, kind: str, variance: ReverseVariance, clip_x0: bool) -> None:
+    """The same noise through diffusers' scheduler and through our sampler, every state."""
+    model = DiffusionModel(
+        unet(), LinearChain(20), VParameterization(), GammaConditioning(), variance, PlainGaussian(17), clip_x0
+    ).eval()
+    states: list[Tensor] = []
+    with torch.no_grad():
+        sampler(
+            model,
+            noise(),
+            generators=torch.Generator().manual_seed(7),
+            callback=lambda x, s: states.append(x),
+        )
+    for ours, theirs in zip(states, diffusers_states(model, noise(), kind), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_diffusers_folder_loads_and_samples(trained: Path, tmp_path: Path) -> None:
+    """The script's folder, loaded by diffusers, with the weights of the run's averaged model."""
+    diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    from ddpm_lightning.training import load_run
+
+    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt"]
+    done = run_script("export.py", *run, "--to=diffusers", f"--out={tmp_path}/folder")
+    assert done.returncode == 0, done.stderr
+    module, _ = load_run(trained / "config.yaml", trained / "checkpoints/last.ckpt")
+    model = module.ema_model
+    for kind in ("DDPMPipeline", "DDIMPipeline"):
+        pipeline = getattr(diffusers, kind).from_pretrained(tmp_path / "folder")
+        pipeline.set_progress_bar_config(disable=True)
+        x, t = noise(), model.grid[5]
+        with torch.no_grad():
+            assert torch.equal(pipeline.unet(x, 4).sample, model.denoiser(x, t).eps)
+        generator = torch.Generator().manual_seed(0)
+        images = pipeline(batch_size=2, num_inference_steps=model.T, generator=generator, output_type="np").images
+        assert images.shape == (2, 8, 8, 1) and images.std() > 0.01
+
+
+@pytest.mark.parametrize(("name", "word"), [("analytic", "AnalyticVariance"), ("range", "LearnedRangeVariance")])
+def test_what_diffusers_cannot_express_is_refused(name: str, word: str) -> None:
+    pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    from ddpm_lightning.interchange.diffusers import scheduler_for
+
+    with pytest.raises(InputError, match=f"diffusers has no {word}"):
+        scheduler_for(models()[name])
+    exploding = DiffusionModel(
+        unet(),
+        VarianceExploding(LinearGamma(-5.0, 5.0)),
+        EpsParameterization(),
+        GammaConditioning(),
+        FixedSmallVariance(),
+        PlainGaussian(17),
+    )
+    with pytest.raises(InputError, match="no exploding variance"):
+        scheduler_for(exploding)
+
+
+@pytest.mark.cli
+def test_the_script_writes_a_model_that_loads(trained: Path, tmp_path: Path) -> None:
+    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt"]
+    done = run_script("export.py", *run, "--to=safetensors", f"--out={tmp_path}/model.safetensors")
+    assert done.returncode == 0 and "model.safetensors" in done.stdout
+    assert load_model(tmp_path / "model.safetensors").T == 12
+    done = run_script("export.py", *run, "--to=onnx", f"--out={tmp_path}/model.pt2")
+    assert done.returncode == 2 and "a onnx file ends in .onnx" in done.stderr
+
+
+@pytest.mark.cli
+def test_the_sampling_benchmark_compares_all(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    options = ["--batch_sizes=2", "--ddim_steps=2", "--ancestral_steps=2", "--rounds=1", "--tiny"]
+    done = run_script("bench_sample.py", *options, f"--json={tmp_path}/bench.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["package", "diffusers", "package", "diffusers", "plain loop"]
+    assert all(row["images_per_second"] > 0 and row["package_over_it"] > 0 for row in rows)
+    done = run_script("bench_sample.py", "--ddim_steps=3")
+    assert done.returncode == 2 and "steps divide 1000" in done.stderr
