@@ -219,6 +219,8 @@ def _quieten() -> None:
     # a run's folder may be moved, and gone on with
     warnings.filterwarnings("ignore", message=r".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")
+    # the averaged model is only ever evaluated
+    warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training.*")
     # figures of the bound are equal on all processes when they are logged
     warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
 
