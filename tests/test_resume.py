@@ -249,7 +249,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
         DiffusionModule.load_from_checkpoint,
         AtomicCheckpointIO().load_checkpoint,
         lambda p: trainer(tmp_path).test(build(), Digits(), ckpt_path=p),
-        lambda p: trainer(tmp_path).sample(build(), ckpt_path=p),
+        lambda p: trainer(tmp_path).sample(build(), ckpt_path=str(p)),
     ):
         with pytest.raises(InputError, match=r"evil\.ckpt is (refused: it holds (posix|os)\.system|torn, or no)"):
             load(path)
