@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data import ImageDataModule
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.training import DiffusionModule, DiffusionTrainer
-from ddpm_lightning.training.callbacks import BoundTable, EpochLines, ImageTermsWriter
+from ddpm_lightning.training.callbacks import BoundTable, EpochLines, ImageTermsWriter, StopOnNonFinite
+from ddpm_lightning.training.checkpoint_io import LAST, last_good
+from ddpm_lightning.training.lock import RunLock
 
 __all__ = ["DiffusionCLI", "main"]
 
@@ -129,10 +133,16 @@ class DiffusionCLI(LightningCLI):
                 f"--run_dir {run_dir} cannot be written to ({error.strerror}): choose another folder"
             ) from None
         ckpt_path = config.get("ckpt_path")
+        if ckpt_path == "last" and self.subcommand == "fit" and last_good(checkpoints) is None:
+            # what a job is started with that goes on with itself when it is queued again
+            _say(f"no checkpoint in {checkpoints} yet: training starts from scratch")
+            ckpt_path = config["ckpt_path"] = None
         if ckpt_path in ("last", "best"):
             ckpt_path = config["ckpt_path"] = str(checkpoints / f"{ckpt_path}.ckpt")
         known = sorted(str(path) for path in checkpoints.glob("*.ckpt"))
-        if ckpt_path is not None and ckpt_path != "hpc" and not Path(ckpt_path).is_file():
+        # instead of a missing last.ckpt the one before is read
+        found = ckpt_path is None or ckpt_path == "hpc" or Path(ckpt_path).is_file()
+        if not found and not (Path(ckpt_path).name == LAST and last_good(Path(ckpt_path).parent)):
             hint = f"this run has {', '.join(known)}" if known else f"there is none in {checkpoints} either"
             raise InputError(f"--ckpt_path {ckpt_path} does not exist; {hint}")
         if self.subcommand == "fit" and ckpt_path is None and known and not config.trainer.fast_dev_run:
@@ -168,6 +178,8 @@ class DiffusionCLI(LightningCLI):
             callbacks = [*callbacks, RichProgressBar(leave=False)]
         own = [BoundTable(), ImageTermsWriter(), *([] if terminal else [EpochLines()])]
         kwargs["callbacks"] = [*callbacks, *([] if sampling else own)]
+        if self.subcommand == "fit":
+            kwargs["callbacks"].append(StopOnNonFinite())
         config = self.config_init[self.subcommand].trainer
         if config.logger is None or config.logger is True:
             writes = self.subcommand in ("fit", "validate", "test")
@@ -177,6 +189,11 @@ class DiffusionCLI(LightningCLI):
                 else False
             )
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        alone = subcommand == "fit" and self.trainer.is_global_zero
+        with RunLock(Path(self.trainer.default_root_dir)) if alone else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         """Say what is trained and where it is written."""
@@ -202,15 +219,25 @@ def _quieten() -> None:
     # a run's folder may be moved, and gone on with
     warnings.filterwarnings("ignore", message=r".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")
+    # the averaged model is only ever evaluated
+    warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training.*")
     # figures of the bound are equal on all processes when they are logged
     warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of ``ddpm``: exit status 2 and one sentence for bad input."""
+    """Entry point of ``ddpm``: one sentence and status 2 for bad input, 1 for a run that cannot go on."""
     _quieten()
     try:
         DiffusionCLI(args)
     except InputError as error:
         print(f"ddpm: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"ddpm: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -6,6 +6,7 @@ relies on trailing-dimension broadcasting, so B == W is not a special case.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from ddpm_lightning.errors import InputError
 
 __all__ = [
+    "BatchGenerator",
     "Generators",
     "as_times",
     "expand_mask",
@@ -21,12 +23,36 @@ __all__ = [
     "log1mexp",
     "rand",
     "randn_like",
+    "shuffled_places",
     "sum_per_image",
     "sum_per_image_of",
 ]
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for the batch, one for each image, or None for torch's global generator.
+
+@dataclass(frozen=True)
+class BatchGenerator:
+    """One generator for a batch that several processes share in equal, consecutive parts.
+
+    Each process draws for all of the batch and takes what belongs to its part, so that what is drawn for an image does
+    not depend on the number of processes. That costs each of them the whole batch's noise for a moment.
+
+    Attributes:
+        generator: in the same state on all processes.
+        part: this process' part, 0..parts-1.
+        parts: number of parts.
+    """
+
+    generator: torch.Generator
+    part: int
+    parts: int
+
+    def own(self, draws: Tensor) -> Tensor:
+        """This part of what was drawn for all, ``[parts * B, ...]`` -> ``[B, ...]``."""
+        return draws.chunk(self.parts)[self.part]
+
+
+Generators = torch.Generator | BatchGenerator | Sequence[torch.Generator] | None
+"""One generator for the batch, or for all parts of a batch; one for each image; or None for torch's global generator.
 
 With one generator for each image, what is drawn for an image does not depend on the batch that it is in (but for
 StratifiedTimes and EquispacedTimes, which share the time axis out among a batch)."""
@@ -105,6 +131,9 @@ def randn_like(x: Tensor, generators: Generators) -> Tensor:
         for row, generator in zip(noise, generators, strict=True):
             torch.randn(row.shape, generator=generator, dtype=x.dtype, out=row)
         return noise.to(x.device)
+    if isinstance(generators, BatchGenerator):
+        whole = x.new_empty(()).expand(generators.parts * x.shape[0], *x.shape[1:])
+        return generators.own(randn_like(whole, generators.generator))
     device = x.device if generators is None else generators.device
     return torch.randn(x.shape, generator=generators, dtype=x.dtype, device=device).to(x.device)
 
@@ -116,8 +145,21 @@ def rand(like: Tensor, generators: Generators) -> Tensor:
         _check_count(count, generators)
         draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
         return torch.stack(draws).to(like.device)
+    if isinstance(generators, BatchGenerator):
+        whole = like.new_empty(()).expand(generators.parts * count)
+        return generators.own(rand(whole, generators.generator))
     device = like.device if generators is None else generators.device
     return torch.rand(count, generator=generators, dtype=torch.float64, device=device).to(like.device)
+
+
+def shuffled_places(like: Tensor, generators: Generators) -> tuple[Tensor, int]:
+    """The place of each image in a shuffled order of its batch, float64 ``[B]``, and the size of that batch: B, or of
+    all parts together under a :class:`BatchGenerator`."""
+    if isinstance(generators, BatchGenerator):
+        whole = like.new_empty(()).expand(generators.parts * like.shape[0])
+        places, count = shuffled_places(whole, generators.generator)
+        return generators.own(places), count
+    return torch.argsort(rand(like, generators)).double(), like.shape[0]
 
 
 def _check_count(count: int, generators: Sequence[torch.Generator]) -> None:

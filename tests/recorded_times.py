@@ -1,5 +1,6 @@
 """A sampler of times that writes down what it draws, for runs in other processes."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ __all__ = ["RecordedTimes"]
 
 
 class RecordedTimes(EquispacedTimes):
-    """EquispacedTimes that saves every draw as FOLDER/CALL-PART.pt."""
+    """EquispacedTimes that saves every draw as FOLDER/CALL-PART-RANK.pt."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -22,6 +23,6 @@ class RecordedTimes(EquispacedTimes):
         draw = super().forward(like, generators, share)
         assert share is not None
         record = {"position": draw.position, "part": share.part, "parts": share.parts}
-        torch.save(record, Path(self.folder) / f"{self.calls:03d}-{share.part}.pt")
+        torch.save(record, Path(self.folder) / f"{self.calls:03d}-{share.part}-{os.environ.get('LOCAL_RANK', 0)}.pt")
         self.calls += 1
         return draw

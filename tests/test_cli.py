@@ -89,7 +89,7 @@ def test_a_part_of_another_class_drops_the_arguments_of_the_base(tmp_path: Path)
 def test_fit_writes_checkpoints_pictures_logs_and_its_configuration(trained: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     assert (trained / "schedule.png").is_file() and (trained / "forward.png").is_file()
     assert len(list((trained / "samples").glob("*.png"))) == 2
     config = yaml.safe_load((trained / "config.yaml").read_text())
@@ -179,6 +179,13 @@ def test_image_k_of_a_seed_is_the_same_in_any_batch(trained: Path, tmp_path: Pat
     assert not torch.equal(load_file(tmp_path / "c" / "samples.safetensors")["images"], b)
 
 
+def losses(run_dir: Path) -> list[float]:
+    """train/loss of each step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [event.value for event in EventAccumulator(str(run_dir)).Reload().Scalars("train/loss")]
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
@@ -247,15 +254,24 @@ EXPLODING = [
 
 
 @pytest.mark.parametrize("parts", [[], LEARNED_SCHEDULE, EXPLODING], ids=["chain", "learned", "exploding"])
-def test_two_processes_train(parts: list[str], tiny: list[str], tmp_path: Path) -> None:
-    two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_epochs=1"]
+def test_two_processes_train_as_one_does(
+    parts: list[str], tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
+    common = [*parts, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
     if "VarianceExploding" in "".join(parts):
         tiny = [option for option in tiny if "schedule" not in option]
-    output = run_ddpm("fit", *tiny, f"--run_dir={tmp_path}", *parts, *two)
+    output = run_ddpm("fit", *tiny, f"--run_dir={tmp_path}/two", *common, *two)
     # the batch of 128 is shared, so an epoch has the steps that it has on one process
     assert output.count("epoch 0 | step 10 ") == 1
-    raw = {k: v for k, v in weights(tmp_path / "checkpoints/last.ckpt").items() if k.startswith("model.")}
-    assert all(bool(torch.isfinite(value).all()) for value in raw.values())
+    monkeypatch.chdir(ROOT)
+    main(["fit", *tiny, f"--run_dir={tmp_path}/one", *common])
+    one, two_ = (losses(tmp_path / name) for name in ("one", "two"))
+    # sums in another order are all that differs
+    assert len(one) == 10 and one == pytest.approx(two_, rel=1e-4)
+    a, b = (weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("one", "two"))
+    for name in (name for name in a if name.startswith("model.")):
+        assert torch.allclose(a[name], b[name], rtol=0, atol=1e-3), name
 
 
 @pytest.mark.mnist
@@ -326,7 +342,7 @@ class TestBadInput:
             (["--data.batch_size=5000"], ["--data.batch_size"]),
             (["--data.batch_size=0"], ["--data.batch_size"]),
             (["--ckpt_path=nowhere.ckpt"], ["--ckpt_path nowhere.ckpt does not exist"]),
-            (["--ckpt_path=last"], ["last.ckpt does not exist"]),
+            (["--ckpt_path=best"], ["best.ckpt does not exist"]),
         ],
     )
     def test_arguments(

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import (
+    BatchGenerator,
     as_times,
     expand_to,
     image_generators,
     log1mexp,
     rand,
     randn_like,
+    shuffled_places,
     sum_per_image,
     sum_per_image_of,
 )
@@ -129,3 +131,22 @@ def test_one_generator_for_each_image() -> None:
     for draw in (randn_like, rand):
         with pytest.raises(InputError, match="2 generators for a batch of 3 images"):
             draw(like, image_generators(0, range(2)))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_of_a_batch_draw_what_the_whole_would(parts: int) -> None:
+    like = torch.zeros(6, 1, 3, 3)
+
+    def draws(like: torch.Tensor, part: int, parts: int) -> list[torch.Tensor]:
+        generator = BatchGenerator(torch.Generator().manual_seed(5), part, parts)
+        place, count = shuffled_places(like, generator)
+        assert count == 6
+        return [place, rand(like, generator), randn_like(like, generator), rand(like, generator)]
+
+    plain = torch.Generator().manual_seed(5)
+    place, count = shuffled_places(like, plain)
+    whole = [place, rand(like, plain), randn_like(like, plain), rand(like, plain)]
+    assert count == 6 and sorted(place.tolist()) == list(range(6))
+    each = [draws(like[: 6 // parts], part, parts) for part in range(parts)]
+    for expected, *got in zip(whole, *each, strict=True):
+        assert torch.equal(torch.cat(got), expected) and got[0].dtype == expected.dtype

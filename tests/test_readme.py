@@ -11,7 +11,7 @@ from conftest import ROOT
 from ddpm_lightning.cli import DiffusionCLI
 
 README = (ROOT / "README.md").read_text()
-SHOWN = README + "".join((ROOT / "docs" / name).read_text() for name in ("evaluation.md", "sampling.md"))
+SHOWN = README + "".join((ROOT / "docs" / name).read_text() for name in ("cluster.md", "evaluation.md", "sampling.md"))
 
 
 def blocks(language: str) -> list[str]:

@@ -319,18 +319,22 @@ def optimiser_steps(folder: Path, epochs: int, batches: int, accumulated: int) -
     return list(steps.values())
 
 
-def assert_steps_share_their_offset(steps: list[list[dict]], parts: int) -> None:
+def assert_steps_share_their_offset(steps: list[list[dict]], parts: int, processes: int = 1) -> None:
     offsets = set()
     for step in steps:
         assert [record["parts"] for record in step] == [parts] * len(step)
-        assert sorted(record["part"] for record in step) == list(range(len(step)))
-        positions = torch.cat([record["position"] for record in step])
-        if len(step) == parts:
+        batches: dict[int, list[Tensor]] = {}
+        for record in step:
+            batches.setdefault(record["part"], []).append(record["position"])
+        assert set(batches) == set(range(len(step) // processes))
+        assert all(len(batch) == processes for batch in batches.values())
+        # each batch, that of all processes, covers the axis by itself
+        for batch in batches.values():
+            assert_equispaced(torch.cat(batch))
+        if len(batches) == parts:  # not the last, shorter one of an epoch
+            positions = torch.cat([record["position"] for record in step])
             offsets.add(round(assert_equispaced(positions) * len(positions), 6))
-        else:  # the last, shorter one of an epoch
-            for record in step:
-                assert_equispaced(record["position"])
-    assert len(offsets) == sum(len(step) == parts for step in steps)
+    assert len(offsets) == sum(len(step) == parts * processes for step in steps)
 
 
 def test_accumulated_batches_share_their_offset(tmp_path: Path) -> None:
@@ -356,7 +360,7 @@ def test_processes_and_accumulated_batches_share_their_offset(tiny: list[str], t
     )  # fmt: skip
     steps = optimiser_steps(draws, epochs=1, batches=10, accumulated=3)
     assert [len(step) for step in steps] == [6, 6, 6, 2] and len(steps[0][0]["position"]) == 64
-    assert_steps_share_their_offset(steps, 6)
+    assert_steps_share_their_offset(steps, 3, processes=2)
 
 
 def test_resumed_importance_sampling_ends_where_the_uninterrupted_one_does(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import Generators, expand_to, rand
+from ddpm_lightning.ops import Generators, expand_to, rand, shuffled_places
 
 __all__ = [
     "BatchShare",
@@ -35,7 +35,8 @@ _OPTION = "--model.objective.init_args.times.init_args"
 
 @dataclass(frozen=True)
 class BatchShare:
-    """Which part of an optimiser step's images a call sees: they are spread over processes and accumulated batches.
+    """Which part of an optimiser step's images a call sees: they are spread over accumulated batches, and over
+    processes where these do not share a :class:`~ddpm_lightning.ops.BatchGenerator`.
 
     Attributes:
         part: this part, 0..parts-1.
@@ -98,13 +99,14 @@ class StratifiedTimes(TimeSampler):
     """One draw in each of B equal parts of the time axis, in shuffled order: each is uniform by itself, and a batch
     covers all noise levels, which lowers the variance of the loss (after Kingma et al. 2021, appendix I.1).
 
-    The strata are those of one call: each process and each accumulated batch covers the axis by itself.
+    The strata are those of one call, or of all processes' together under a
+    :class:`~ddpm_lightning.ops.BatchGenerator`: each accumulated batch covers the axis by itself.
     """
 
     def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
         """Positions that cover the axis evenly."""
-        stratum = torch.argsort(rand(like, generators)).double()
-        return _uniform_draw((stratum + rand(like, generators)) / like.shape[0])
+        stratum, count = shuffled_places(like, generators)
+        return _uniform_draw((stratum + rand(like, generators)) / count)
 
 
 class EquispacedTimes(TimeSampler):
@@ -121,8 +123,7 @@ class EquispacedTimes(TimeSampler):
 
     def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
         """This part of the equally spaced positions. ``generators`` shuffle; without a share they give u_0 too."""
-        count = like.shape[0]
-        place = torch.argsort(rand(like, generators)).double()
+        place, count = shuffled_places(like, generators)
         if share is None:
             offset = rand(like, generators)[:1]
         else:

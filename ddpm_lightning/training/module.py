@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundFigures, BoundMeans
 from ddpm_lightning.objectives import BatchShare, ElboEstimator, Objective
-from ddpm_lightning.ops import image_generators, rand
+from ddpm_lightning.ops import BatchGenerator, Generators, image_generators, rand
 from ddpm_lightning.process import (
     ClassifierFreeDenoiser,
     Decoder,
@@ -29,6 +29,7 @@ from ddpm_lightning.process import (
 )
 from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.schedules import Schedule, StridedGrid, TimeGrid
+from ddpm_lightning.training.checkpoint_io import check_hyperparameters, read_last_good
 from ddpm_lightning.training.checks import (
     check_bounds,
     check_network,
@@ -38,6 +39,7 @@ from ddpm_lightning.training.checks import (
 )
 from ddpm_lightning.training.ema import decay_at, update_average
 from ddpm_lightning.training.hyperparameters import describe
+from ddpm_lightning.training.resume import rewind_to_step
 
 __all__ = ["DiffusionModule"]
 
@@ -52,9 +54,10 @@ class DiffusionModule(LightningModule):
     and sampling use the averaged model, in every process and without swapping weights: it is a submodule of its own,
     ``ema_model``, and is in every checkpoint's state dict beside the raw ``model``.
 
-    Noise is a pure function of (seed, number of batches done, rank) in training and of (eval_seed, index of the image)
-    in evaluation, so a resumed run draws what the uninterrupted one would have drawn, and an image's bound does not
-    depend on the batch or the process that it is in. What the batches of one optimiser step share (``BatchShare``) is a
+    Noise is a pure function of (seed, number of batches done, place in the batch of all processes) in training and of
+    (eval_seed, index of the image) in evaluation, so a resumed run draws what the uninterrupted one would have drawn,
+    on any number of processes, and an image's bound does not depend on the batch or the process that it is in. Dropout
+    alone is drawn by each process for itself. What the batches of one optimiser step share (``BatchShare``) is a
     function of (seed, number of batches done before them).
 
     Args:
@@ -152,7 +155,7 @@ class DiffusionModule(LightningModule):
         self.bound_figures: dict[str, BoundFigures] = {}
         self.images_evaluated: dict[str, int] = {}
         self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
-        self._generator: torch.Generator | None = None
+        self._generator: Generators = None
 
     @property
     def dims(self) -> int:
@@ -174,6 +177,24 @@ class DiffusionModule(LightningModule):
         self.hparams.clear()
         self.hparams.update(plain)
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's, for a file on disk, without running code that the file holds or names.
+
+        Args:
+            checkpoint_path: the file, a string or a Path; a damaged ``last.ckpt`` is replaced by the
+                ``previous.ckpt`` beside it.
+            args: Lightning's other arguments.
+            kwargs: those, and arguments of the module to use instead of the checkpoint's.
+
+        Raises:
+            InputError: the file is missing, damaged or refused (``training/checkpoint_io.py``).
+        """
+        kwargs["weights_only"] = kwargs.get("weights_only") is not False
+        path, checkpoint = read_last_good(checkpoint_path, weights_only=kwargs["weights_only"])
+        check_hyperparameters(checkpoint)
+        return super().load_from_checkpoint(path, *args, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture in one sentence, and remember how long it was trained.
 
@@ -187,8 +208,9 @@ class DiffusionModule(LightningModule):
         self.steps_trained = checkpoint["global_step"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which schedule the weights belong to."""
+        """Note which schedule the weights belong to, and how many batches they have seen."""
         checkpoint["schedule"] = schedule_marks(self.model)
+        rewind_to_step(self.trainer, checkpoint)
 
     # ---------------------------------------------------------------- training
 
@@ -217,10 +239,12 @@ class DiffusionModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step: noise and times from a generator of our own, dropout from torch's."""
-        key = self._key(batches_done(self.trainer), self.global_rank)
-        if self._generator is None or self._generator.device != self.device:
-            self._generator = torch.Generator(device=self.device)
-        self._generator.manual_seed(key)
+        done = batches_done(self.trainer)
+        if not isinstance(self._generator, BatchGenerator) or self._generator.generator.device != self.device:
+            generator = torch.Generator(device=self.device)
+            self._generator = BatchGenerator(generator, self.global_rank, self.trainer.world_size)
+        self._generator.generator.manual_seed(self._key(done, 0))
+        key = self._key(done, self.global_rank)
         torch.default_generator.manual_seed(key)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(key)
@@ -229,13 +253,12 @@ class DiffusionModule(LightningModule):
         return int(np.random.SeedSequence(self.seed, spawn_key=numbers).generate_state(1)[0])
 
     def _batch_share(self, batch_idx: int) -> BatchShare:
-        """The place of this process's batch among the batches of all processes that one optimiser step accumulates."""
-        batches, processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        """The place of a batch, that of all processes together, among those that one optimiser step accumulates."""
+        batches = self.trainer.accumulate_grad_batches
         place = batch_idx % batches
-        # three numbers, so that it is not the key of any process's noise
+        # three numbers, so that it is not the key of any batch's noise
         key = self._key(batches_done(self.trainer) - place, 0, 0)
-        generator = torch.Generator(device=self.device).manual_seed(key)
-        return BatchShare(place * processes + self.global_rank, batches * processes, generator)
+        return BatchShare(place, batches, torch.Generator(device=self.device).manual_seed(key))
 
     def _with_dropped(self, label: Tensor) -> Tensor:
         """Each label ``[B]`` replaced by "no class" with probability ``label_dropout``; else nothing is drawn."""
@@ -252,7 +275,7 @@ class DiffusionModule(LightningModule):
         # logging costs as much as a step of a tiny network: only where the logger will write
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
         if interval and (self.trainer.global_step + 1) % interval == 0:
-            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0))
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0), sync_dist=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

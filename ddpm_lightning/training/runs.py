@@ -20,10 +20,9 @@ def load_run(config: Path, ckpt_path: Path) -> tuple[DiffusionModule, ImageDataM
         ckpt_path: a checkpoint of the same run.
 
     Raises:
-        InputError: no such checkpoint, or a file that is no configuration of a run.
+        InputError: no such checkpoint, one that is damaged or refused (``checkpoint_io.py``), a file that is no
+            configuration of a run.
     """
-    if not ckpt_path.is_file():
-        raise InputError(f"--ckpt_path {ckpt_path} does not exist")
     try:
         section = yaml.safe_load(config.read_text())["data"]
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
@@ -31,5 +30,5 @@ def load_run(config: Path, ckpt_path: Path) -> tuple[DiffusionModule, ImageDataM
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageDataModule, "data")
     data = parser.instantiate(parser.parse_object({"data": section})).data
-    module = DiffusionModule.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
+    module = DiffusionModule.load_from_checkpoint(ckpt_path, map_location="cpu")
     return module.eval(), data

@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.samplers import AncestralSampler, InpaintingFactory, Sampler
 from ddpm_lightning.schedules import StridedGrid, TimeGrid
+from ddpm_lightning.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ddpm_lightning.training.image_files import ImageFile, check_space
 from ddpm_lightning.training.module import DiffusionModule
 from ddpm_lightning.training.sampling import Sampling, Starts, Walk, check_labels, known_pixels
@@ -19,7 +20,12 @@ __all__ = ["DiffusionTrainer"]
 
 
 class DiffusionTrainer(Trainer):
-    """The Trainer of the ``ddpm`` command line."""
+    """The Trainer of the ``ddpm`` command line: it samples, and writes checkpoints whole or not at all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # one given as a plugin stays
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def sample(
         self,
@@ -106,6 +112,6 @@ class DiffusionTrainer(Trainer):
         task.publish(format == "npz", grid_images)
 
     def _restore(self, model: DiffusionModule, ckpt_path: str, weights_only: bool) -> None:
-        checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
+        checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])

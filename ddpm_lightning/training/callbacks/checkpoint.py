@@ -6,16 +6,21 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from ddpm_lightning.training.signals import StopSignals
+
 __all__ = ["LastCheckpoint"]
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt`` of the latest state: after each validation, on request more often, and whenever training
+    """Keeps ``last.ckpt`` of the latest state: after each validation, or as often as asked for, and whenever training
     stops, in the middle of an epoch too (``max_time``).
 
+    SIGTERM and SIGUSR1 stop training after the step in progress, with status 143 and 138; on SIGUSR1 a SLURM job is
+    queued again. With a validation in progress, after the first step that follows it.
+
     Args:
-        every_n_train_steps: also that often.
-        train_time_interval: instead, also that often by the clock.
+        every_n_train_steps: that often.
+        train_time_interval: instead, that often by the clock.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, train_time_interval: timedelta | None = None) -> None:
@@ -29,14 +34,23 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
         self._stopped_at: int | None = None
+        self._signals = StopSignals()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, and listen."""
+        super().on_train_start(trainer, pl_module)
+        self._signals.install()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where training is about to stop, while the Trainer still knows that the epoch is not over."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.should_stop or trainer.global_step == trainer.max_steps:
+        number = self._signals.received(trainer)
+        if trainer.should_stop or trainer.global_step == trainer.max_steps or number:
             self._save_stop(trainer)
+        if number:
+            self._signals.leave(trainer, number, self.format_checkpoint_name({}))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a checkpoint of the middle of an epoch alone."""
@@ -51,5 +65,6 @@ class LastCheckpoint(ModelCheckpoint):
     def _save_stop(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's connectors set it
             return
+        if trainer.global_step not in (self._last_global_step_saved, self._stopped_at):
+            trainer.save_checkpoint(self.format_checkpoint_name({}))
         self._stopped_at = trainer.global_step
-        trainer.save_checkpoint(self.format_checkpoint_name({}))
