@@ -45,7 +45,7 @@ from ddpm_lightning.process import (
     GammaConditioning,
 )
 from ddpm_lightning.schedules import LinearGamma
-from ddpm_lightning.training.memory_format import set_memory_format
+from ddpm_lightning.training.memory_format import set_memory_format, wants_channels_last
 
 FORMS: dict[str, type[ElboEstimator]] = {form.name: form for form in (DenoisingElbo, ConsistencyElbo, TrajectoryElbo)}
 
@@ -54,7 +54,8 @@ def model_of(network: str, width: int, half: bool, device: torch.device) -> Diff
     """A model with random weights, laid out as the module would."""
     torch.manual_seed(0)
     chosen = SimpleUNet() if network == "simple" else UNet(1, width=width, multipliers=(1, 2, 4), blocks=1)
-    set_memory_format(chosen, channels_last=half)
+    precision = "bf16-mixed" if half else "32-true"
+    set_memory_format(chosen, wants_channels_last("auto", chosen, precision, device))
     parts = (EpsParameterization(), GammaConditioning(), FixedLargeVariance(), DiscretizedGaussian(256))
     return DiffusionModel(chosen, LinearGamma(T=10), *parts).to(device).eval()
 

@@ -11,15 +11,19 @@ __all__ = ["ChannelsLast", "set_memory_format", "state_like_parameters", "wants_
 ChannelsLast = bool | Literal["auto"]
 
 
-def wants_channels_last(option: ChannelsLast, precision: str, device: torch.device) -> bool:
-    """What the option means for a Trainer's precision ("bf16-mixed", ...) and device.
+def wants_channels_last(option: ChannelsLast, network: nn.Module, precision: str, device: torch.device) -> bool:
+    """What the option means for a network at a Trainer's precision ("bf16-mixed", ...) on a device.
 
-    "auto" is channels_last in half precision on a CPU or a CUDA device, and the default format otherwise, so that it
-    changes no result in float32.
+    "auto" is channels_last in half precision, on a CUDA device and for networks without GroupNorm on a CPU, where
+    torch's GroupNorm loses in this format what convolutions gain (``networks/unet.py``). Otherwise it is the default
+    format: "auto" changes no result in float32.
     """
-    if option == "auto":
-        return precision.startswith(("bf16", "16")) and device.type in ("cpu", "cuda")
-    return option
+    if option != "auto":
+        return option
+    if not precision.startswith(("bf16", "16")):
+        return False
+    has_group_norm = any(isinstance(part, nn.GroupNorm) for part in network.modules())
+    return device.type == "cuda" or (device.type == "cpu" and not has_group_norm)
 
 
 def set_memory_format(network: nn.Module, channels_last: bool) -> None:

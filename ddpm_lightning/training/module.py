@@ -88,7 +88,7 @@ class DiffusionModule(LightningModule):
         seed: seed of the training noise.
         eval_seed: seed of the noise in validation, test and predict.
         channels_last: let the channels of a pixel lie side by side in memory, which suits convolutions; "auto" does in
-            half precision. Results differ by rounding.
+            half precision where it gains (``training/memory_format.py``). Results differ by rounding.
         compile: let ``torch.compile`` fuse the network's operations in training. The first step takes minutes, and
             results differ by rounding. The averaged model is not compiled.
 
@@ -226,7 +226,8 @@ class DiffusionModule(LightningModule):
                 )
 
         device = self.trainer.strategy.root_device
-        channels_last = wants_channels_last(self.channels_last, str(self.trainer.precision), device)
+        precision = str(self.trainer.precision)
+        channels_last = wants_channels_last(self.channels_last, self.model.network, precision, device)
         for model in (self.model, self.ema_model):
             set_memory_format(model.network, channels_last)
         if self.compile_network and stage == "fit" and self.model.network._compiled_call_impl is None:
