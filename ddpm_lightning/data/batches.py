@@ -31,17 +31,30 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One of train, val and test, whole and in memory: images uint8 ``[N, C, H, W]``, labels int64 ``[N]``."""
+    """One of train, val and test, whole and in memory: images uint8 ``[N, C, H, W]``, labels int64 ``[N]``.
+
+    Attributes:
+        images: on any device.
+        labels: on the same.
+        pinned: batches lie in page-locked memory, from where they go to a GPU while it computes.
+    """
 
     images: Tensor
     labels: Tensor
+    pinned: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batch(self, rows: Tensor) -> Batch:
         """A copy of the given rows (int64 ``[B]``), so that nothing done to a batch reaches the split."""
-        return Batch(self.images[rows], self.labels[rows], rows)
+        rows = rows.to(self.images.device, non_blocking=True)
+        batch = Batch(self.images[rows], self.labels[rows], rows)
+        return Batch(*(column.pin_memory() for column in batch)) if self.pinned else batch
+
+    def to(self, device: torch.device) -> "Split":
+        """The same on a device."""
+        return Split(self.images.to(device), self.labels.to(device))
 
     def chosen(self, count: int, seed: int) -> Batch:
         """A random choice of the images, all of them where there are fewer than ``count``."""
@@ -99,7 +112,9 @@ class TrainBatches:
     def __iter__(self) -> Iterator[Batch]:
         epoch, step = divmod(self.position(), len(self))
         while True:
-            for rows in self._permutation(epoch).split(self.batch_size)[step : len(self)]:
+            # drawn on the CPU, so that a seed means the same order on any device, and moved once an epoch
+            order = self._permutation(epoch).to(self.split.images.device)
+            for rows in order.split(self.batch_size)[step : len(self)]:
                 yield self.split.batch(rows[self._share])
             epoch, step = epoch + 1, 0
 

@@ -3,7 +3,7 @@
 import torch
 
 from ddpm_lightning.data.batches import Split
-from ddpm_lightning.data.datamodule import ImageDataModule, SplitName
+from ddpm_lightning.data.datamodule import ImageDataModule, OnDevice, SplitName
 
 __all__ = ["Digits"]
 
@@ -25,6 +25,7 @@ class Digits(ImageDataModule):
         seed: order of the training images; the splits do not depend on it.
         limit_val: validate on the first that many images only; None for all 200.
         limit_test: test and predict on the first that many images only; None for all 297.
+        on_device: keep the images on the model's device; "auto" does where they take less than half of its free memory.
 
     Raises:
         InputError: an argument out of its range.
@@ -41,6 +42,7 @@ class Digits(ImageDataModule):
         seed: int = 0,
         limit_val: int | None = None,
         limit_test: int | None = None,
+        on_device: OnDevice = "auto",
     ) -> None:
         super().__init__(
             dict(_SIZES),
@@ -49,6 +51,7 @@ class Digits(ImageDataModule):
             seed=seed,
             limit_val=limit_val,
             limit_test=limit_test,
+            on_device=on_device,
         )
 
     def load(self, split: SplitName) -> Split:

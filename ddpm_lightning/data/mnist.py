@@ -19,7 +19,7 @@ import torchvision
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from ddpm_lightning.data.batches import Split
-from ddpm_lightning.data.datamodule import ImageDataModule, SplitName
+from ddpm_lightning.data.datamodule import ImageDataModule, OnDevice, SplitName
 from ddpm_lightning.errors import InputError
 
 __all__ = ["MNIST"]
@@ -56,6 +56,7 @@ class MNIST(ImageDataModule):
         limit_val: validate on the first that many images only; None for the whole split.
         limit_test: test and predict on the first that many images only; None for all 10,000. The first 5,000 test
             images are the easier half (cleaner writing), so a limited result is not an estimate of the whole one.
+        on_device: keep the images on the model's device; "auto" does where they take less than half of its free memory.
 
     Raises:
         InputError: an argument out of its range.
@@ -75,6 +76,7 @@ class MNIST(ImageDataModule):
         seed: int = 0,
         limit_val: int | None = None,
         limit_test: int | None = None,
+        on_device: OnDevice = "auto",
     ) -> None:
         if not isinstance(val_size, int) or not 1 <= val_size < 60_000:
             raise InputError(f"--data.val_size={val_size!r} must be a whole number from 1 to 59999")
@@ -85,6 +87,7 @@ class MNIST(ImageDataModule):
             seed=seed,
             limit_val=limit_val,
             limit_test=limit_test,
+            on_device=on_device,
         )
         self.root = root
         self.val_size = val_size

@@ -69,7 +69,7 @@ class HybridObjective(Objective):
         """L_simple + vlb_weight * L_vlb, ``[B]``. In training mode the sampler of times is told of it."""
         draw = self.times(x0, generators, share)
         steps = steps_of(draw, model.T)
-        t = torch.take(model.grid.to(x0.device), steps)
+        t = torch.take(model.grid_on(x0.device), steps)
         eps = randn_like(x0, generators)
         marginal = model.forward_process.marginal(x0, t)
         x_t = marginal.mean + marginal.std * eps
@@ -84,7 +84,7 @@ class HybridObjective(Objective):
 
 def _step_cost(model: DiffusionModel, x0: Tensor, x_t: Tensor, steps: Tensor, prediction: Prediction) -> Tensor:
     """KL of the step i in 2..T that ends at x_t, or -log p(x_0|x_1) where i = 1: ``[B]`` nats."""
-    process, reverse, grid = model.forward_process, model.reverse_process, model.grid.to(x0.device)
+    process, reverse, grid = model.forward_process, model.reverse_process, model.grid_on(x0.device)
     first = steps == 1
     # Each image needs one of the two costs and both are evaluated for all, the other one where it is finite: the
     # gradient of a NaN that where() discards is still a NaN.

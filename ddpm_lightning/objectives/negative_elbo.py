@@ -89,14 +89,14 @@ class ContinuousNegativeElbo(Objective):
     ) -> Tensor:
         """-ELBO / (C H W), ``[B]``."""
         process, schedule, dims = model.forward_process, model.schedule, x0[0].numel()
-        first = model.grid[1].to(x0.device)
+        first = model.grid_on(x0.device)[1]
         draw = self.times(x0, generators, share)
         t = first + (1 - first) * draw.position
         with schedule.held_interior():
             diffusion = (1 - first) * diffusion_cost(model, model.denoiser, x0, t, generators, **cond)
             x1 = process.marginal(x0, first).sample(generators)
             reconstruction = model.decoder.log_prob(x0, model.decoder_gaussian(x1, **cond))
-            prior_matching = process.marginal(x0, model.grid[-1]).kl(model.prior(x0))
+            prior_matching = process.marginal(x0, model.grid_on(x0.device)[-1]).kl(model.prior(x0))
         if self.training:
             self.times.update(draw.position, diffusion.detach())
         weighted = draw.weight * diffusion

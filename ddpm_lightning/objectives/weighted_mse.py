@@ -20,7 +20,7 @@ from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.times import BatchShare, TimeSampler, steps_of
 from ddpm_lightning.objectives.weighting import UniformWeighting, Weighting
 from ddpm_lightning.ops import Generators, randn_like, sum_per_image
-from ddpm_lightning.process import DiffusionModel, EpsParameterization, Parameterization
+from ddpm_lightning.process import DiffusionModel, Parameterization
 
 __all__ = ["WeightedMSE"]
 
@@ -67,7 +67,7 @@ class WeightedMSE(Objective):
         if self.T is not None:
             model = model.with_steps(self.T)
         draw = self.times(x0, generators, share)
-        grid = model.grid.to(x0.device)
+        grid = model.grid_on(x0.device)
         span: Tensor | float = 1.0
         if self.continuous:
             span = 1 - grid[1]
@@ -78,8 +78,10 @@ class WeightedMSE(Objective):
         marginal = model.forward_process.marginal(x0, t)
         x_t = marginal.mean + marginal.std * eps
         prediction = model.denoiser(x_t, t, **cond)
-        target, scales = self.target or EpsParameterization(), model.denoiser.scales(x_t, t)
-        error = target.target(prediction.x0, prediction.eps, *scales) - target.target(x0, eps, *scales)
+        error = prediction.eps - eps
+        if self.target is not None:
+            scales = model.denoiser.scales(x_t, t)
+            error = self.target.target(prediction.x0, prediction.eps, *scales) - self.target.target(x0, eps, *scales)
         weight = (self.weighting or UniformWeighting())(model.schedule, t)
         loss = span * weight * sum_per_image(error.square()) / x0[0].numel()
         if self.training:

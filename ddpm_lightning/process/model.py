@@ -4,6 +4,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ddpm_lightning.distributions import DiagonalGaussian, centred_like
@@ -62,7 +63,7 @@ class DiffusionModel(nn.Module):
         self.clip_x0 = clip_x0
         self._wraps: tuple[Callable[[Denoiser], Denoiser], ...] = ()
         self._set_views(schedule, parameterization, conditioning, variance)
-        self.grid = schedule.grid()
+        self.grid = self._grid_there = schedule.grid()
         self._check_steps()
 
     def _set_views(
@@ -100,6 +101,12 @@ class DiffusionModel(nn.Module):
         """Number of steps of the chain."""
         return len(self.grid) - 1
 
+    def grid_on(self, device: torch.device) -> Tensor:
+        """``grid`` on a device, copied there once: a copy in each step would make the host wait for the device."""
+        if self._grid_there.device != device:
+            self._grid_there = self.grid.to(device)
+        return self._grid_there
+
     def with_steps(self, T: int) -> "DiffusionModel":
         """The same network and schedule as a chain of T states: a model of its own, with its own bound and samples.
 
@@ -109,7 +116,7 @@ class DiffusionModel(nn.Module):
             InputError: too few states.
         """
         other = copy(self)
-        other.grid = self.schedule.grid(T)
+        other.grid = other._grid_there = self.schedule.grid(T)
         other._check_steps()
         return other
 
@@ -148,7 +155,7 @@ class DiffusionModel(nn.Module):
 
     def prior(self, like: Tensor) -> DiagonalGaussian:
         """p(x_T) over images of the shape of ``like``: N(0, I) for a variance-preserving schedule."""
-        return centred_like(like, self.schedule.log_unit_var(self.grid[-1]))
+        return centred_like(like, self.schedule.log_unit_var(self.grid_on(like.device)[-1]))
 
     def decoder_gaussian(self, x1: Tensor, grid: Tensor | None = None, **cond: Any) -> DiagonalGaussian:
         """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1 ``[B, C, H, W]``.
@@ -158,7 +165,7 @@ class DiffusionModel(nn.Module):
             grid: the chain that it belongs to, ``[K + 1]`` increasing times; None for the model's own.
             cond: conditions, passed on to the network.
         """
-        grid = self.grid if grid is None else grid
+        grid = self.grid_on(x1.device) if grid is None else grid
         if not self.decoder.uses_denoiser:
             return self.forward_process.likelihood(x1, grid[1])
         return self.decoder_gaussian_from(self.reverse_process.denoiser(x1, grid[1], **cond), x1, grid)
@@ -166,7 +173,7 @@ class DiffusionModel(nn.Module):
     def decoder_gaussian_from(self, prediction: Prediction, x1: Tensor, grid: Tensor | None = None) -> DiagonalGaussian:
         """The same from a prediction that has been made; a decoder that does without one starts from q(x_1 | x_0), read
         as a function of x_0."""
-        grid = self.grid if grid is None else grid
+        grid = self.grid_on(x1.device) if grid is None else grid
         if not self.decoder.uses_denoiser:
             return self.forward_process.likelihood(x1, grid[1])
         return self.reverse_process.decoder_gaussian_from(prediction, x1, grid[1], grid[min(2, len(grid) - 1)])

@@ -53,7 +53,7 @@ class LearnedGamma(ContinuousSchedule):
 
     def interior(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """u(t) from 0 to 1 and du/dt, shape of ``t``, float64."""
-        ends, _ = self._g(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device))
+        ends, _ = self._g(torch.arange(2, dtype=torch.float64, device=t.device))  # made there: no copy to wait for
         value, slope = self._g(t)
         span = ends[1] - ends[0]
         u, du = (value - ends[0]) / span, slope / span

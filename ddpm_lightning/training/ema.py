@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-__all__ = ["decay_at", "update_average"]
+__all__ = ["WeightAverage", "decay_at"]
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -15,18 +15,25 @@ def decay_at(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay average + (1 - decay) model, in place, for parameters and floating-point buffers.
+class WeightAverage:
+    """Keeps ``average``, a deep copy of ``model``, an average of its parameters and floating-point buffers.
 
-    Buffers of other types are copied. ``average`` is a deep copy of ``model``.
+    Buffers of other types are copied. The tensors are looked up once (for a small U-Net that takes longer than the
+    update): make it when both models are on their device, and anew after a move.
     """
-    pairs = [
-        *zip(average.parameters(), model.parameters(), strict=True),
-        *zip(average.buffers(), model.buffers(), strict=True),
-    ]
-    moving = [(a, m) for a, m in pairs if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in moving], [m for _, m in moving], 1 - decay)
-    for a, m in pairs:
-        if not a.is_floating_point():
+
+    def __init__(self, average: nn.Module, model: nn.Module) -> None:
+        pairs = [
+            *zip(average.parameters(), model.parameters(), strict=True),
+            *zip(average.buffers(), model.buffers(), strict=True),
+        ]
+        self._averages = [a for a, _ in pairs if a.is_floating_point()]
+        self._weights = [m for a, m in pairs if a.is_floating_point()]
+        self._copies = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """average <- decay average + (1 - decay) model, in place."""
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        for a, m in self._copies:
             a.copy_(m)

@@ -37,7 +37,7 @@ class ConsistencyElbo(ElboEstimator):
             reverse_step = reverse.transition(w.after, w.t_at, w.t_after, **cond)
             step_costs.append(forward_step.log_prob(w.at) - reverse_step.log_prob(w.at))
             literal_kls.append(forward_step.kl(reverse_step))
-        last_step = process.transition(walk.x_last_but_one, model.grid[-2], model.grid[-1])
+        last_step = process.transition(walk.x_last_but_one, *model.grid_on(x0.device)[-2:])
         return self.assemble(
             self.reconstruction(model, x0, walk.x_first, **cond),
             "consistency",

@@ -56,7 +56,7 @@ class ContinuousElbo(ElboEstimator):
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         """See the class. ``step_indices`` count the parts of the time axis."""
         process, denoiser, steps = model.forward_process, model.reverse_process.denoiser, self.steps or 1
-        first = model.grid[1].to(x0.device)
+        first = model.grid_on(x0.device)[1]
         span = 1 - first
         x1 = process.marginal(x0, first).sample(generators)
         step_costs = []
@@ -70,5 +70,5 @@ class ContinuousElbo(ElboEstimator):
             step_costs,
             parts,
             torch.full((steps,), 1 / steps, dtype=torch.float64, device=x0.device),
-            end_costs={"prior_matching": process.marginal(x0, model.grid[-1]).kl(model.prior(x0))},
+            end_costs={"prior_matching": process.marginal(x0, model.grid_on(x0.device)[-1]).kl(model.prior(x0))},
         )

@@ -51,7 +51,7 @@ class ChainWalk:
 
     def __init__(self, model: DiffusionModel, x0: Tensor, steps: int | None, generators: Generators) -> None:
         self._process, self._x0, self._generators = model.forward_process, x0, generators
-        self._grid = model.grid.to(x0.device)
+        self._grid = model.grid_on(x0.device)
         self.indices, self.weights = stratified_steps(model.T - 1, steps, x0, generators)
         self.x_first = self._process.marginal(x0, self._grid[1]).sample(generators)
 

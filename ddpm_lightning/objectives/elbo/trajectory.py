@@ -33,7 +33,7 @@ class TrajectoryElbo(ElboEstimator):
             log_q = process.transition(w.at, w.t_at, w.t_after).log_prob(w.after)
             log_p = reverse.transition(w.after, w.t_at, w.t_after, **cond).log_prob(w.at)
             step_costs.append(log_q - log_p)
-        log_q_first = process.marginal(x0, model.grid[1]).log_prob(walk.x_first)
+        log_q_first = process.marginal(x0, model.grid_on(x0.device)[1]).log_prob(walk.x_first)
         log_p_last = model.prior(x0).log_prob(walk.x_last)
         return self.assemble(
             self.reconstruction(model, x0, walk.x_first, **cond),

@@ -1,0 +1,44 @@
+"""Where the channels of an image lie in memory: all images of a channel apart (the default), or pixel by pixel."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["ChannelsLast", "set_memory_format", "state_like_parameters", "wants_channels_last"]
+
+ChannelsLast = bool | Literal["auto"]
+
+
+def wants_channels_last(option: ChannelsLast, network: nn.Module, precision: str, device: torch.device) -> bool:
+    """What the option means for a network at a Trainer's precision ("bf16-mixed", ...) on a device.
+
+    "auto" is channels_last in half precision, on a CUDA device and for networks without GroupNorm on a CPU, where
+    torch's GroupNorm loses in this format what convolutions gain (``networks/unet.py``). Otherwise it is the default
+    format: "auto" changes no result in float32.
+    """
+    if option != "auto":
+        return option
+    if not precision.startswith(("bf16", "16")):
+        return False
+    has_group_norm = any(isinstance(part, nn.GroupNorm) for part in network.modules())
+    return device.type == "cuda" or (device.type == "cpu" and not has_group_norm)
+
+
+def set_memory_format(network: nn.Module, channels_last: bool) -> None:
+    """Lay out the weights of the convolutions, in place. Images follow: a convolution takes its format from either."""
+    network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@torch.no_grad()
+def state_like_parameters(optimizer: Optimizer) -> None:
+    """Lay out an optimiser's state as its parameters.
+
+    A state from a checkpoint has the layout of the run that wrote it, and fused optimisers go through the memory of
+    parameter and state side by side, whatever the layouts: with two of them they would update the wrong weights.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
