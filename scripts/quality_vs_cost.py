@@ -54,7 +54,7 @@ SAMPLERS: dict[str, tuple[Sampler, str]] = {
     "Heun": (HeunSampler(), "strided"),
 }
 """By name: the sampler, and its own grid."""
-SHOWN = 8
+SHOWN = 4
 FIGURES = ("frechet", "precision", "recall", "accuracy")
 
 
@@ -186,10 +186,12 @@ def curves(table: Table, path: Path) -> None:
 def samples_figure(module: DiffusionModule, table: Table, path: Path) -> None:
     """A line for each sampler on its own grid, ``SHOWN`` images for each number of evaluations, and the guided ones."""
     lines = [
-        torch.cat([table.images[key] for key, row in table.rows.items() if row.get("sampler") == name and row["own"]])
+        torch.cat(
+            [table.images[key][:SHOWN] for key, row in table.rows.items() if row.get("sampler") == name and row["own"]]
+        )
         for name in dict.fromkeys(row["sampler"] for row in table.rows.values() if "sampler" in row)
     ]
-    guided = [table.images[key] for key, row in table.rows.items() if "scale" in row]
+    guided = [table.images[key][:SHOWN] for key, row in table.rows.items() if "scale" in row]
     lines += [torch.cat(guided)] if guided else []
     columns = max(len(line) for line in lines)
     blank = [line.new_zeros(columns - len(line), *line.shape[1:]) for line in lines]
