@@ -46,10 +46,14 @@ class DDIMSampler(Sampler):
         prediction = model.reverse_process.denoiser(x_t, t, **cond)
         s, t = as_times(s, x_t), as_times(t, x_t)
         schedule = model.schedule
+        alpha_s, sigma2_s = schedule.alpha(s), torch.exp(schedule.log_sigma2(s))
+        if self.eta == 0:
+            return _scaled(alpha_s, prediction.x0) + _scaled(sigma2_s.sqrt(), prediction.eps)
         noise_var = self.eta**2 * torch.exp(schedule.log_posterior_var(s, t))
-        eps_scale = torch.sqrt(torch.exp(schedule.log_sigma2(s)) - noise_var)
-        alpha_s, eps_scale, noise_scale = (
-            expand_to(value, x_t).to(x_t.dtype) for value in (schedule.alpha(s), eps_scale, noise_var.sqrt())
-        )
-        x_s = alpha_s * prediction.x0 + eps_scale * prediction.eps
-        return x_s + noise_scale * randn_like(x_t, generators) if self.eta > 0 else x_s
+        x_s = _scaled(alpha_s, prediction.x0) + _scaled(torch.sqrt(sigma2_s - noise_var), prediction.eps)
+        return x_s + _scaled(noise_var.sqrt(), randn_like(x_t, generators))
+
+
+def _scaled(scale: Tensor, x: Tensor) -> Tensor:
+    """A float64 scale, ``[]`` or ``[B]``, times images in their own dtype."""
+    return expand_to(scale, x).to(x.dtype) * x
