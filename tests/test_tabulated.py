@@ -25,6 +25,13 @@ def test_it_gives_the_same_at_its_times_and_elsewhere(name: str) -> None:
     for t, s in zip(table.times[:-1], table.times[1:], strict=True):
         for function in ("log_step_fraction", "log_step_var", "log_posterior_var"):
             torch.testing.assert_close(getattr(table, function)(s, t), getattr(schedule, function)(s, t))
+    assert table.preserves_variance == schedule.preserves_variance == (name != "exploding")
+    for dtype in (torch.float32, torch.float64):
+        x = torch.zeros(2, 1, 3, 3, dtype=dtype)
+        for t in (*table.times, *elsewhere, *table.times):
+            for ours, theirs in zip(table.scales(t, x), schedule.scales(t, x), strict=True):
+                assert ours.dtype == dtype and ours.shape == (*t.shape, *[1] * (4 - t.ndim))
+                torch.testing.assert_close(ours, theirs)
     assert torch.equal(table.gamma_slope(times), schedule.gamma_slope(times))
     assert torch.equal(table.grid(5), schedule.grid(5))
 

@@ -25,9 +25,7 @@ class Denoiser:
 
     def scales(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t as ``[B, 1, 1, 1]`` in the dtype of ``x_t``."""
-        t = as_times(t, x_t)
-        alpha_t, sigma_t = self.schedule.alpha(t), self.schedule.sigma(t)
-        return expand_to(alpha_t, x_t).to(x_t.dtype), expand_to(sigma_t, x_t).to(x_t.dtype)
+        return self.schedule.scales(as_times(t, x_t), x_t)
 
 
 class NetworkDenoiser(Denoiser):
@@ -63,9 +61,11 @@ class NetworkDenoiser(Denoiser):
         dtype = next((p.dtype for p in self.network.parameters()), x_t.dtype)
         # never below float32: bfloat16 cannot tell the steps of a long chain apart
         level = self.conditioning(self.schedule, as_times(t, x_t)).to(torch.promote_types(dtype, torch.float32))
-        scale = torch.exp(-0.5 * self.schedule.log_unit_var(as_times(t, x_t)))
-        x = (expand_to(scale, x_t).to(x_t.dtype) * x_t).to(dtype)
-        output = self.network(x, level.expand(x_t.shape[0]), **cond).to(x_t.dtype)
+        x = x_t
+        if not self.schedule.preserves_variance:
+            scale = torch.exp(-0.5 * self.schedule.log_unit_var(as_times(t, x_t)))
+            x = expand_to(scale, x_t).to(x_t.dtype) * x_t
+        output = self.network(x.to(dtype), level.expand(x_t.shape[0]), **cond).to(x_t.dtype)
         if self.outputs == 1:
             return self.parameterization.predict(output, x_t, *self.scales(x_t, t))
         output, variance_output = output.split(x_t.shape[1], dim=1)

@@ -46,11 +46,12 @@ class DDIMSampler(Sampler):
         prediction = model.reverse_process.denoiser(x_t, t, **cond)
         s, t = as_times(s, x_t), as_times(t, x_t)
         schedule = model.schedule
-        alpha_s, sigma2_s = schedule.alpha(s), torch.exp(schedule.log_sigma2(s))
+        alpha_s, sigma_s = schedule.scales(s, x_t)
         if self.eta == 0:
-            return _scaled(alpha_s, prediction.x0) + _scaled(sigma2_s.sqrt(), prediction.eps)
+            return alpha_s * prediction.x0 + sigma_s * prediction.eps
         noise_var = self.eta**2 * torch.exp(schedule.log_posterior_var(s, t))
-        x_s = _scaled(alpha_s, prediction.x0) + _scaled(torch.sqrt(sigma2_s - noise_var), prediction.eps)
+        eps_scale = torch.sqrt(torch.exp(schedule.log_sigma2(s)) - noise_var)
+        x_s = alpha_s * prediction.x0 + _scaled(eps_scale, prediction.eps)
         return x_s + _scaled(noise_var.sqrt(), randn_like(x_t, generators))
 
 

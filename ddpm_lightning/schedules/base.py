@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from ddpm_lightning.ops import log1mexp
+from ddpm_lightning.ops import expand_to, log1mexp
 
 __all__ = ["Schedule"]
 
@@ -41,6 +41,11 @@ class Schedule(nn.Module):
     def is_learned(self) -> bool:
         """True where gamma has parameters."""
         return any(True for _ in self.parameters())
+
+    @property
+    def preserves_variance(self) -> bool:
+        """True where alpha^2 + sigma^2 = 1: for every schedule that does not define ``log_unit_var`` anew."""
+        return type(self).log_unit_var is Schedule.log_unit_var
 
     def grid(self, T: int | None = None) -> Tensor:
         """Times of a chain of T states, float64 ``[T + 1]``: the data first, then x_1, ..., x_T, up to t = 1.
@@ -94,6 +99,10 @@ class Schedule(nn.Module):
     def sigma(self, t: Tensor) -> Tensor:
         """Standard deviation of the noise in x_t = alpha_t x_0 + sigma_t eps."""
         return torch.exp(0.5 * self.log_sigma2(t))
+
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t of times ``[B]`` or ``[]`` as they meet images: ``[B, 1, 1, 1]``, dtype of ``like``."""
+        return expand_to(self.alpha(t), like).to(like.dtype), expand_to(self.sigma(t), like).to(like.dtype)
 
     def log_step_fraction(self, s: Tensor, t: Tensor) -> Tensor:
         """log(1 - r) with r = SNR(t)/SNR(s): the part of sigma_t^2 that the step s -> t adds."""

@@ -1,5 +1,6 @@
 """A schedule at times that are known beforehand, computed all at once."""
 
+import torch
 from torch import Tensor
 
 from ddpm_lightning.schedules.base import Schedule
@@ -25,6 +26,7 @@ class TabulatedSchedule(Schedule):
         super().__init__()
         self.schedule = schedule
         self.times = times.unbind()
+        self._scales: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         values = {
             name: getattr(schedule, name)(times)
             for name in ("gamma", "log_alpha", "log_sigma2", "log_unit_var", "alpha", "sigma")
@@ -33,11 +35,26 @@ class TabulatedSchedule(Schedule):
             name: dict(zip(map(id, self.times), value.unbind(), strict=True)) for name, value in values.items()
         }
 
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t in the shape and type that meet images; those of a walk's times are made once."""
+        key = (id(t), like.dtype)
+        if key not in self._scales:
+            scales = super().scales(t, like)
+            if id(t) not in self._values["alpha"]:
+                return scales
+            self._scales[key] = scales
+        return self._scales[key]
+
     def _value(self, name: str, t: Tensor) -> Tensor:
         value = self._values[name].get(id(t))
         if value is None:
             value = getattr(self.schedule, name)(t)
         return value
+
+    @property
+    def preserves_variance(self) -> bool:
+        """That of the schedule."""
+        return self.schedule.preserves_variance
 
     def grid(self, T: int | None = None) -> Tensor:
         """That of the schedule."""
