@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ddpm_lightning.ops import log1mexp
 from ddpm_lightning.schedules.base import Schedule
 
 __all__ = ["TabulatedSchedule"]
@@ -16,7 +17,7 @@ class TabulatedSchedule(Schedule):
 
     Args:
         schedule: what the values are of.
-        times: float64 ``[K]``, not the time of the data.
+        times: float64 ``[K]`` in the order of the walk, decreasing, not the time of the data.
 
     Attributes:
         times: the K scalars to ask for.
@@ -34,6 +35,15 @@ class TabulatedSchedule(Schedule):
         self._values = {
             name: dict(zip(map(id, self.times), value.unbind(), strict=True)) for name, value in values.items()
         }
+
+        fractions = log1mexp(values["gamma"][:-1] - values["gamma"][1:])
+        neighbours = zip(map(id, self.times[1:]), map(id, self.times[:-1]), strict=True)
+        self._fractions = dict(zip(neighbours, fractions.unbind(), strict=True))
+
+    def log_step_fraction(self, s: Tensor, t: Tensor) -> Tensor:
+        """log(1 - SNR(t)/SNR(s)); that of a walk's own steps is in the table."""
+        fraction = self._fractions.get((id(s), id(t)))
+        return super().log_step_fraction(s, t) if fraction is None else fraction
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t in the shape and type that meet images; those of a walk's times are made once."""
