@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data import ImageDataModule
@@ -171,7 +172,10 @@ class DiffusionCLI(LightningCLI):
         # sampling shows its own progress, and has no terms of the bound to report
         sampling = self.subcommand == "sample"
         terminal = sys.stdout.isatty() and not sampling
-        callbacks = self.config_init[self.subcommand].trainer.callbacks or []
+        config = self.config_init[self.subcommand].trainer
+        callbacks = config.callbacks or []
+        if config.logger is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if not terminal:
             kwargs["enable_progress_bar"] = False
         elif not any(isinstance(callback, RichProgressBar) for callback in callbacks):
@@ -180,7 +184,6 @@ class DiffusionCLI(LightningCLI):
         kwargs["callbacks"] = [*callbacks, *([] if sampling else own)]
         if self.subcommand == "fit":
             kwargs["callbacks"].append(StopOnNonFinite())
-        config = self.config_init[self.subcommand].trainer
         if config.logger is None or config.logger is True:
             writes = self.subcommand in ("fit", "validate", "test")
             kwargs["logger"] = (
@@ -230,7 +233,7 @@ def main(args: list[str] | None = None) -> None:
     _quieten()
     try:
         DiffusionCLI(args)
-    except InputError as error:
+    except (InputError, MisconfigurationException) as error:
         print(f"ddpm: error: {error}", file=sys.stderr)
         sys.exit(2)
     except RunError as error:

@@ -9,7 +9,7 @@ Everything runs in one process, in interleaved rounds, on random images of MNIST
     lecture    the lecture's loop by hand (float32 images in memory, uniform t, noise, MSE, Adam) and the package with
                the same network at the same precision: the objective and the optimiser alone, with the average of the
                weights, and the real Trainer with its hooks, log and average; then the Trainer with this device's
-               defaults (bf16-mixed, channels_last, fused Adam) and, with --compile, the compiled network too
+               defaults (channels_last, fused Adam) in float32 and bf16-mixed and, with --compile, the compiled network
     unet       the package's U-Net under the Trainer: which of the switches gain
     diffusers  the training step of diffusers and the package's on the same UNet2DModel (if diffusers is installed)
     overhead   a network of two weights: what a Trainer's step costs more than the bare step
@@ -227,13 +227,15 @@ def lecture(batch_size: int, device: torch.device, compiled: bool) -> tuple[dict
         "lecture": timed(plain, device),
         "package step": timed(bare_step(network, adam, batch_size, device), device),
         "package step + average": timed(bare_step(network, adam, batch_size, device, average=True), device),
-        "package Trainer": trainer_go(network, adam, batch_size, device, "32-true"),
-        "package defaults": trainer_go(network, fused, batch_size, device, "bf16-mixed"),
-        "  without channels_last": trainer_go(network, fused, batch_size, device, "bf16-mixed", channels_last=False),
-        "  without bf16": trainer_go(network, fused, batch_size, device, "32-true", channels_last=True),
+        "package Trainer": trainer_go(network, adam, batch_size, device, "32-true", channels_last=False),
+        "package float32 defaults": trainer_go(network, fused, batch_size, device, "32-true"),
+        "package bf16 defaults": trainer_go(network, fused, batch_size, device, "bf16-mixed"),
+        "  bf16 without channels_last": trainer_go(
+            network, fused, batch_size, device, "bf16-mixed", channels_last=False
+        ),
     }
     if compiled:
-        variants["  compiled"] = trainer_go(network, fused, batch_size, device, "bf16-mixed", compile=True)
+        variants["  bf16 compiled"] = trainer_go(network, fused, batch_size, device, "bf16-mixed", compile=True)
     return variants, flops_of(plain)
 
 
@@ -286,7 +288,7 @@ def diffusers(batch_size: int, device: torch.device, width: int) -> tuple[dict[s
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.network(x, t * T).sample
 
-    adamw = partial(torch.optim.AdamW, lr=1e-4)
+    adamw, fused = (partial(torch.optim.AdamW, lr=1e-4, fused=is_fused) for is_fused in (False, True))
     network = deepcopy(theirs).to(device)
     optimizer, scheduler = adamw(network.parameters()), DDPMScheduler(num_train_timesteps=T)
     images = torch.rand(max(IMAGES, batch_size), *SHAPE, device=device) * 2 - 1
@@ -303,7 +305,11 @@ def diffusers(batch_size: int, device: torch.device, width: int) -> tuple[dict[s
     variants = {
         "diffusers": timed(step, device),
         "package step on UNet2DModel": timed(bare_step(Adapted(theirs), adamw, batch_size, device), device),
-        "package Trainer on UNet2DModel": trainer_go(Adapted(theirs), adamw, batch_size, device, "32-true"),
+        "package Trainer on UNet2DModel": trainer_go(
+            Adapted(theirs), adamw, batch_size, device, "32-true", channels_last=False
+        ),
+        "  float32 defaults": trainer_go(Adapted(theirs), fused, batch_size, device, "32-true"),
+        "  bf16 defaults": trainer_go(Adapted(theirs), fused, batch_size, device, "bf16-mixed"),
     }
     return variants, flops_of(step)
 
@@ -322,10 +328,11 @@ COMPARISONS = [
     ("lecture", "package step"),
     ("lecture", "package step + average"),
     ("lecture", "package Trainer"),
-    ("lecture", "package defaults"),
-    ("  without channels_last", "package defaults"),
-    ("  without bf16", "package defaults"),
-    ("package defaults", "  compiled"),
+    ("lecture", "package float32 defaults"),
+    ("lecture", "package bf16 defaults"),
+    ("  bf16 without channels_last", "package bf16 defaults"),
+    ("package float32 defaults", "package bf16 defaults"),
+    ("package bf16 defaults", "  bf16 compiled"),
     ("U-Net float32", "U-Net float32 fused"),
     ("U-Net float32 fused", "U-Net float32 channels_last"),
     ("U-Net float32 fused", "U-Net bf16"),
@@ -334,6 +341,8 @@ COMPARISONS = [
     ("U-Net bf16 channels_last", "U-Net bf16 channels_last compiled"),
     ("diffusers", "package step on UNet2DModel"),
     ("diffusers", "package Trainer on UNet2DModel"),
+    ("diffusers", "  float32 defaults"),
+    ("diffusers", "  bf16 defaults"),
 ]
 
 
@@ -353,11 +362,7 @@ def measure(
         )
         for name, kinds in peaks.items()
     }
-    half = ("defaults", "bf16", "channels_last", "compiled")
-    rows = {}
-    for name in variants:
-        is_half = name not in ("  without bf16", "U-Net float32 channels_last") and any(word in name for word in half)
-        rows[name] = row(seconds[name], batch_size, flops, peak["bf16" if is_half else "32"])
+    rows = {name: row(seconds[name], batch_size, flops, peak["bf16" if "bf16" in name else "32"]) for name in variants}
     ratios = {
         f"{other.strip()} / {base.strip()}": ratio(seconds[base], seconds[other])
         for base, other in COMPARISONS

@@ -111,12 +111,16 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
     """Names of what is not the same to the bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape
-        return [] if same and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)) else [name]
+        return [] if same and torch.equal(_bytes(a), _bytes(b)) else [name]
     if isinstance(a, dict) and isinstance(b, dict):
         return [d for key in {**a, **b} for d in differences(a.get(key), b.get(key), f"{name}.{key}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{name}.{i}")]
     return [] if a == b else [name]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def tensors(value: Any) -> int:

@@ -45,8 +45,9 @@ def test_bench_train_reports_rates_ratios_and_overhead(
         (name, size) for size in (2, 3) for name in ("lecture", "unet")
     ]
     lecture, unet = record["groups"][:2]
-    names = ["lecture", "package step", "package step + average", "package Trainer", "package defaults"]
-    assert list(lecture["rows"])[:5] == names and "U-Net bf16 channels_last" in unet["rows"]
+    names = ["lecture", "package step", "package step + average", "package Trainer"]
+    names += ["package float32 defaults", "package bf16 defaults"]
+    assert list(lecture["rows"])[:6] == names and "U-Net bf16 channels_last" in unet["rows"]
     # the convolutions of the lecture's network, forward (2 FLOP a multiplication) and backward, by hand
     weights = 9 * (64 + 64 * 128 + 128 * 64 + 64)
     linear = 2 * (64 + 64 * 128)
@@ -57,7 +58,12 @@ def test_bench_train_reports_rates_ratios_and_overhead(
         for figures in group["rows"].values():
             rate, low, high = (figures[f"images_per_second{end}"] for end in ("", "_low", "_high"))
             assert 0 < low <= high and rate * figures["ms_per_step"] == pytest.approx(1e3 * group["batch_size"])
-    assert {"package step / lecture", "package Trainer / lecture", "package defaults / lecture"} < {*lecture["ratios"]}
+    assert {f"{name} / lecture" for name in names[1:]} < {*lecture["ratios"]}
+    # each share is of the peak of the row's own precision
+    peaks = lecture["peak_flops_per_second"]
+    for name, figures in lecture["rows"].items():
+        peak = peaks["bf16" if "bf16" in name else "32"]
+        assert figures["share_of_peak"] * peak == pytest.approx(1e9 * figures["gflops_per_second"])
     assert record["overhead"]["rows"]["Trainer"]["ms_per_step"] > 0
     assert math.isfinite(record["overhead"]["ms_per_step"]) and "Trainer's overhead" in capsys.readouterr().out
 
@@ -71,7 +77,8 @@ def test_bench_train_against_diffusers_or_without(
         assert "diffusers is left out" in capsys.readouterr().err
     for group in groups:
         rows = ["diffusers", "package step on UNet2DModel", "package Trainer on UNet2DModel"]
-        assert list(group["rows"]) == rows and finite(group["rows"]) and len(group["ratios"]) == 2
+        rows += ["float32 defaults", "bf16 defaults"]
+        assert list(group["rows"]) == rows and finite(group["rows"]) and len(group["ratios"]) == 4
 
 
 def test_bench_bound_reports_rates_and_memory(

@@ -232,6 +232,11 @@ def test_two_processes_give_the_bound_and_the_samples_of_one(trained: Path, tmp_
     assert [int(row["index"]) for row in rows] == list(range(297))
 
 
+def test_a_run_without_a_logger(tiny: list[str], tmp_path: Path) -> None:
+    run_ddpm("fit", *tiny, f"--run_dir={tmp_path}", "--trainer.logger=false", "--trainer.max_steps=2")
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file() and not list(tmp_path.glob("events*"))
+
+
 def test_fast_dev_run_leaves_no_checkpoint(tiny: list[str], tmp_path: Path) -> None:
     run_ddpm("fit", *tiny, f"--run_dir={tmp_path}", "--trainer.fast_dev_run=2", "--trainer.log_every_n_steps=0")
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import shutil
 import signal
 import zipfile
 from pathlib import Path
@@ -82,6 +83,52 @@ def test_resume_is_exact_from_every_moment(tmp_path: Path, options: dict) -> Non
         again.fit(build(**model), Digits(**data), ckpt_path=path)
         again.save_checkpoint(end)
         assert differences(straight, compared(end)) == [], path.name
+
+
+class Validations(pl.Callback):
+    """Notes at which steps the validations are, and what ``last.ckpt`` a kill during each would leave."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.steps = folder, list[int]()
+
+    def on_validation_start(self, trainer: pl.Trainer, *_: object) -> None:
+        self.steps.append(trainer.global_step)
+        last = last_good(self.folder / "checkpoints")
+        if last is not None:
+            shutil.copy(last, self.folder / f"killed-{trainer.global_step}.ckpt")
+
+
+def fit_until(folder: Path, step: int, ckpt_path: Path | None, **options: object) -> tuple[list[int], dict]:
+    """Steps of the validations of a run of 10 steps an epoch, and its last checkpoint."""
+    seen = Validations(folder)
+    last = LastCheckpoint(every_n_train_steps=5)
+    runner = trainer(folder, last, seen, max_epochs=-1, max_steps=step, **options)
+    runner.fit(build(), Digits(limit_val=8), ckpt_path=ckpt_path)
+    return seen.steps, torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_epochs_are_counted_right_after_resumptions_at_their_ends(tmp_path: Path, every: int) -> None:
+    options = {"check_val_every_n_epoch": every}
+    steps, straight = fit_until(tmp_path / "straight", 40, None, **options)
+    validated, last = [], None
+    for end in (10, 20, 30, 40):
+        seen, broken = fit_until(tmp_path / "broken", end, last, **options)
+        validated += seen
+        last = tmp_path / "broken" / "checkpoints" / "last.ckpt"
+    assert straight["epoch"] == broken["epoch"] == 3 and straight["global_step"] == 40
+    progress = [c["loops"]["fit_loop"]["epoch_progress"]["total"] for c in (straight, broken)]
+    assert progress[0] == progress[1]
+    assert validated == steps == list(range(10 * every, 41, 10 * every))
+    assert differences(straight["state_dict"], broken["state_dict"]) == []
+
+
+def test_a_validation_in_which_the_run_is_killed_is_done_again_and_no_other(tmp_path: Path) -> None:
+    fit_until(tmp_path, 35, None)
+    for killed_in, expected in ((20, [20, 30]), (30, [30])):
+        seen, _ = fit_until(tmp_path / "again", 35, tmp_path / f"killed-{killed_in}.ckpt")
+        assert seen == expected
+        shutil.rmtree(tmp_path / "again")
 
 
 class Raise(pl.Callback):

@@ -137,13 +137,19 @@ def read_last_good(
     except _DamagedError as damage:
         previous = path.with_name(PREVIOUS)
         if path.name != LAST or not previous.is_file():
-            raise InputError(f"--ckpt_path {path} {damage}") from damage
+            raise InputError(f"--ckpt_path {path} {damage}{_others(path)}") from damage
         try:
             checkpoint = _read(previous, map_location, weights_only)
         except _DamagedError as second:
-            raise InputError(f"--ckpt_path {path} {damage}, and {previous} {second}") from second
+            raise InputError(f"--ckpt_path {path} {damage}, and {previous} {second}{_others(path)}") from second
         _say(f"{path} {damage}: the checkpoint before it is used, {previous} of step {checkpoint.get('global_step')}")
         return previous, checkpoint
+
+
+def _others(path: Path) -> str:
+    """What else there is to go on with."""
+    others = sorted(str(other) for other in path.parent.glob("*.ckpt") if other.name not in (path.name, PREVIOUS))
+    return f"; there are also {', '.join(others)}" if others else "; there is no other checkpoint beside it"
 
 
 @rank_zero_only

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -45,7 +45,7 @@ from ddpm_lightning.training.memory_format import (
     state_like_parameters,
     wants_channels_last,
 )
-from ddpm_lightning.training.resume import rewind_to_step
+from ddpm_lightning.training.resume import begin_next_epoch, rewind_to_step
 
 __all__ = ["DiffusionModule"]
 
@@ -90,8 +90,8 @@ class DiffusionModule(LightningModule):
         levels: number of grey levels.
         seed: seed of the training noise.
         eval_seed: seed of the noise in validation, test and predict.
-        channels_last: let the channels of a pixel lie side by side in memory, which suits convolutions; "auto" does in
-            half precision where it gains (``training/memory_format.py``). Results differ by rounding.
+        channels_last: let the channels of a pixel lie side by side in memory, which suits convolutions; "auto" does
+            where it gains (``training/memory_format.py``). Results differ by rounding.
         compile: let ``torch.compile`` fuse the network's operations in training. The first step takes minutes, and
             results differ by rounding. The averaged model is not compiled.
 
@@ -247,17 +247,20 @@ class DiffusionModule(LightningModule):
                 raise InputError(
                     f"the model was made for images with {name} {getattr(self, name)} and the data have {theirs}"
                 )
-
-        device = self.trainer.strategy.root_device
-        precision = str(self.trainer.precision)
-        channels_last = wants_channels_last(self.channels_last, self.model.network, precision, device)
-        for model in (self.model, self.ema_model):
-            set_memory_format(model.network, channels_last)
+        self.lay_out(self.trainer)
         if self.compile_network and stage == "fit" and self.model.network._compiled_call_impl is None:
             self.model.network.compile()  # in place, so that the state dict keeps its names
 
+    def lay_out(self, trainer: Trainer) -> None:
+        """Lay out the weights in memory as ``channels_last`` says for a Trainer's precision and device."""
+        device, precision = trainer.strategy.root_device, str(trainer.precision)
+        channels_last = wants_channels_last(self.channels_last, self.model.network, precision, device)
+        for model in (self.model, self.ema_model):
+            set_memory_format(model.network, channels_last)
+
     def on_train_start(self) -> None:
         """Make what belongs to weights that are restored and on their device."""
+        begin_next_epoch(self.trainer)
         for optimizer in self.trainer.optimizers:
             state_like_parameters(optimizer)
         self._average = WeightAverage(self.ema_model, self.model)

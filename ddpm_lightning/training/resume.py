@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-__all__ = ["rewind_to_step"]
+__all__ = ["begin_next_epoch", "rewind_to_step"]
 
 
 def rewind_to_step(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -20,3 +20,15 @@ def rewind_to_step(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for counts in (progress["total"], progress["current"]):
         for name in counts:
             counts[name] -= unused
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Count the epoch that a run begins with where its checkpoint is of the last batch of the one before.
+
+    Lightning takes the two for one epoch, and a run that is resumed so twice then forgets one. To be called when
+    training starts.
+    """
+    loop = trainer.fit_loop
+    batches = loop.epoch_loop
+    if batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch:
+        loop.reset_restart_stage()

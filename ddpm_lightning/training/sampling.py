@@ -230,6 +230,10 @@ class Sampling(LightningModule):
         self._states: list[tuple[int, Tensor]] = []
         self._progress: SamplingProgress | None = None
 
+    def setup(self, stage: str) -> None:
+        """Lay out the weights, which the module does itself only where it is the Trainer's own."""
+        self.module.lay_out(self.trainer)
+
     def predict_dataloader(self) -> IndexBatches:
         """This process's indices, in batches."""
         return IndexBatches(self.file.n, self.batch_size, self.trainer.global_rank, self.trainer.world_size)

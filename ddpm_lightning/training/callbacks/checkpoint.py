@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from ddpm_lightning.training.signals import StopSignals
 
@@ -17,6 +18,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     SIGTERM and SIGUSR1 stop training after the step in progress, with status 143 and 138; on SIGUSR1 a SLURM job is
     queued again. With a validation in progress, after the first step that follows it.
+
+    A state that is due just before a validation is saved just after it: a run that goes on from before would leave the
+    validation out.
 
     Args:
         every_n_train_steps: that often.
@@ -34,6 +38,8 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
         self._stopped_at: int | None = None
+        self._validation_follows = False
+        self._is_due = False
         self._signals = StopSignals()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,12 +51,28 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where training is about to stop, while the Trainer still knows that the epoch is not over."""
+        loop = trainer.fit_loop
+        self._validation_follows = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._validation_follows = False
         number = self._signals.received(trainer)
         if trainer.should_stop or trainer.global_step == trainer.max_steps or number:
             self._save_stop(trainer)
         if number:
             self._signals.leave(trainer, number, self.format_checkpoint_name({}))
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self._validation_follows:
+            self._is_due = True
+        else:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what was due before the validation."""
+        super().on_validation_end(trainer, pl_module)
+        is_due, self._is_due = self._is_due, False
+        if is_due and self._stopped_at != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a checkpoint of the middle of an epoch alone."""
