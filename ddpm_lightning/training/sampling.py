@@ -230,6 +230,9 @@ class Sampling(LightningModule):
         self._states: list[tuple[int, Tensor]] = []
         self._progress: SamplingProgress | None = None
 
+    def configure_model(self) -> None:
+        """Nothing: samples are drawn with whole weights, under strategies that ask for this, too."""
+
     def predict_dataloader(self) -> IndexBatches:
         """This process's indices, in batches."""
         return IndexBatches(self.file.n, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
