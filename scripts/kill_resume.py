@@ -28,7 +28,7 @@ from ddpm_lightning.training.checkpoint_io import last_good, read_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 5  # steps between checkpoints
 STEPS_A_KILL = 30  # a process start needs some steps before and after it
-STRATEGIES = {"ddp": "ddp", "fsdp": "ddpm_lightning.training.sharding.ShardedStrategy"}
+STRATEGIES = {"ddp": "ddp", "fsdp": "{class_path: ddpm_lightning.training.sharding.ShardedStrategy}"}
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -105,10 +105,11 @@ class ShardedStrategy(ModelParallelStrategy):
         Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
 
 
+@torch.no_grad()
 def _whole(value: Any) -> Any:
     """A nest of containers with its sharded tensors put together, on the CPU. All processes must call it."""
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
+        return value.full_tensor().cpu()
     if isinstance(value, Mapping):
         return {key: _whole(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -135,9 +136,10 @@ def _optimizer_part(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str,
     return {**state, "state": parts}
 
 
+@torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process has, sharing its memory; any other tensor itself."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -224,7 +226,10 @@ class ShardedWeights:
         """Put the weights together. All processes must call it."""
         # outside of inference mode, or they could not be used outside of it
         with torch.inference_mode(False):
-            whole = {shard: _frozen(shard.full_tensor()) for shard in dict.fromkeys(s for _, _, s in self._places)}
+            whole = {
+                shard: _frozen(cast(DTensor, shard).full_tensor())
+                for shard in dict.fromkeys(s for _, _, s in self._places)
+            }
         for part, name, shard in self._places:
             setattr(part, name, whole[shard])
 
