@@ -45,8 +45,10 @@ def two_processes(folder: Path, tiny: list[str]) -> None:
     """What each of two processes runs, in one go, since starting them takes longest; rank 0 writes facts.json."""
     rank = int(os.environ["RANK"])
 
-    def fit(name: str, *options: str) -> DiffusionCLI:
-        return DiffusionCLI(["fit", *tiny, *TRAINING, *SHARDED, f"--run_dir={folder}/{name}", *options])
+    def fit(name: str, *options: str, seed: int = 0) -> DiffusionCLI:
+        # the initial weights are those of the first process
+        run = [f"--run_dir={folder}/{name}", f"--seed_everything={seed + rank}"]
+        return DiffusionCLI(["fit", *tiny, *TRAINING, *SHARDED, *run, *options])
 
     def shared(module: nn.Module) -> dict[str, list[int]]:
         return {
@@ -63,7 +65,7 @@ def two_processes(folder: Path, tiny: list[str]) -> None:
         shutil.copytree(folder / "broken", folder / "handed_over")
     torch.distributed.barrier()
     for name in ("broken", "torn", "handed_back"):
-        fit(name, "--ckpt_path=last", "--seed_everything=7")
+        fit(name, "--ckpt_path=last", seed=7)
     common = ["-c", f"{folder}/two/config.yaml", f"--ckpt_path={folder}/two/checkpoints/last.ckpt", *EVALUATION]
     for command in (["test"], ["sample", "--n=7", "--steps=3"]):
         main([*command, *common, f"--run_dir={folder}/two"])
@@ -84,7 +86,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> tuple[Pat
     os.chdir(ROOT)
     try:
         main(["fit", *tiny, *TRAINING, f"--run_dir={folder}/one"])
-        main(["fit", *tiny, *TRAINING, f"--run_dir={folder}/handed_back", "--trainer.max_steps=13"])
+        # a checkpoint with tensors of another layout than sharded ones can have
+        other_layout = ["--trainer.max_steps=13", "--model.channels_last=true"]
+        main(["fit", *tiny, *TRAINING, f"--run_dir={folder}/handed_back", *other_layout])
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -125,13 +129,12 @@ def test_each_process_has_half_of_every_weight(runs: tuple[Path, str]) -> None:
 def test_two_processes_train_as_one_does(runs: tuple[Path, str]) -> None:
     folder, output = runs
     one, two = (losses(folder / name) for name in ("one", "two"))
-    assert len(one) == 20 and one == pytest.approx(two, rel=1e-4)
+    assert len(one) == 20 and one == pytest.approx(two, rel=1e-5)
     assert output.count("epoch 1 | step 20 ") == 4  # two, broken, torn, handed back
     a, b = (torch.load(folder / name / "checkpoints/last.ckpt", weights_only=True) for name in ("one", "two"))
     assert list(a["state_dict"]) == list(b["state_dict"])
     for name, value in a["state_dict"].items():
-        assert torch.allclose(value, b["state_dict"][name], rtol=0, atol=1e-3), name
-    # clipped to 0.1: without it the weights differ by more
+        assert torch.allclose(value, b["state_dict"][name], rtol=0, atol=1e-5), name
     mine, theirs = (checkpoint["optimizer_states"][0] for checkpoint in (a, b))
     assert mine["param_groups"] == theirs["param_groups"] and list(mine["state"]) == list(theirs["state"])
     for number, values in mine["state"].items():
@@ -139,7 +142,7 @@ def test_two_processes_train_as_one_does(runs: tuple[Path, str]) -> None:
             name: v.shape for name, v in theirs["state"][number].items()
         }
         for name, value in values.items():
-            assert torch.allclose(value, theirs["state"][number][name], rtol=1e-2, atol=1e-4), (number, name)
+            assert torch.allclose(value, theirs["state"][number][name], rtol=1e-3, atol=1e-7), (number, name)
     assert sorted(path.name for path in (folder / "two/samples").iterdir()) == ["step_0000010.png", "step_0000020.png"]
 
 
@@ -155,9 +158,9 @@ def test_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(name: str
 def test_one_process_goes_on_with_the_checkpoint_of_two_and_they_with_its(name: str, runs: tuple[Path, str]) -> None:
     a, b = (weights(runs[0] / run / "checkpoints/last.ckpt") for run in ("one", name))
     for tensor in a:
-        assert torch.allclose(a[tensor], b[tensor], rtol=0, atol=1e-3), tensor
+        assert torch.allclose(a[tensor], b[tensor], rtol=0, atol=1e-5), tensor
     one = losses(runs[0] / "one")
-    assert losses(runs[0] / name)[-7:] == pytest.approx(one[-7:], rel=1e-4)
+    assert losses(runs[0] / name)[-7:] == pytest.approx(one[-7:], rel=1e-5)
 
 
 def test_evaluation_is_that_of_one_process(runs: tuple[Path, str]) -> None:
