@@ -283,6 +283,8 @@ class DiffusionModule(LightningModule):
         Raises:
             InputError: another strategy that shards weights; a network that cannot be sharded.
         """
+        if self._trainer is None:  # load_from_checkpoint
+            return
         strategy = self.trainer.strategy
         if not isinstance(strategy, ShardedStrategy):
             if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
