@@ -28,10 +28,11 @@ from ddpm_lightning.training.checkpoint_io import last_good, read_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 5  # steps between checkpoints
 STEPS_A_KILL = 30  # a process start needs some steps before and after it
+STRATEGIES = {"ddp": "ddp", "fsdp": "{class_path: ddpm_lightning.training.sharding.ShardedStrategy}"}
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
 
 
-def start(run_dir: Path, steps: int, devices: int, seed: int) -> subprocess.Popen[str]:
+def start(run_dir: Path, steps: int, devices: int, seed: int, strategy: str) -> subprocess.Popen[str]:
     """A run, or what is left of it, in a process group of its own."""
     callback = "ddpm_lightning.training.callbacks.LastCheckpoint"
     options = {
@@ -55,7 +56,7 @@ def start(run_dir: Path, steps: int, devices: int, seed: int) -> subprocess.Pope
         "--trainer.logger": "false",
     }
     if devices > 1:
-        options |= {"--trainer.devices": devices, "--trainer.strategy": "ddp"}
+        options |= {"--trainer.devices": devices, "--trainer.strategy": STRATEGIES[strategy]}
     arguments = [str(word) for option in options.items() for word in option]
     return subprocess.Popen(
         [sys.executable, "-m", "ddpm_lightning", "fit", *arguments],
@@ -147,6 +148,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="number of kills (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--devices", type=int, default=1, help="processes of each run (default 1)")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="of several processes (default ddp)")
     options = parser.parse_args()
     if options.kills < 1 or options.devices < 1:
         parser.error("--kills and --devices must be 1 or more")
@@ -154,7 +156,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         straight, broken = Path(folder) / "straight", Path(folder) / "broken"
         try:
-            finish(start(straight, steps, options.devices, 0), 0)
+            finish(start(straight, steps, options.devices, 0, options.strategy), 0)
             kinds, lost = torture(broken, steps, options, chance)
             a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (straight, broken))
         except InputError as error:
@@ -187,7 +189,7 @@ def torture(
     for number in range(options.kills):
         kind = list(kinds)[number % len(kinds)]
         # the first one's is the other run's: it makes the initial weights
-        run = start(run_dir, steps, options.devices, number)
+        run = start(run_dir, steps, options.devices, number, options.strategy)
         if not kill(run, run_dir, kind, chance):
             finish(run, 0)
             raise InputError(f"the run was over before kill {number + 1}: another --seed, or more steps a kill")
@@ -199,7 +201,7 @@ def torture(
         print(f"kill {number + 1}, {kind}: {found.name if found else 'no checkpoint'} of step {step}", flush=True)
         lost += found != last or step < newest
         newest = step
-    finish(start(run_dir, steps, options.devices, options.kills), 0)
+    finish(start(run_dir, steps, options.devices, options.kills, options.strategy), 0)
     return kinds, lost
 
 

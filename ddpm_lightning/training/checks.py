@@ -28,13 +28,15 @@ def check_network(
     Raises:
         InputError: it does not take images of ``shape``, or returns another one than it must.
     """
-    x = torch.zeros(2, *shape)
-    cond = {} if last_label is None else {"label": torch.tensor([0, last_label])}
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    # in half precision Lightning changes torch's default type while it has the module make its parts
+    x = torch.zeros(2, *shape, device=device, dtype=torch.float32)
+    cond = {} if last_label is None else {"label": torch.tensor([0, last_label], device=device)}
     training = network.training
     network.eval()
     try:
         with torch.no_grad():
-            output = network(x, torch.full((2,), 0.5), **cond)
+            output = network(x, x.new_full((2,), 0.5), **cond)
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         labels = f" with labels from 0 to {last_label}" if cond else ""
         raise InputError(

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from ddpm_lightning.training.sharding import local_part
+
 __all__ = ["WeightAverage", "decay_at"]
 
 
@@ -18,8 +20,9 @@ def decay_at(step: int, decay: float) -> float:
 class WeightAverage:
     """Keeps ``average``, a deep copy of ``model``, an average of its parameters and floating-point buffers.
 
-    Buffers of other types are copied. The tensors are looked up once (for a small U-Net that takes longer than the
-    update): make it when both models are on their device, and anew after a move.
+    Buffers of other types are copied. Of sharded tensors each process averages its part. The tensors are looked up once
+    (for a small U-Net that takes longer than the update): make it when both models are on their device, and anew after
+    a move.
     """
 
     def __init__(self, average: nn.Module, model: nn.Module) -> None:
@@ -27,8 +30,8 @@ class WeightAverage:
             *zip(average.parameters(), model.parameters(), strict=True),
             *zip(average.buffers(), model.buffers(), strict=True),
         ]
-        self._averages = [a for a, _ in pairs if a.is_floating_point()]
-        self._weights = [m for a, m in pairs if a.is_floating_point()]
+        self._averages = [local_part(a) for a, _ in pairs if a.is_floating_point()]
+        self._weights = [local_part(m) for a, m in pairs if a.is_floating_point()]
         self._copies = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """The LightningModule: it composes a generative model from parts, trains it, averages it and measures its bound."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any, Self, cast
@@ -9,6 +10,7 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -46,6 +48,7 @@ from ddpm_lightning.training.memory_format import (
     wants_channels_last,
 )
 from ddpm_lightning.training.resume import begin_next_epoch, rewind_to_step
+from ddpm_lightning.training.sharding import ShardedStrategy, ShardedWeights, shard_network, synchronise
 
 __all__ = ["DiffusionModule"]
 
@@ -170,6 +173,7 @@ class DiffusionModule(LightningModule):
         self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
         self._generator: Generators = None
         self._average: WeightAverage | None = None
+        self._sharded: ShardedWeights | None = None  # of the averaged model
 
     @property
     def dims(self) -> int:
@@ -247,22 +251,91 @@ class DiffusionModule(LightningModule):
                 raise InputError(
                     f"the model was made for images with {name} {getattr(self, name)} and the data have {theirs}"
                 )
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self._check_shardable()
         self.lay_out(self.trainer)
         if self.compile_network and stage == "fit" and self.model.network._compiled_call_impl is None:
             self.model.network.compile()  # in place, so that the state dict keeps its names
 
     def lay_out(self, trainer: Trainer) -> None:
         """Lay out the weights in memory as ``channels_last`` says for a Trainer's precision and device."""
+        if self._sharded is not None:
+            return  # in the default format
+        option = False if isinstance(trainer.strategy, ShardedStrategy) else self.channels_last
         device, precision = trainer.strategy.root_device, str(trainer.precision)
-        channels_last = wants_channels_last(self.channels_last, self.model.network, precision, device)
+        channels_last = wants_channels_last(option, self.model.network, precision, device)
         for model in (self.model, self.ema_model):
             set_memory_format(model.network, channels_last)
+
+    def _check_shardable(self) -> None:
+        if self.channels_last is True:
+            raise InputError("--model.channels_last true: sharded weights have torch's default memory format; use auto")
+        if self.compile_network:
+            raise InputError("--model.compile true is not supported with sharded weights: use --trainer.strategy ddp")
+        outside = [name for name, p in self.named_parameters() if p.requires_grad and ".network." not in f".{name}"]
+        if outside:
+            schedule = f"{type(self.model.schedule).__name__} " if "schedule" in outside[0] else ""
+            raise InputError(
+                f"{schedule}trains {outside[0]}, and only the network's weights can be sharded: "
+                "use --trainer.strategy ddp"
+            )
+
+    def configure_model(self) -> None:
+        """Shard the weights, in ``fit`` under :class:`ShardedStrategy`; once, since Lightning may ask again.
+
+        Raises:
+            InputError: another strategy that shards weights; a network that cannot be sharded.
+        """
+        if self._trainer is None:  # load_from_checkpoint
+            return
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ShardedStrategy):
+            if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+                raise InputError(
+                    f"--trainer.strategy {type(strategy).__name__} (with its save_distributed_checkpoint, "
+                    "tensor_parallel_size, ...) is not supported: use -c configs/overlays/fsdp.yaml, which shards over "
+                    "all processes and writes checkpoints of one file"
+                )
+            return
+        if self.trainer.state.fn != "fit" or self._sharded is not None:
+            return
+        network, variance = self.model.network, self.model.reverse_process.variance
+        label = 0 if self.class_conditional else None
+        for model in (self.model, self.ema_model):
+            model.to(strategy.root_device)
+            synchronise(model)
+        shard_network(network, strategy.mesh, partial(check_network, network, variance, self.shape, label))
+        self._sharded = ShardedWeights(self.ema_model.network, strategy.mesh)
+
+    @contextmanager
+    def whole_average(self) -> Iterator[None]:
+        """Have the averaged model's weights whole, to evaluate it in a hook of training where they may be sharded.
+
+        All processes must enter it. In validation, test and predict they are whole anyway.
+        """
+        self._gather_average()
+        try:
+            yield
+        finally:
+            self._put_average_away()
+
+    def _gather_average(self) -> None:
+        if self._sharded is not None:
+            self._sharded.gather()
+
+    def _put_average_away(self) -> None:
+        if self._sharded is not None:
+            self._sharded.put_away()
+
+    on_validation_start = on_test_start = on_predict_start = _gather_average
+    on_validation_end = on_test_end = on_predict_end = _put_average_away
 
     def on_train_start(self) -> None:
         """Make what belongs to weights that are restored and on their device."""
         begin_next_epoch(self.trainer)
         for optimizer in self.trainer.optimizers:
             state_like_parameters(optimizer)
+        self._put_average_away()
         self._average = WeightAverage(self.ema_model, self.model)
 
     def _condition(self, label: Tensor) -> dict[str, Tensor]:

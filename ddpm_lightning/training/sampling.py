@@ -234,6 +234,9 @@ class Sampling(LightningModule):
         """Lay out the weights, which the module does itself only where it is the Trainer's own."""
         self.module.lay_out(self.trainer)
 
+    def configure_model(self) -> None:
+        """Nothing: samples are drawn with whole weights, under strategies that ask for this, too."""
+
     def predict_dataloader(self) -> IndexBatches:
         """This process's indices, in batches."""
         return IndexBatches(self.file.n, self.batch_size, self.trainer.global_rank, self.trainer.world_size)

@@ -47,10 +47,12 @@ class SampleGrid(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._draw(trainer, pl_module)
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw one, unless this step's validation has just done so."""
-        self._draw(trainer, pl_module)
+        assert isinstance(pl_module, DiffusionModule)
+        with pl_module.whole_average():
+            if trainer.is_global_zero:
+                self._draw(trainer, pl_module)
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, DiffusionModule)
