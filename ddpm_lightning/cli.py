@@ -1,6 +1,7 @@
 """The command line: ``ddpm fit | validate | test | predict | sample``."""
 
 import logging
+import signal
 import sys
 import warnings
 from contextlib import nullcontext
@@ -196,7 +197,13 @@ class DiffusionCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         alone = subcommand == "fit" and self.trainer.is_global_zero
         with RunLock(Path(self.trainer.default_root_dir)) if alone else nullcontext():
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except (InputError, RunError):
+                # the other processes of this run may be waiting for this one, and note signals between steps only
+                if self.trainer.strategy.launcher is not None:
+                    self.trainer.strategy.launcher.kill(signal.SIGKILL)
+                raise
 
     def before_fit(self) -> None:
         """Say what is trained and where it is written."""

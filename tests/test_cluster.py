@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -41,6 +42,38 @@ def test_killed_runs_end_bit_for_bit_where_the_uninterrupted_one_does() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "'SIGKILL': 1, 'while writing': 1, 'SIGTERM': 0" in done.stdout
     assert "resumes that are bitwise equal: 2 of 2; lost checkpoints: 0" in done.stdout
+
+
+def test_where_one_process_cannot_save_none_is_left_waiting(tiny: list[str], tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: logs fit, the checkpoint does not."""
+    options = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=3"]
+    with (tmp_path / "out.txt").open("w") as out:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "ddpm_lightning", "fit", *tiny, f"--run_dir={tmp_path}", *options],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        )
+        assert run.wait(timeout=120) == 1
+    assert "last.ckpt cannot be saved (File too large)" in (tmp_path / "out.txt").read_text()
+    time.sleep(0.3)  # a process that is killed takes a moment to give its memory back
+    assert alive_in_group(run.pid) == []
+
+
+def alive_in_group(group: int) -> list[int]:
+    """Processes of a group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # ended meanwhile
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
 
 
 @pytest.mark.parametrize("script", sorted(SLURM.glob("*.sh")), ids=lambda path: path.stem)
