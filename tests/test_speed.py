@@ -34,7 +34,7 @@ from ddpm_lightning.objectives import (
 )
 from ddpm_lightning.process import CategoricalDecoder, GammaConditioning, LearnedRangeVariance, VParameterization
 from ddpm_lightning.schedules import LearnedGamma, LinearGamma
-from ddpm_lightning.training import DiffusionModule
+from ddpm_lightning.training import DiffusionModule, DiffusionTrainer
 from ddpm_lightning.training.memory_format import state_like_parameters, wants_channels_last
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, fused=True)
@@ -192,6 +192,20 @@ def test_both_models_and_the_optimiser_have_the_layout_of_the_option(
     assert {a.data_ptr() for a in module.model.parameters()}.isdisjoint(
         a.data_ptr() for a in module.ema_model.parameters()
     )
+
+
+def test_samples_are_drawn_in_the_layout_of_the_option(tmp_path: Path) -> None:
+    """Where the Trainer's own module is the sampling of the model that has the option."""
+    module = build(channels_last=False, optimizer=ADAMW, network=SimpleUNet())
+    runner = trainer(tmp_path, enable_checkpointing=False, max_steps=1, limit_val_batches=0)
+    runner.fit(module, Digits())
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    assert is_channels_last(module.ema_model) == {False}
+    for option in (True, False):
+        sampled = build(channels_last=option, network=SimpleUNet())
+        sampler = DiffusionTrainer(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+        sampler.sample(sampled, ckpt_path=str(tmp_path / "a.ckpt"), n=1, steps=2)
+        assert is_channels_last(sampled.ema_model) == {option}
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -10,7 +10,7 @@ convolutions at low resolution: every block of the way down has one partner on t
 channels are changed by a 1x1 convolution before up-sampling, with which nearest-neighbour up-sampling commutes.
 
 On a CPU in bfloat16, keep the default memory format: channels_last makes the convolutions a fifth faster but
-GroupNorm ten times slower (torch 2.14), which costs a quarter of the speed of a training step.
+GroupNorm seven to ten times slower (torch 2.14), which costs a quarter of the speed of a training step.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,6 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -48,7 +47,14 @@ from ddpm_lightning.training.memory_format import (
     wants_channels_last,
 )
 from ddpm_lightning.training.resume import begin_next_epoch, rewind_to_step
-from ddpm_lightning.training.sharding import ShardedStrategy, ShardedWeights, shard_network, synchronise
+from ddpm_lightning.training.sharding import (
+    ShardedStrategy,
+    ShardedWeights,
+    check_shardable,
+    refuse_unknown_sharding,
+    shard_network,
+    synchronise,
+)
 
 __all__ = ["DiffusionModule"]
 
@@ -252,7 +258,7 @@ class DiffusionModule(LightningModule):
                     f"the model was made for images with {name} {getattr(self, name)} and the data have {theirs}"
                 )
         if isinstance(self.trainer.strategy, ShardedStrategy):
-            self._check_shardable()
+            check_shardable(self, type(self.model.schedule).__name__, self.channels_last, self.compile_network)
         self.lay_out(self.trainer)
         if self.compile_network and stage == "fit" and self.model.network._compiled_call_impl is None:
             self.model.network.compile()  # in place, so that the state dict keeps its names
@@ -267,19 +273,6 @@ class DiffusionModule(LightningModule):
         for model in (self.model, self.ema_model):
             set_memory_format(model.network, channels_last)
 
-    def _check_shardable(self) -> None:
-        if self.channels_last is True:
-            raise InputError("--model.channels_last true: sharded weights have torch's default memory format; use auto")
-        if self.compile_network:
-            raise InputError("--model.compile true is not supported with sharded weights: use --trainer.strategy ddp")
-        outside = [name for name, p in self.named_parameters() if p.requires_grad and ".network." not in f".{name}"]
-        if outside:
-            schedule = f"{type(self.model.schedule).__name__} " if "schedule" in outside[0] else ""
-            raise InputError(
-                f"{schedule}trains {outside[0]}, and only the network's weights can be sharded: "
-                "use --trainer.strategy ddp"
-            )
-
     def configure_model(self) -> None:
         """Shard the weights, in ``fit`` under :class:`ShardedStrategy`; once, since Lightning may ask again.
 
@@ -290,12 +283,7 @@ class DiffusionModule(LightningModule):
             return
         strategy = self.trainer.strategy
         if not isinstance(strategy, ShardedStrategy):
-            if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
-                raise InputError(
-                    f"--trainer.strategy {type(strategy).__name__} (with its save_distributed_checkpoint, "
-                    "tensor_parallel_size, ...) is not supported: use -c configs/overlays/fsdp.yaml, which shards over "
-                    "all processes and writes checkpoints of one file"
-                )
+            refuse_unknown_sharding(strategy)
             return
         if self.trainer.state.fn != "fit" or self._sharded is not None:
             return

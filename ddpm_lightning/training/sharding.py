@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +19,15 @@ from torch.optim import Optimizer
 
 from ddpm_lightning.errors import InputError
 
-__all__ = ["ShardedStrategy", "ShardedWeights", "local_part", "shard_network", "synchronise"]
+__all__ = [
+    "ShardedStrategy",
+    "ShardedWeights",
+    "check_shardable",
+    "local_part",
+    "refuse_unknown_sharding",
+    "shard_network",
+    "synchronise",
+]
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -103,6 +111,44 @@ class ShardedStrategy(ModelParallelStrategy):
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
         ]
         Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+
+
+def refuse_unknown_sharding(strategy: Strategy) -> None:
+    """Let pass what shards no weights.
+
+    Raises:
+        InputError: one of Lightning's own strategies that do.
+    """
+    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+        raise InputError(
+            f"--trainer.strategy {type(strategy).__name__} (with its save_distributed_checkpoint, "
+            "tensor_parallel_size, ...) is not supported: use -c configs/overlays/fsdp.yaml, which shards over "
+            "all processes and writes checkpoints of one file"
+        )
+
+
+def check_shardable(module: nn.Module, schedule: str, channels_last: object, compiles: bool) -> None:
+    """Refuse what sharded weights cannot do.
+
+    Args:
+        module: what is trained; the weights that are sharded have ``network`` in their names.
+        schedule: name of its schedule, for the message.
+        channels_last: the option.
+        compiles: whether the network is to be compiled.
+
+    Raises:
+        InputError: another memory format, compilation, trained weights outside of the network.
+    """
+    if channels_last is True:
+        raise InputError("--model.channels_last true: sharded weights have torch's default memory format; use auto")
+    if compiles:
+        raise InputError("--model.compile true is not supported with sharded weights: use --trainer.strategy ddp")
+    outside = [name for name, p in module.named_parameters() if p.requires_grad and ".network." not in f".{name}"]
+    if outside:
+        whose = f"{schedule} " if "schedule" in outside[0] else ""
+        raise InputError(
+            f"{whose}trains {outside[0]}, and only the network's weights can be sharded: use --trainer.strategy ddp"
+        )
 
 
 @torch.no_grad()
