@@ -27,7 +27,7 @@ from ddpm_lightning.training import DiffusionModule, DiffusionTrainer, sampling_
 from ddpm_lightning.training import image_files as files
 from ddpm_lightning.training.figures import tile
 from ddpm_lightning.training.image_files import ImageFile, read_images, read_mask, write_npz
-from ddpm_lightning.training.sampling import slerp
+from ddpm_lightning.training.walk import slerp
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*infer the batch indices.*", "ignore:.*does not have many workers.*")
 

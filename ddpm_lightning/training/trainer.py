@@ -14,7 +14,8 @@ from ddpm_lightning.schedules import StridedGrid, TimeGrid
 from ddpm_lightning.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from ddpm_lightning.training.image_files import ImageFile, check_space
 from ddpm_lightning.training.module import DiffusionModule
-from ddpm_lightning.training.sampling import Sampling, Starts, Walk, check_labels, known_pixels
+from ddpm_lightning.training.sampling import Sampling
+from ddpm_lightning.training.walk import Starts, Walk, check_labels, known_pixels
 
 __all__ = ["DiffusionTrainer"]
 
