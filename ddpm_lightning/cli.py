@@ -18,13 +18,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from ddpm_lightning.callbacks import BoundTable, EpochLines, ImageTermsWriter, StopOnNonFinite
+from ddpm_lightning.checkpoints.files import LAST, last_good
+
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data import ImageDataModule
 from ddpm_lightning.errors import InputError, RunError
-from ddpm_lightning.training import DiffusionModule, DiffusionTrainer
-from ddpm_lightning.training.callbacks import BoundTable, EpochLines, ImageTermsWriter, StopOnNonFinite
-from ddpm_lightning.training.checkpoint_io import LAST, last_good
-from ddpm_lightning.training.lock import RunLock
+from ddpm_lightning.runs.lock import RunLock
+from ddpm_lightning.trainer import DiffusionTrainer
+from ddpm_lightning.training import DiffusionModule
 
 __all__ = ["DiffusionCLI", "main"]
 

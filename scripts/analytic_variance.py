@@ -21,7 +21,8 @@ from torch import Tensor
 from ddpm_lightning.data import ImageDataModule, levels_to_model
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process import eps_mse_table, spread_times
-from ddpm_lightning.training import DiffusionModule, load_run
+from ddpm_lightning.runs import load_run
+from ddpm_lightning.training import DiffusionModule
 
 BATCH = 100
 

@@ -51,6 +51,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from ddpm_lightning.callbacks import ImagesPerSecond
 from ddpm_lightning.data import Batch, ImageDataModule, levels_to_model
 from ddpm_lightning.data.batches import Split, TrainBatches
 from ddpm_lightning.data.datamodule import SplitName
@@ -58,8 +59,8 @@ from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import NoiseMSE, UniformTimes
 from ddpm_lightning.process import DiscretizedGaussian, EpsParameterization, FixedLargeVariance, TimeConditioning
 from ddpm_lightning.schedules import LinearChain
-from ddpm_lightning.training import DiffusionModule, DiffusionTrainer
-from ddpm_lightning.training.callbacks import ImagesPerSecond
+from ddpm_lightning.trainer import DiffusionTrainer
+from ddpm_lightning.training import DiffusionModule
 from ddpm_lightning.training.ema import WeightAverage
 
 T = 300

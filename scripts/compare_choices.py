@@ -32,7 +32,8 @@ from ddpm_lightning.process import (
     eps_mse_table,
     spread_times,
 )
-from ddpm_lightning.training import DiffusionModule, load_run
+from ddpm_lightning.runs import load_run
+from ddpm_lightning.training import DiffusionModule
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
 STRATIFIED = {"class_path": "ddpm_lightning.objectives.StratifiedTimes"}

@@ -29,7 +29,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import DiffusionModel
-from ddpm_lightning.training import load_run
+from ddpm_lightning.runs import load_run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

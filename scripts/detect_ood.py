@@ -37,13 +37,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torchmetrics.functional.classification import binary_auroc
 
+from ddpm_lightning.callbacks.reports import model_facts
 from ddpm_lightning.data import Batch, Digits, levels_to_model, model_to_levels
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import MeanAndError, bits_per_dim
 from ddpm_lightning.objectives import DenoisingElbo
 from ddpm_lightning.ops import image_generators
-from ddpm_lightning.training import DiffusionModule, load_run
-from ddpm_lightning.training.callbacks.reports import model_facts
+from ddpm_lightning.runs import load_run
+from ddpm_lightning.training import DiffusionModule
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -3,7 +3,7 @@
 
     python scripts/export.py --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt --to diffusers --out FOLDER
 
-safetensors   one file, weights and parts: ddpm_lightning.interchange.load_model(FILE) is the DiffusionModel again
+safetensors   one file, weights and parts: ddpm_lightning.export.load_model(FILE) is the DiffusionModel again
 diffusers     a folder: diffusers' DDPMPipeline.from_pretrained(FOLDER), DDIMPipeline too; needs this package to load
 onnx          the network alone, inputs x, t (and label), for any batch size
 torch_export  the same as a .pt2 of torch.export
@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.interchange import export_onnx, export_program, save_model
-from ddpm_lightning.training import DiffusionModule, load_run
+from ddpm_lightning.export import export_onnx, export_program, save_model
+from ddpm_lightning.runs import load_run
+from ddpm_lightning.training import DiffusionModule
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2", "diffusers": ""}
 
@@ -33,7 +34,7 @@ def export(module: DiffusionModule, kind: str, out: Path) -> None:
     elif kind == "torch_export":
         export_program(model, out, module.shape, num_classes)
     else:
-        from ddpm_lightning.interchange.diffusers import to_pipeline
+        from ddpm_lightning.export.diffusers import to_pipeline
 
         to_pipeline(model, module.shape).save_pretrained(out)
 

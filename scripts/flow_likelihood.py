@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_lightning.callbacks.reports import model_facts
 from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import MeanAndError, bits_per_dim, decoded_log_prob, dequantized_log_prob
 from ddpm_lightning.ops import image_generators
+from ddpm_lightning.runs import load_run
 from ddpm_lightning.samplers import ExactDivergence, HutchinsonDivergence, ProbabilityFlow
-from ddpm_lightning.training import DiffusionModule, load_run
-from ddpm_lightning.training.callbacks.reports import model_facts
+from ddpm_lightning.training import DiffusionModule
 
 
 def flow_bits(module: DiffusionModule, batch: Batch, flow: ProbabilityFlow, arguments: argparse.Namespace) -> Tensor:

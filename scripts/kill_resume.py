@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from ddpm_lightning.checkpoints.files import last_good, read_checkpoint
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.training.checkpoint_io import last_good, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 5  # steps between checkpoints
@@ -34,7 +34,7 @@ COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "e
 
 def start(run_dir: Path, steps: int, devices: int, seed: int, strategy: str) -> subprocess.Popen[str]:
     """A run, or what is left of it, in a process group of its own."""
-    callback = "ddpm_lightning.training.callbacks.LastCheckpoint"
+    callback = "ddpm_lightning.callbacks.LastCheckpoint"
     options = {
         "-c": "configs/digits.yaml",
         "--run_dir": run_dir,

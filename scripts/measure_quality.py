@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning import samplers
+from ddpm_lightning.callbacks.reports import model_facts
 from ddpm_lightning.data import MNIST, levels_to_model
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.evaluation.quality import Labelled, add_images, image_batches, quality_table, sample_batches
+from ddpm_lightning.figures import nearest_neighbours, save_png
 from ddpm_lightning.metrics import QualityFigures, classifier_for, load_classifier, nearest
 from ddpm_lightning.networks import FeatureClassifier
-from ddpm_lightning.training import load_run
-from ddpm_lightning.training.callbacks.reports import model_facts
-from ddpm_lightning.training.figures import nearest_neighbours, save_png
-from ddpm_lightning.training.quality import Labelled, add_images, image_batches, quality_table, sample_batches
+from ddpm_lightning.runs import load_run
 
 SAMPLERS = ("AncestralSampler", "DDIMSampler", "DPMSolverSampler", "HeunSampler")
 SHOWN = 16

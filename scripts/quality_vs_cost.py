@@ -30,16 +30,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddpm_lightning.callbacks.reports import model_facts
 from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.data.batches import Split
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.figures import save_png, tile
 from ddpm_lightning.metrics import ClassFigures, ClassifierFeatures, FrechetDistance, PrecisionRecall
 from ddpm_lightning.metrics.features import classifier_for, load_classifier
+from ddpm_lightning.runs import load_run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, DPMSolverSampler, HeunSampler, Sampler
 from ddpm_lightning.schedules import KarrasGrid, LogSNRGrid, StridedGrid, TimeGrid
-from ddpm_lightning.training import DiffusionModule, load_run
-from ddpm_lightning.training.callbacks.reports import model_facts
-from ddpm_lightning.training.figures import save_png, tile
+from ddpm_lightning.training import DiffusionModule
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

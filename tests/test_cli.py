@@ -285,7 +285,7 @@ def test_two_processes_train_as_one_does(
 def test_mnist_trains_and_is_tested(config: str, tmp_path: Path) -> None:
     common = [f"--data.root={DATA_DIR}", f"--run_dir={tmp_path}", "--data.limit_val=32", "--data.limit_test=48"]
     small = ["--data.batch_size=32", "--trainer.limit_train_batches=3", "--trainer.max_epochs=1"]
-    sampled = "--trainer.callbacks=[ddpm_lightning.training.callbacks.LastCheckpoint]"
+    sampled = "--trainer.callbacks=[ddpm_lightning.callbacks.LastCheckpoint]"
     run_ddpm("fit", "-c", f"configs/{config}.yaml", *common, *small, sampled)
     bounds = "[{class_path: DenoisingElbo, init_args: {steps: 2}}]"
     run_ddpm("test", "-c", f"{tmp_path}/config.yaml", *common, "--ckpt_path=last", f"--model.test_bounds={bounds}")

@@ -16,7 +16,7 @@ from conftest import ROOT, run_script
 from test_resume import Evil, compared, differences, torn
 
 from ddpm_lightning.cli import main
-from ddpm_lightning.training.lock import RunLock
+from ddpm_lightning.runs.lock import RunLock
 
 pytestmark = pytest.mark.cli
 SLURM = ROOT / "scripts" / "slurm"
@@ -104,7 +104,7 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_goes_on(
     }  # fmt: skip
     run_dir = tmp_path / "run"
     last = run_dir / "checkpoints" / "last.ckpt"
-    callback = "class_path: ddpm_lightning.training.callbacks.LastCheckpoint, init_args: {every_n_train_steps: 20}"
+    callback = "class_path: ddpm_lightning.callbacks.LastCheckpoint, init_args: {every_n_train_steps: 20}"
     common = [*tiny, "--trainer.accelerator=cpu", f"--trainer.callbacks=[{{{callback}}}]", "--trainer.logger=false"]
     common += ["--trainer.check_val_every_n_epoch=1000", "--trainer.max_epochs=-1"]
 

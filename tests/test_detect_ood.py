@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, run_script
 
 from ddpm_lightning.data import Batch
-from ddpm_lightning.training import load_run
+from ddpm_lightning.runs import load_run
 
 pytestmark = pytest.mark.cli
 

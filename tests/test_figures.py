@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch import Trainer
 from PIL import Image
 
+from ddpm_lightning.callbacks import ScheduleCurves
 from ddpm_lightning.data import Digits
+from ddpm_lightning.figures import schedule_curves
 from ddpm_lightning.networks import UNet
 from ddpm_lightning.objectives import ContinuousNegativeElbo, NoiseMSE, Objective, StratifiedTimes
 from ddpm_lightning.process import (
@@ -20,8 +22,6 @@ from ddpm_lightning.process import (
 )
 from ddpm_lightning.schedules import CosineChain, CosineGamma, LearnedGamma, LinearGamma, Schedule
 from ddpm_lightning.training import DiffusionModule
-from ddpm_lightning.training.callbacks import ScheduleCurves
-from ddpm_lightning.training.figures import schedule_curves
 
 
 def test_schedule_curves_show_one_line_for_each_schedule() -> None:

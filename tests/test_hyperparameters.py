@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddpm_lightning.checkpoints.descriptions import describe
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import (
     ConsistencyElbo,
@@ -61,7 +62,6 @@ from ddpm_lightning.schedules import (
     LinearChain,
     VarianceExploding,
 )
-from ddpm_lightning.training.hyperparameters import describe
 
 PARTS = [
     LinearChain(10, 1e-3, 0.2),

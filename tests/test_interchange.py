@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.interchange import export_onnx, export_program, load_model, save_model
+from ddpm_lightning.export import export_onnx, export_program, load_model, save_model
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.process import (
     AnalyticVariance,
@@ -191,7 +191,7 @@ def test_graphs_give_what_the_network_gives(name: str, tmp_path: Path) -> None:
 def diffusers_states(model: DiffusionModel, x: Tensor, kind: str) -> list[Tensor]:
     """x_{T-1}, ..., x_1 and diffusers' image, by its own loop."""
     diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
-    from ddpm_lightning.interchange.diffusers import to_pipeline
+    from ddpm_lightning.export.diffusers import to_pipeline
 
     pipeline = to_pipeline(model, SHAPE)
     scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config)
@@ -236,7 +236,7 @@ def test_diffusers_walks_the_same_way(sampler: Sampler, kind: str, variance: Rev
 def test_a_diffusers_folder_loads_and_samples(trained: Path, tmp_path: Path) -> None:
     """The script's folder, loaded by diffusers, with the weights of the run's averaged model."""
     diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
-    from ddpm_lightning.training import load_run
+    from ddpm_lightning.runs import load_run
 
     run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt"]
     done = run_script("export.py", *run, "--to=diffusers", f"--out={tmp_path}/folder")
@@ -257,7 +257,7 @@ def test_a_diffusers_folder_loads_and_samples(trained: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(("name", "word"), [("analytic", "AnalyticVariance"), ("range", "LearnedRangeVariance")])
 def test_what_diffusers_cannot_express_is_refused(name: str, word: str) -> None:
     pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
-    from ddpm_lightning.interchange.diffusers import scheduler_for
+    from ddpm_lightning.export.diffusers import scheduler_for
 
     with pytest.raises(InputError, match=f"diffusers has no {word}"):
         scheduler_for(models()[name])

@@ -17,13 +17,17 @@ LAYERS = [
     ["schedules", "networks"],
     ["process"],
     ["objectives", "samplers", "metrics"],
-    ["data"],
+    ["data", "checkpoints", "figures"],
     ["training"],
-    ["interchange"],
+    ["runs"],
+    ["sampling"],
+    ["evaluation", "export"],
+    ["callbacks"],
+    ["trainer"],
     ["cli", "__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-# within layer 0 and layer 6 there is an order too
+# within the first layer and the last there is an order too
 WITHIN = {("ops", "errors"), ("distributions", "ops"), ("distributions", "errors"), ("__main__", "cli")}
 PLAIN = [unit for units in LAYERS[:4] for unit in units]
 FILES = sorted(ROOT.rglob("*.py"))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from ddpm_lightning.callbacks import reports
+from ddpm_lightning.callbacks.reports import _steps_evaluated, _steps_in_words
 from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo, ElboEstimator
-from ddpm_lightning.training.callbacks import reports
-from ddpm_lightning.training.callbacks.reports import _steps_evaluated, _steps_in_words
 
 
 @pytest.mark.parametrize(

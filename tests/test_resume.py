@@ -13,17 +13,18 @@ import pytest
 import torch
 from test_module import build
 
-from ddpm_lightning.data import Digits
-from ddpm_lightning.errors import InputError, RunError
-from ddpm_lightning.training import DiffusionModule, DiffusionTrainer
-from ddpm_lightning.training.callbacks import LastCheckpoint, StopOnNonFinite
-from ddpm_lightning.training.checkpoint_io import (
+from ddpm_lightning.callbacks import LastCheckpoint, StopOnNonFinite
+from ddpm_lightning.checkpoints.files import (
     AtomicCheckpointIO,
     check_hyperparameters,
     last_good,
     read_checkpoint,
 )
-from ddpm_lightning.training.lock import RunLock
+from ddpm_lightning.data import Digits
+from ddpm_lightning.errors import InputError, RunError
+from ddpm_lightning.runs.lock import RunLock
+from ddpm_lightning.trainer import DiffusionTrainer
+from ddpm_lightning.training import DiffusionModule
 
 
 def trainer(folder: Path, *callbacks: pl.Callback, **options: object) -> DiffusionTrainer:

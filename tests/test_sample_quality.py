@@ -12,14 +12,15 @@ import torch
 from conftest import ROOT, run_ddpm
 from test_module import build, conditional, equal, state, trainer
 
+from ddpm_lightning.callbacks import SampleQuality
 from ddpm_lightning.data import Digits, levels_to_model
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.figures import nearest_neighbours, tile
 from ddpm_lightning.metrics import ClassifierFeatures, FrechetDistance, QualityFigures, load_classifier
 from ddpm_lightning.networks import UNet
+from ddpm_lightning.runs import load_run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler
-from ddpm_lightning.training import DiffusionModule, load_run
-from ddpm_lightning.training.callbacks import SampleQuality
-from ddpm_lightning.training.figures import nearest_neighbours, tile
+from ddpm_lightning.training import DiffusionModule
 
 
 def script(name: str) -> ModuleType:

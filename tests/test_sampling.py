@@ -14,6 +14,7 @@ from test_module import build, conditional
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.figures import tile
 from ddpm_lightning.samplers import (
     AncestralSampler,
     DDIMSampler,
@@ -22,12 +23,13 @@ from ddpm_lightning.samplers import (
     MomentMatchingSampler,
     Sampler,
 )
+from ddpm_lightning.sampling import output as files
+from ddpm_lightning.sampling import progress as sampling_progress
+from ddpm_lightning.sampling.output import ImageFile, read_images, read_mask, write_npz
+from ddpm_lightning.sampling.request import slerp
 from ddpm_lightning.schedules import KarrasGrid, LinearChain, LogSNRGrid, VarianceExploding
-from ddpm_lightning.training import DiffusionModule, DiffusionTrainer, sampling_progress
-from ddpm_lightning.training import image_files as files
-from ddpm_lightning.training.figures import tile
-from ddpm_lightning.training.image_files import ImageFile, read_images, read_mask, write_npz
-from ddpm_lightning.training.walk import slerp
+from ddpm_lightning.trainer import DiffusionTrainer
+from ddpm_lightning.training import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*infer the batch indices.*", "ignore:.*does not have many workers.*")
 

@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, run_ddpm, run_script
 
 from ddpm_lightning.process import AnalyticVariance, LearnedRangeVariance, ReverseVariance
-from ddpm_lightning.training import load_run
+from ddpm_lightning.runs import load_run
 
 pytestmark = pytest.mark.cli
 

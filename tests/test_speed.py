@@ -34,7 +34,8 @@ from ddpm_lightning.objectives import (
 )
 from ddpm_lightning.process import CategoricalDecoder, GammaConditioning, LearnedRangeVariance, VParameterization
 from ddpm_lightning.schedules import LearnedGamma, LinearGamma
-from ddpm_lightning.training import DiffusionModule, DiffusionTrainer
+from ddpm_lightning.trainer import DiffusionTrainer
+from ddpm_lightning.training import DiffusionModule
 from ddpm_lightning.training.memory_format import state_like_parameters, wants_channels_last
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, fused=True)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ddpm_lightning.checkpoints.descriptions import describe
+from ddpm_lightning.checkpoints.files import check_hyperparameters, read_last_good
 from ddpm_lightning.data import Batch, levels_to_model, model_to_levels
 from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
@@ -30,7 +32,6 @@ from ddpm_lightning.process import (
 )
 from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.schedules import Schedule, StridedGrid, TimeGrid
-from ddpm_lightning.training.checkpoint_io import check_hyperparameters, read_last_good
 from ddpm_lightning.training.checks import (
     check_bounds,
     check_network,
@@ -39,7 +40,6 @@ from ddpm_lightning.training.checks import (
     schedule_marks,
 )
 from ddpm_lightning.training.ema import WeightAverage, decay_at
-from ddpm_lightning.training.hyperparameters import describe
 from ddpm_lightning.training.memory_format import (
     ChannelsLast,
     set_memory_format,

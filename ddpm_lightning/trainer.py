@@ -8,14 +8,14 @@ from typing import Any, Literal
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 
+from ddpm_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.samplers import AncestralSampler, InpaintingFactory, Sampler
+from ddpm_lightning.sampling.output import ImageFile, check_space
+from ddpm_lightning.sampling.request import Starts, Walk, check_labels, known_pixels
+from ddpm_lightning.sampling.task import Sampling
 from ddpm_lightning.schedules import StridedGrid, TimeGrid
-from ddpm_lightning.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
-from ddpm_lightning.training.image_files import ImageFile, check_space
 from ddpm_lightning.training.module import DiffusionModule
-from ddpm_lightning.training.sampling import Sampling
-from ddpm_lightning.training.walk import Starts, Walk, check_labels, known_pixels
 
 __all__ = ["DiffusionTrainer"]
 

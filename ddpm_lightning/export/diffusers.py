@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.interchange.files import describe_model, model_of
+from ddpm_lightning.export.files import describe_model, model_of
 from ddpm_lightning.process import DiffusionModel, FixedLargeVariance, FixedSmallVariance
 from ddpm_lightning.schedules import VarianceExploding
 

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ddpm_lightning.checkpoints.descriptions import describe
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process import DiffusionModel
-from ddpm_lightning.training.hyperparameters import describe
 
 __all__ = ["describe_model", "instantiate", "load_model", "save_model"]
 

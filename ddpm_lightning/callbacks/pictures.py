@@ -10,10 +10,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ddpm_lightning.data import ImageDataModule, levels_to_model
+from ddpm_lightning.figures import forward_strip, save_png, schedule_curves, tile
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.schedules import Schedule, strided_grid
-from ddpm_lightning.training.figures import forward_strip, save_png, schedule_curves, tile
 from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = ["ForwardStrip", "SampleGrid", "ScheduleCurves"]

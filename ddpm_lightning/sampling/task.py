@@ -7,12 +7,12 @@ from torch import Tensor
 from ddpm_lightning.data import model_to_levels
 from ddpm_lightning.data.batches import IndexBatches
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.figures import save_gif, save_png, tile
+from ddpm_lightning.sampling.output import ImageFile, read_first, write_npz
+from ddpm_lightning.sampling.progress import SamplingProgress
+from ddpm_lightning.sampling.request import Starts, Walk
 from ddpm_lightning.training.distributed import gather_to_all
-from ddpm_lightning.training.figures import save_gif, save_png, tile
-from ddpm_lightning.training.image_files import ImageFile, read_first, write_npz
 from ddpm_lightning.training.module import DiffusionModule
-from ddpm_lightning.training.sampling_progress import SamplingProgress
-from ddpm_lightning.training.walk import Starts, Walk
 
 __all__ = ["Sampling"]
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ddpm_lightning.checkpoints.descriptions import describe
 from ddpm_lightning.data import Batch, ImageDataModule
 from ddpm_lightning.data.datamodule import SplitName
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.evaluation.quality import Labelled, add_images, image_batches, quality_table, sample_batches
 from ddpm_lightning.metrics import (
     ClassifierFeatures,
     FrechetDistance,
@@ -18,9 +20,7 @@ from ddpm_lightning.metrics import (
 )
 from ddpm_lightning.networks import FeatureClassifier
 from ddpm_lightning.samplers import DDIMSampler, Sampler
-from ddpm_lightning.training.hyperparameters import describe
 from ddpm_lightning.training.module import DiffusionModule
-from ddpm_lightning.training.quality import Labelled, add_images, image_batches, quality_table, sample_batches
 
 __all__ = ["SampleQuality"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_lightning.checkpoints.descriptions import describe
 from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import expand_to, image_generators
 from ddpm_lightning.samplers import InpaintingFactory, ReplacementSampler, Sampler
+from ddpm_lightning.sampling.output import read_images, read_mask
 from ddpm_lightning.schedules import TimeGrid
-from ddpm_lightning.training.hyperparameters import describe
-from ddpm_lightning.training.image_files import read_images, read_mask
 from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = ["Inpainting", "Starts", "Walk", "check_labels", "known_pixels", "slerp"]

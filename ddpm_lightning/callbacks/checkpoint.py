@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from ddpm_lightning.training.signals import StopSignals
+from ddpm_lightning.runs.signals import StopSignals
 
 __all__ = ["LastCheckpoint"]
 

@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ddpm_lightning.checkpoints.files import last_good
 from ddpm_lightning.errors import RunError
 from ddpm_lightning.objectives import TimeDraw, TimeSampler
-from ddpm_lightning.training.checkpoint_io import last_good
 
 __all__ = ["StopOnNonFinite"]
 

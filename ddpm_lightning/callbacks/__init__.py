@@ -1,0 +1,24 @@
+"""Callbacks: each decides when something is logged, drawn, written or saved."""
+
+from ddpm_lightning.callbacks.checkpoint import LastCheckpoint
+from ddpm_lightning.callbacks.finders import BatchSizeTest, LearningRateTest
+from ddpm_lightning.callbacks.finite import StopOnNonFinite
+from ddpm_lightning.callbacks.pictures import ForwardStrip, SampleGrid, ScheduleCurves
+from ddpm_lightning.callbacks.progress import EpochLines, ImagesPerSecond
+from ddpm_lightning.callbacks.quality import SampleQuality
+from ddpm_lightning.callbacks.reports import BoundTable, ImageTermsWriter
+
+__all__ = [
+    "BatchSizeTest",
+    "BoundTable",
+    "EpochLines",
+    "ForwardStrip",
+    "ImageTermsWriter",
+    "ImagesPerSecond",
+    "LastCheckpoint",
+    "LearningRateTest",
+    "SampleGrid",
+    "SampleQuality",
+    "ScheduleCurves",
+    "StopOnNonFinite",
+]

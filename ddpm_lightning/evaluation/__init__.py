@@ -1,0 +1,1 @@
+"""Evaluation: what is measured of a trained model, with errors and units."""

@@ -1,0 +1,1 @@
+"""Sampling: a request for images, resolved once, and the files that it fills."""
