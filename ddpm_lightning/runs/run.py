@@ -1,34 +1,135 @@
-"""Reading a finished run back in."""
+"""A run is a folder: the configuration, the checkpoints, the logs and the results of one training."""
 
+import json
+import os
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from torch import Tensor
 
+from ddpm_lightning.checkpoints.files import LAST, last_good
 from ddpm_lightning.data import ImageDataModule
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.figures import save_png
+from ddpm_lightning.training import DiffusionModule
 
-__all__ = ["load_run"]
+__all__ = ["Run", "load_run"]
+
+
+class Run:
+    """The folder that ``ddpm fit`` writes, and the way back into it::
+
+        module, data = Run("runs/mnist").load()
+
+    Args:
+        folder: relative to the current folder or absolute; ``~`` is the home folder. It need not exist yet.
+
+    Raises:
+        InputError: an empty name.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        if not str(folder).strip():
+            raise InputError('run_dir "" is no folder: name one, for example --run_dir runs/mnist')
+        self.folder = Path(folder).expanduser().absolute()
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "Run":
+        """The run that a Trainer works in."""
+        return cls(trainer.default_root_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def config_path(self) -> Path:
+        """The configuration of ``fit`` with every default spelled out."""
+        return self.folder / "config.yaml"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.yaml``.
+
+        Raises:
+            InputError: there is none, or it is not the configuration of a run.
+        """
+        try:
+            config = yaml.safe_load(self.config_path.read_text())
+        except OSError as error:
+            raise InputError(f"{self.folder} holds no run: {self.config_path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.config_path} is not YAML: {error}") from None
+        if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+            raise InputError(f"{self.config_path} is not the configuration of a run: it names no data")
+        return config
+
+    def checkpoint(self, which: str | Path = "last") -> Path:
+        """A checkpoint file of the run.
+
+        Args:
+            which: ``last``, ``best``, or a path. Where ``last.ckpt`` is missing, ``previous.ckpt`` stands in for it.
+
+        Raises:
+            InputError: there is no such file.
+        """
+        path = self.checkpoints / f"{which}.ckpt" if str(which) in ("last", "best") else Path(which).expanduser().absolute()
+        if path.is_file():
+            return path
+        if path.name == LAST and (good := last_good(path.parent)):
+            return good
+        known = sorted(map(str, self.checkpoints.glob("*.ckpt")))
+        hint = f"this run has {', '.join(known)}" if known else f"there is none in {self.checkpoints} either"
+        raise InputError(f"--ckpt_path {path} does not exist; {hint}")
+
+    def load(self, checkpoint: str | Path = "last") -> tuple[DiffusionModule, ImageDataModule]:
+        """The trained module, on the CPU and in evaluation mode, and the data that it was trained on.
+
+        Args:
+            checkpoint: as in :meth:`checkpoint`.
+
+        Raises:
+            InputError: no such checkpoint, a damaged or refused one, no configuration.
+        """
+        return self.load_module(checkpoint), self.load_data()
+
+    def load_module(self, checkpoint: str | Path = "last") -> DiffusionModule:
+        """The module alone; needs a checkpoint and no configuration."""
+        return DiffusionModule.load_from_checkpoint(self.checkpoint(checkpoint), map_location="cpu").eval()
+
+    def load_data(self) -> ImageDataModule:
+        """The data alone; needs the configuration and no checkpoint."""
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(ImageDataModule, "data")
+        data: ImageDataModule = parser.instantiate(parser.parse_object({"data": self.config["data"]})).data
+        return data
+
+    def write(self, name: str, content: str | dict[str, Any] | list[Any] | Tensor) -> Path:
+        """Write a file into the folder, whole or not at all.
+
+        Args:
+            name: its name; folders within the run are made.
+            content: text, plain data (written as JSON), or a picture, uint8 ``[3, height, width]`` (written as PNG).
+
+        Returns:
+            The path.
+        """
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.stem}.part{path.suffix}")
+        if isinstance(content, Tensor):
+            save_png(content, part)
+        else:
+            part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+        os.replace(part, path)
+        return path
 
 
 def load_run(config: Path, ckpt_path: Path) -> tuple[DiffusionModule, ImageDataModule]:
-    """The module in a run's checkpoint, on the CPU, and the data that the run's configuration names.
-
-    Args:
-        config: RUN/config.yaml.
-        ckpt_path: a checkpoint of the same run.
-
-    Raises:
-        InputError: no such checkpoint, one that is damaged or refused (``checkpoint_io.py``), a file that is no
-            configuration of a run.
-    """
-    try:
-        section = yaml.safe_load(config.read_text())["data"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {config} is no configuration of a run: {error!r}") from None
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(ImageDataModule, "data")
-    data = parser.instantiate(parser.parse_object({"data": section})).data
-    module = DiffusionModule.load_from_checkpoint(ckpt_path, map_location="cpu")
-    return module.eval(), data
+    """The module and the data of the run whose configuration is ``config``."""
+    return Run(config.parent).load(ckpt_path)
