@@ -5,11 +5,12 @@ import signal
 import sys
 import warnings
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -19,12 +20,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddpm_lightning.callbacks import BoundTable, EpochLines, ImageTermsWriter, StopOnNonFinite
-from ddpm_lightning.checkpoints.files import LAST, last_good
+from ddpm_lightning.checkpoints.files import LAST
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data import ImageDataModule
 from ddpm_lightning.errors import InputError, RunError
-from ddpm_lightning.runs.lock import RunLock
+from ddpm_lightning.runs import Run
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule
 
@@ -66,11 +67,19 @@ class _SaveConfig(SaveConfigCallback):
     """Saves the resolved configuration in the run's folder: config.yaml of fit, config-STAGE.yaml of the others."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # the Trainer hands over a member of an enumeration, whatever the signature says
-        name = TrainerFn(stage).value
-        if name != "fit":
-            self.config_filename = f"config-{name}.yaml"
-        super().setup(trainer, pl_module, stage)
+        """Nothing yet in ``fit``: the checkpoint that training goes on from may be refused."""
+        if stage != "fit":
+            # the Trainer hands over a member of an enumeration, whatever the signature says
+            self._write(trainer, f"config-{TrainerFn(stage).value}.yaml")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, "config.yaml")
+
+    def _write(self, trainer: Trainer, name: str) -> None:
+        if trainer.is_global_zero:
+            # a path in a configuration that is copied with its run would lead back to the original
+            config = Namespace({**vars(self.config), "ckpt_path": None})
+            Run.of(trainer).write(name, self.parser.dump(config, skip_none=False))
 
 
 class DiffusionCLI(LightningCLI):
@@ -86,13 +95,12 @@ class DiffusionCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=_SaveConfig,
-            save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_kwargs={
                 **parser_kwargs,
                 "description": "Train, evaluate and sample denoising diffusion models.",
                 # argparse's own usage is a page of 80 options before the one line of the error
-                **{name: {**parser_kwargs, "usage": f"ddpm {name} [options]"} for name in self.subcommands()},
+                **{name: {**parser_kwargs, "usage": f"ddpm {name} [RUN] [options]"} for name in self.subcommands()},
             },
             args=args,
         )
@@ -125,35 +133,26 @@ class DiffusionCLI(LightningCLI):
         config = self.config[self.subcommand]
         if (config.model.decoder.get("init_args") or {}).get("levels") is not None:
             raise InputError("--model.decoder.init_args.levels follows the data: leave it out")
-        run_dir = Path(config.run_dir)
-        checkpoints = run_dir / "checkpoints"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            probe = run_dir / ".write-test"
-            probe.touch()
-            probe.unlink(missing_ok=True)
-        except OSError as error:
+        run = Run(config.run_dir)
+        run.make()
+        config.run_dir = config.trainer.default_root_dir = str(run.folder)
+        asked = config.get("ckpt_path")
+        if self.subcommand != "fit" or asked not in (None, "last"):
+            config["ckpt_path"] = asked if asked in (None, "hpc") else str(run.checkpoint(asked))
+            return
+        newest = run.newest_checkpoint()
+        if asked is None and newest and not config.trainer.fast_dev_run:
             raise InputError(
-                f"--run_dir {run_dir} cannot be written to ({error.strerror}): choose another folder"
-            ) from None
-        ckpt_path = config.get("ckpt_path")
-        if ckpt_path == "last" and self.subcommand == "fit" and last_good(checkpoints) is None:
-            # what a job is started with that goes on with itself when it is queued again
-            _say(f"no checkpoint in {checkpoints} yet: training starts from scratch")
-            ckpt_path = config["ckpt_path"] = None
-        if ckpt_path in ("last", "best"):
-            ckpt_path = config["ckpt_path"] = str(checkpoints / f"{ckpt_path}.ckpt")
-        known = sorted(str(path) for path in checkpoints.glob("*.ckpt"))
-        # instead of a missing last.ckpt the one before is read
-        found = ckpt_path is None or ckpt_path == "hpc" or Path(ckpt_path).is_file()
-        if not found and not (Path(ckpt_path).name == LAST and last_good(Path(ckpt_path).parent)):
-            hint = f"this run has {', '.join(known)}" if known else f"there is none in {checkpoints} either"
-            raise InputError(f"--ckpt_path {ckpt_path} does not exist; {hint}")
-        if self.subcommand == "fit" and ckpt_path is None and known and not config.trainer.fast_dev_run:
-            raise InputError(
-                f"{run_dir} already holds a run ({checkpoints}). Go on with it: --ckpt_path last. "
+                f"{run.folder} already holds a run ({newest}). Go on with it: --ckpt_path last. "
                 "Start another: --run_dir FOLDER"
             )
+        if asked == "last":
+            # a job that is queued again goes on with itself, and is started with the same command
+            if newest is None:
+                _say(f"no checkpoint in {run.checkpoints} yet: training starts from scratch")
+            elif newest.name != LAST:
+                _say(f"there is no {LAST} in {run.checkpoints}: training goes on from {newest.name}")
+            config["ckpt_path"] = newest and str(newest)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; bad arguments become an InputError.
@@ -198,7 +197,7 @@ class DiffusionCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         alone = subcommand == "fit" and self.trainer.is_global_zero
-        with RunLock(Path(self.trainer.default_root_dir)) if alone else nullcontext():
+        with Run.of(self.trainer).lock() if alone else nullcontext():
             try:
                 super()._run_subcommand(subcommand)
             except (InputError, RunError):
@@ -224,6 +223,8 @@ def _quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
+    # the arguments are the command line's, with RUN spelled out
+    warnings.filterwarnings("ignore", message=r".*args parameter is intended to run from within Python.*")
     # meant for DataLoaders: each batch of ours carries its indices
     warnings.filterwarnings("ignore", message=r".*infer the batch indices.*")
     # a checkpoint of fit is tested without the callbacks of fit
@@ -237,11 +238,31 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
 
 
+def _of_a_run(args: list[str]) -> list[str]:
+    """``ddpm test RUN ...`` spelled out; and a configuration that lies in a run's folder means that run."""
+    command, *rest = args or [""]
+    if command in DiffusionCLI.subcommands() and rest and not rest[0].startswith("-"):
+        run = Run(rest[0])
+        run.config  # noqa: B018  # refuses a folder that holds no run
+        return [command, "-c", str(run.config_path), "--run_dir", str(run.folder), "--ckpt_path", "last", *rest[1:]]
+    for option, value in pairwise(rest):
+        run = Run(Path(value or ".").parent)
+        named = any(word.split("=")[0] == "--run_dir" for word in rest)
+        if (
+            option in ("-c", "--config")
+            and not named
+            and Path(value).name == "config.yaml"
+            and run.checkpoints.is_dir()
+        ):
+            return [*args, "--run_dir", str(run.folder)]
+    return args
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``ddpm``: one sentence and status 2 for bad input, 1 for a run that cannot go on."""
     _quieten()
     try:
-        DiffusionCLI(args)
+        DiffusionCLI(_of_a_run(sys.argv[1:] if args is None else args))
     except (InputError, MisconfigurationException) as error:
         print(f"ddpm: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ddpm_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler, InpaintingFactory, Sampler
 from ddpm_lightning.sampling.output import ImageFile, check_space
 from ddpm_lightning.sampling.request import Starts, Walk, check_labels, known_pixels
@@ -21,10 +23,18 @@ __all__ = ["DiffusionTrainer"]
 
 
 class DiffusionTrainer(Trainer):
-    """The Trainer of the ``ddpm`` command line: it samples, and writes checkpoints whole or not at all."""
+    """The Trainer of the ``ddpm`` command line: it samples, and keeps its run in one folder, ``default_root_dir``.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Checkpoints are written whole or not at all, and, unless a callback names another folder, into the run's own,
+    whatever the logger.
+    """
+
+    def __init__(self, *args: Any, default_root_dir: str | Path | None = None, **kwargs: Any) -> None:
+        run = Run(Path.cwd() if default_root_dir is None else default_root_dir)
+        super().__init__(*args, default_root_dir=run.folder, **kwargs)
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(run.checkpoints)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # one given as a plugin stays
             self.strategy.checkpoint_io = AtomicCheckpointIO()
 

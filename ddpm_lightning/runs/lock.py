@@ -1,50 +1,53 @@
-"""One training at a time in a run's folder."""
+"""One process at a time in a folder."""
 
 import fcntl
 import os
 import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ddpm_lightning.errors import InputError
 
-__all__ = ["RunLock"]
+__all__ = ["hold"]
 
 
-class RunLock:
-    """Held as a context, and no longer than its process lives, however that ends.
+@contextmanager
+def hold(path: Path, doing: str) -> Iterator[None]:
+    """Hold a lock file while the context is open.
 
-    The kernel forgets a lock with the process that holds it, so a killed run leaves none behind; RUN/.lock, which
-    stays, says who holds or held it. On a file system without locks nothing is checked.
+    The kernel releases the lock when the process ends, however it ends, so a killed run leaves none behind. The file
+    stays and says who holds or held the lock. On a file system without locks nothing is checked. (filelock, which torch
+    requires, would empty the file that names the holder in its versions before 4.)
 
     Args:
-        run_dir: the folder.
+        path: the file.
+        doing: what the lock is for, as in "is being trained in".
 
     Raises:
-        InputError: another process trains in it.
+        InputError: another process holds it, or ``path`` is something else than a file.
     """
-
-    def __init__(self, run_dir: Path) -> None:
-        path = run_dir / ".lock"
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # neither wait for the other end of a FIFO, nor write to the target of a link
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened as a lock file ({error.strerror}): remove it") from None
+    with os.fdopen(handle, "r+") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise InputError(f"{path} is not a regular file: remove it")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip()
-            self._file.close()
             raise InputError(
-                f"--run_dir {run_dir} is being trained in by another process ({holder}): "
+                f"{path.parent} {doing} by another process ({file.read().strip()}): "
                 "wait for it, or choose another folder"
             ) from None
         except OSError:
+            yield
             return
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -2,6 +2,8 @@
 
 import json
 import os
+import tempfile
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from ddpm_lightning.checkpoints.files import LAST, last_good
 from ddpm_lightning.data import ImageDataModule
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import save_png
+from ddpm_lightning.runs.lock import hold
 from ddpm_lightning.training import DiffusionModule
 
 __all__ = ["Run", "load_run"]
@@ -69,23 +72,50 @@ class Run:
             raise InputError(f"{self.config_path} is not the configuration of a run: it names no data")
         return config
 
+    def make(self) -> None:
+        """Make the folder, and see that it can be written to.
+
+        Raises:
+            InputError: it cannot.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"--run_dir {self.folder} cannot be written to ({error.strerror}): choose another folder"
+            ) from None
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Held while training: a second training in the folder is refused with an InputError."""
+        return hold(self.folder / ".lock", "is being trained in")
+
     def checkpoint(self, which: str | Path = "last") -> Path:
-        """A checkpoint file of the run.
+        """The path of a checkpoint that can be read.
 
         Args:
-            which: ``last``, ``best``, or a path. Where ``last.ckpt`` is missing, ``previous.ckpt`` stands in for it.
+            which: ``last``, ``best``, or a path.
+
+        Returns:
+            The path. Where only ``previous.ckpt`` is left of ``last.ckpt``, the path of ``last.ckpt``: its readers then
+            take the other and say so.
 
         Raises:
             InputError: there is no such file.
         """
-        path = self.checkpoints / f"{which}.ckpt" if str(which) in ("last", "best") else Path(which).expanduser().absolute()
-        if path.is_file():
+        path = self.checkpoints / f"{which}.ckpt" if which in ("last", "best") else Path(which).expanduser().absolute()
+        if path.is_file() or (path.name == LAST and last_good(path.parent)):
             return path
-        if path.name == LAST and (good := last_good(path.parent)):
-            return good
         known = sorted(map(str, self.checkpoints.glob("*.ckpt")))
         hint = f"this run has {', '.join(known)}" if known else f"there is none in {self.checkpoints} either"
         raise InputError(f"--ckpt_path {path} does not exist; {hint}")
+
+    def newest_checkpoint(self) -> Path | None:
+        """From where training goes on: ``last.ckpt``, or the file written last where it is missing; None for none."""
+        if last_good(self.checkpoints):
+            return self.checkpoints / LAST
+        return max(self.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
     def load(self, checkpoint: str | Path = "last") -> tuple[DiffusionModule, ImageDataModule]:
         """The trained module, on the CPU and in evaluation mode, and the data that it was trained on.

@@ -46,6 +46,15 @@ from ddpm_lightning.training.memory_format import (
     state_like_parameters,
     wants_channels_last,
 )
+from ddpm_lightning.training.restored import (
+    Changes,
+    apply_optimization,
+    changed_options,
+    in_words,
+    keep_callback_options,
+    refuse_another_optimizer,
+    refuse_changed_weights,
+)
 from ddpm_lightning.training.resume import begin_next_epoch, rewind_to_step
 from ddpm_lightning.training.sharding import (
     ShardedStrategy,
@@ -179,6 +188,7 @@ class DiffusionModule(LightningModule):
         self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
         self._generator: Generators = None
         self._average: WeightAverage | None = None
+        self._changes: Changes = {}  # against the checkpoint that training goes on from
         self._sharded: ShardedWeights | None = None  # of the averaged model
 
     @property
@@ -226,6 +236,13 @@ class DiffusionModule(LightningModule):
             InputError: a tensor is missing, left over or of another shape; another schedule, for a network that is told
                 the time.
         """
+        self._changes = changed_options(self.hparams, checkpoint.get("hyper_parameters", {}))
+        refuse_changed_weights(self._changes)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            refuse_another_optimizer(self._changes)
+            keep_callback_options(self.trainer, checkpoint)
+            if any(path.startswith("lr_scheduler") for path in self._changes):
+                checkpoint["lr_schedulers"] = []  # apply_optimization brings it to where it would be
         check_state(type(self.model.network).__name__, self.state_dict(), checkpoint["state_dict"])
         if "schedule" in checkpoint:
             check_schedule(self.model, checkpoint["schedule"])
@@ -321,6 +338,10 @@ class DiffusionModule(LightningModule):
     def on_train_start(self) -> None:
         """Make what belongs to weights that are restored and on their device."""
         begin_next_epoch(self.trainer)
+        apply_optimization(self, self.trainer, self._changes)
+        if self._changes and self.trainer.is_global_zero:
+            print(f"changed since the checkpoint: {in_words(self._changes)}", flush=True)
+        self._changes = {}
         for optimizer in self.trainer.optimizers:
             state_like_parameters(optimizer)
         self._put_average_away()
@@ -378,18 +399,24 @@ class DiffusionModule(LightningModule):
         assert self._average is not None  # on_train_start
         self._average.update(decay_at(self.steps_trained, self.ema_decay))
 
-    def configure_optimizers(self) -> Any:
-        """The injected optimiser and, where there is one, its scheduler by step.
+    def make_optimizer(self) -> Optimizer:
+        """The injected optimiser of the model's parameters.
 
         Raises:
-            InputError: the module has no optimiser.
+            InputError: the module has none.
         """
         if self.optimizer_factory is None:
             raise InputError("this module has no optimiser: give --model.optimizer, for example torch.optim.Adam")
-        optimizer = self.optimizer_factory(self.model.parameters())
-        if self.scheduler_factory is None:
-            return optimizer
-        return [optimizer], [{"scheduler": self.scheduler_factory(optimizer), "interval": "step"}]
+        return self.optimizer_factory(self.model.parameters())
+
+    def make_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
+        """The injected learning-rate scheduler, which is stepped after each optimiser step; None for none."""
+        return None if self.scheduler_factory is None else self.scheduler_factory(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer()
+        scheduler = self.make_scheduler(optimizer)
+        return optimizer if scheduler is None else ([optimizer], [{"scheduler": scheduler, "interval": "step"}])
 
     # ---------------------------------------------------------------- the bound
 
