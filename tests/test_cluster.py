@@ -16,7 +16,7 @@ from conftest import ROOT, run_script
 from test_resume import Evil, compared, differences, torn
 
 from ddpm_lightning.cli import main
-from ddpm_lightning.runs.lock import RunLock
+from ddpm_lightning.runs import Run
 
 pytestmark = pytest.mark.cli
 SLURM = ROOT / "scripts" / "slurm"
@@ -159,7 +159,7 @@ def test_a_torn_or_missing_last_checkpoint_and_an_evil_one(
     for command in (sample, [*fit, "--ckpt_path=last"]):
         message = refused(capsys, *command)
         assert message.startswith(f"ddpm: error: --ckpt_path {last} is refused") and message.count("\n") == 1
-    with RunLock(run_dir):
+    with Run(run_dir).lock():
         assert "is being trained in by another process" in refused(capsys, *fit, f"--ckpt_path={previous}")
     assert not (tmp_path / "proof").exists()
 

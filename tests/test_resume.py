@@ -22,7 +22,7 @@ from ddpm_lightning.checkpoints.files import (
 )
 from ddpm_lightning.data import Digits
 from ddpm_lightning.errors import InputError, RunError
-from ddpm_lightning.runs.lock import RunLock
+from ddpm_lightning.runs import Run
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule
 
@@ -390,13 +390,14 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
 
 def test_one_training_at_a_time_in_a_folder(tmp_path: Path) -> None:
     words = rf"is being trained in by another process \(process {os.getpid()} on \S+\)"
-    with RunLock(tmp_path), pytest.raises(InputError, match=words):
-        RunLock(tmp_path)
-    with RunLock(tmp_path):
+    run = Run(tmp_path)
+    with run.lock(), pytest.raises(InputError, match=words), run.lock():
+        pass
+    with run.lock():
         pass
     if (child := os.fork()) == 0:
-        with RunLock(tmp_path):
+        with run.lock():
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    with RunLock(tmp_path):
+    with run.lock():
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()

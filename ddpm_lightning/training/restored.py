@@ -1,4 +1,4 @@
-"""What a run that goes on is asked for, against what its checkpoint was trained with: applied or refused, never ignored.
+"""Options of a resumed run against those of its checkpoint: each change is applied or refused.
 
 Lightning restores the optimiser and the learning-rate scheduler with the values that they had, whatever the
 configuration says now, and the weights into any model that has tensors of the same shapes.
