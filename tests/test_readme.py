@@ -5,13 +5,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
 from ddpm_lightning.cli import DiffusionCLI
 
 README = (ROOT / "README.md").read_text()
-SHOWN = README + "".join((ROOT / "docs" / name).read_text() for name in ("cluster.md", "evaluation.md", "sampling.md"))
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+SHOWN = README + "".join(path.read_text() for path in DOCS)
 
 
 def blocks(language: str) -> list[str]:
@@ -44,13 +46,13 @@ class ParsedOnly(DiffusionCLI):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    arguments = shlex.split(command)[1:]
-    # the configuration that a run saves is the resolved one that it was started with
-    config = re.sub(r"runs/(quickstart|classes|mnist_classes|mnist)/config\.yaml", "", " ".join(arguments))
-    if config != " ".join(arguments):
-        name = "mnist" if "runs/mnist" in command else "digits"
-        arguments = [f"configs/{name}.yaml" if a.endswith("/config.yaml") else a for a in arguments]
-    assert ParsedOnly(arguments).config.subcommand == arguments[0]
+    subcommand, *arguments = shlex.split(command)[1:]
+    # a run stands for the configuration that it was started with
+    config = "configs/mnist.yaml" if "runs/mnist" in command else "configs/digits.yaml"
+    arguments = [config if a.startswith("runs/") and a.endswith("/config.yaml") else a for a in arguments]
+    if not arguments[0].startswith("-"):
+        arguments = ["-c", config, *arguments[1:]]
+    assert ParsedOnly([subcommand, *arguments]).config.subcommand == subcommand
 
 
 def test_there_are_commands() -> None:
@@ -59,28 +61,43 @@ def test_there_are_commands() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs(code: str) -> None:
-    exec(compile(code, "README.md", "exec"), {})
+def test_python_runs() -> None:
+    """One block after the other, as a reader would type them."""
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(compile(code.replace("runs/mnist", str(ROOT / "tests/data/run_of_0_1")), "README.md", "exec"), names)
+    network = names["MyNet"]
+    assert network(8)(torch.zeros(2, 1, 4, 4), torch.zeros(2)).shape == (2, 1, 4, 4)  # type: ignore[operator]
 
 
-def test_files_that_it_names_exist() -> None:
-    for path in re.findall(r"\]\(((?:docs|configs|scripts)/[^)]+)\)", README):
+def test_the_readme_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert all(len(line) <= 120 for line in lines if not line.startswith(("|", "ddpm ", "[")))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda path: path.name)
+def test_links_lead_to_files(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:configs|scripts|docs)/[\w/.]+\.\w+)`", text):
         assert (ROOT / path).is_file(), path
-    for path in re.findall(r"`((?:configs|scripts|docs)/[\w/.]+\.\w+)`", README):
-        assert (ROOT / path).is_file(), path
+
+
+def test_files_of_the_equations_exist() -> None:
     package = ROOT / "ddpm_lightning"
-    for cell in re.findall(r"\| (`[^|]*\.py`[^|]*) \|", README):
-        for path in re.findall(r"`([\w/]+\.py)`", cell):
-            assert (package / path).is_file(), path
+    cells = re.findall(r"\| (`[^|]*\.py`[^|]*) \|", (ROOT / "docs/equations.md").read_text())
+    paths = [path for cell in cells for path in re.findall(r"`([\w/]+\.py)`", cell)]
+    assert len(paths) > 10 and all((package / path).is_file() for path in paths)
 
 
 def test_shipped_parts_exist() -> None:
     from ddpm_lightning import networks, objectives, process, schedules
 
-    table = README[README.index("| key | what it is | shipped |") : README.index("A configuration of your own")]
-    rows = [row for row in table.splitlines() if row.startswith("| `model.")]
-    names = {name for row in rows for name in re.findall(r"`([A-Z]\w+)`", row.split("|")[3])}
+    rows = [row for row in SHOWN.splitlines() if row.startswith("| `model.") and "`" in row.split("|")[-2]]
+    names = {name for row in rows for name in re.findall(r"`([A-Z]\w+)`", row.split("|")[-2])}
+    assert len(names) > 25
     for name in names:
         assert any(hasattr(module, name) for module in (networks, objectives, process, schedules)), name
 
