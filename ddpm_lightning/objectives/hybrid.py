@@ -9,7 +9,7 @@ from torch import Tensor
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.times import BatchShare, TimeSampler, steps_of
-from ddpm_lightning.ops import Generators, expand_to, randn_like, sum_per_image
+from ddpm_lightning.ops import Generators, expand_to, sum_per_image
 from ddpm_lightning.process import DiffusionModel, Prediction
 
 __all__ = ["HybridObjective"]
@@ -70,9 +70,7 @@ class HybridObjective(Objective):
         draw = self.times(x0, generators, share)
         steps = steps_of(draw, model.T)
         t = torch.take(model.grid_on(x0.device), steps)
-        eps = randn_like(x0, generators)
-        marginal = model.forward_process.marginal(x0, t)
-        x_t = marginal.mean + marginal.std * eps
+        x_t, eps = model.forward_process.noised(x0, t, generators)
         prediction = model.denoiser(x_t, t, **cond)
         simple = sum_per_image((prediction.eps - eps).square())
         vlb = model.T * _step_cost(model, x0, x_t, steps, replace(prediction, x0=prediction.x0.detach()))
@@ -90,6 +88,6 @@ def _step_cost(model: DiffusionModel, x0: Tensor, x_t: Tensor, steps: Tensor, pr
     # gradient of a NaN that where() discards is still a NaN.
     later = steps.clamp(min=2)
     s, t = torch.take(grid, later - 1), torch.take(grid, later)
-    kl = process.posterior(x0, x_t, s, t).kl(reverse.transition_from(prediction, x_t, s, t))
+    kl = process.posterior(x0, x_t, s, t).kl(reverse.transition(x_t, s, t, prediction))
     near = replace(prediction, x0=torch.where(expand_to(first, x0), prediction.x0, x0))
-    return torch.where(first, -model.decoder.log_prob(x0, model.decoder_gaussian_from(near, x_t)), kl)
+    return torch.where(first, -model.decoder.log_prob(x0, model.decoder_gaussian(x_t, prediction=near)), kl)

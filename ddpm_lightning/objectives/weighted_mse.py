@@ -19,7 +19,7 @@ from torch import Tensor
 from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.times import BatchShare, TimeSampler, steps_of
 from ddpm_lightning.objectives.weighting import UniformWeighting, Weighting
-from ddpm_lightning.ops import Generators, randn_like, sum_per_image
+from ddpm_lightning.ops import Generators, sum_per_image
 from ddpm_lightning.process import DiffusionModel, Parameterization
 
 __all__ = ["WeightedMSE"]
@@ -74,9 +74,7 @@ class WeightedMSE(Objective):
             t = grid[1] + span * draw.position
         else:
             t = torch.take(grid, steps_of(draw, model.T))
-        eps = randn_like(x0, generators)
-        marginal = model.forward_process.marginal(x0, t)
-        x_t = marginal.mean + marginal.std * eps
+        x_t, eps = model.forward_process.noised(x0, t, generators)
         prediction = model.denoiser(x_t, t, **cond)
         error = prediction.eps - eps
         if self.target is not None:

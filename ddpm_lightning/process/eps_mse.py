@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import Generators, randn_like, sum_per_image
+from ddpm_lightning.ops import Generators, sum_per_image
 from ddpm_lightning.process.model import DiffusionModel
 
 __all__ = ["eps_mse_table", "spread_times"]
@@ -60,9 +60,8 @@ def eps_mse_table(
     sums, count = torch.zeros(len(times), dtype=torch.float64), 0
     for x0, cond in batches:
         for k, t in enumerate(times.to(x0.device)):
-            eps = randn_like(x0, generators)
-            marginal = model.forward_process.marginal(x0, t)
-            prediction = model.reverse_process.denoiser(marginal.mean + marginal.std * eps, t, **cond)
+            x_t, eps = model.forward_process.noised(x0, t, generators)
+            prediction = model.reverse_process.denoiser(x_t, t, **cond)
             sums[k] += sum_per_image((prediction.eps - eps).square()).sum().cpu()
         count += x0.numel()
     if count == 0:

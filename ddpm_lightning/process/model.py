@@ -157,23 +157,22 @@ class DiffusionModel(nn.Module):
         """p(x_T) over images of the shape of ``like``: N(0, I) for a variance-preserving schedule."""
         return centred_like(like, self.schedule.log_unit_var(self.grid_on(like.device)[-1]))
 
-    def decoder_gaussian(self, x1: Tensor, grid: Tensor | None = None, **cond: Any) -> DiagonalGaussian:
-        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1 ``[B, C, H, W]``.
+    def decoder_gaussian(
+        self, x1: Tensor, grid: Tensor | None = None, prediction: Prediction | None = None, **cond: Any
+    ) -> DiagonalGaussian:
+        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1.
+
+        A decoder that works without the denoiser starts from q(x_1 | x_0), read as a function of x_0.
 
         Args:
-            x1: the first state.
+            x1: the first state, ``[B, C, H, W]``.
             grid: the chain that it belongs to, ``[K + 1]`` increasing times; None for the model's own.
+            prediction: the denoiser's at x_1, where it has been made; None to make it where it is needed.
             cond: conditions, passed on to the network.
         """
         grid = self.grid_on(x1.device) if grid is None else grid
         if not self.decoder.uses_denoiser:
             return self.forward_process.likelihood(x1, grid[1])
-        return self.decoder_gaussian_from(self.reverse_process.denoiser(x1, grid[1], **cond), x1, grid)
-
-    def decoder_gaussian_from(self, prediction: Prediction, x1: Tensor, grid: Tensor | None = None) -> DiagonalGaussian:
-        """The same from a prediction that has been made; a decoder that does without one starts from q(x_1 | x_0), read
-        as a function of x_0."""
-        grid = self.grid_on(x1.device) if grid is None else grid
-        if not self.decoder.uses_denoiser:
-            return self.forward_process.likelihood(x1, grid[1])
-        return self.reverse_process.decoder_gaussian_from(prediction, x1, grid[1], grid[min(2, len(grid) - 1)])
+        if prediction is None:
+            prediction = self.reverse_process.denoiser(x1, grid[1], **cond)
+        return self.reverse_process.decoder_gaussian(prediction, x1, grid[1], grid[min(2, len(grid) - 1)])

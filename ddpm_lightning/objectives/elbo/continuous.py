@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms
-from ddpm_lightning.ops import Generators, rand, randn_like, sum_per_image
+from ddpm_lightning.ops import Generators, rand, sum_per_image
 from ddpm_lightning.process import Denoiser, DiffusionModel
 
 __all__ = ["ContinuousElbo", "diffusion_cost"]
@@ -26,9 +26,8 @@ def diffusion_cost(
         generators: source of the noise.
         cond: conditions, passed on to the network.
     """
-    eps = randn_like(x0, generators)
-    marginal = model.forward_process.marginal(x0, t)
-    prediction = denoiser(marginal.mean + marginal.std * eps, t, **cond)
+    x_t, eps = model.forward_process.noised(x0, t, generators)
+    prediction = denoiser(x_t, t, **cond)
     return 0.5 * model.schedule.gamma_slope(t) * sum_per_image((eps - prediction.eps).square())
 
 
