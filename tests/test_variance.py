@@ -98,7 +98,7 @@ class Fixed(TimeSampler):
         super().__init__()
         self.position = (step - 0.5) / T
 
-    def forward(self, like: Tensor, generators: object = None, share: object = None) -> TimeDraw:
+    def forward(self, like: Tensor, generators: object = None) -> TimeDraw:
         position = torch.full(like.shape[:1], self.position, dtype=torch.float64)
         return TimeDraw(position, torch.ones_like(position))
 
@@ -482,7 +482,7 @@ def test_no_step_gives_a_gradient_that_is_not_finite(schedule: Schedule, decoder
     model, x0 = learned_model(network, schedule, decoder=decoder), (normal(8, 1, 4, 4) / 3).clamp(-1, 1).float()
 
     class Ends(TimeSampler):
-        def forward(self, like: Tensor, generators: object = None, share: object = None) -> TimeDraw:
+        def forward(self, like: Tensor, generators: object = None) -> TimeDraw:
             position = torch.tensor([0.0, 0.999999] * 4, dtype=torch.float64)
             return TimeDraw(position, torch.ones_like(position))
 

@@ -14,7 +14,6 @@ from ddpm_lightning.objectives.noise_mse import NoiseMSE
 from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.path import PathLogProbs, path_log_probs, state_bound
 from ddpm_lightning.objectives.times import (
-    BatchShare,
     EquispacedTimes,
     ImportanceTimes,
     StratifiedTimes,
@@ -33,7 +32,6 @@ from ddpm_lightning.objectives.weighting import (
 )
 
 __all__ = [
-    "BatchShare",
     "ConsistencyElbo",
     "ContinuousElbo",
     "ContinuousNegativeElbo",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives.objective import Objective
-from ddpm_lightning.objectives.times import BatchShare, TimeSampler, steps_of
+from ddpm_lightning.objectives.times import TimeSampler, steps_of
 from ddpm_lightning.ops import Generators, expand_to, sum_per_image
 from ddpm_lightning.process import DiffusionModel, Prediction
 
@@ -57,17 +57,9 @@ class HybridObjective(Objective):
                 "use --model.objective NoiseMSE, or --model.variance LearnedRangeVariance"
             )
 
-    def forward(
-        self,
-        model: DiffusionModel,
-        x0: Tensor,
-        generators: Generators = None,
-        *,
-        share: BatchShare | None = None,
-        **cond: Any,
-    ) -> Tensor:
+    def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
         """L_simple + vlb_weight * L_vlb, ``[B]``. In training mode the sampler of times is told of it."""
-        draw = self.times(x0, generators, share)
+        draw = self.times(x0, generators)
         steps = steps_of(draw, model.T)
         t = torch.take(model.grid_on(x0.device), steps)
         x_t, eps = model.forward_process.noised(x0, t, generators)

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.objectives.times import BatchShare
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -42,22 +41,13 @@ class Objective(nn.Module):
                 "--model.objective ContinuousNegativeElbo or NegativeElbo"
             )
 
-    def forward(
-        self,
-        model: DiffusionModel,
-        x0: Tensor,
-        generators: Generators = None,
-        *,
-        share: BatchShare | None = None,
-        **cond: Any,
-    ) -> Tensor:
+    def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
         """Losses of a batch.
 
         Args:
             model: the generative model.
             x0: images ``[B, C, H, W]`` in model range.
             generators: source of noise and times.
-            share: which part of the optimiser step's images these are; None if they are all of them.
             cond: conditions, passed on to the network.
 
         Returns:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import Generators, expand_to, rand, shuffled_places
+from ddpm_lightning.ops import BatchGenerator, Generators, expand_to, rand, shuffled_places
 
 __all__ = [
-    "BatchShare",
     "EquispacedTimes",
     "ImportanceTimes",
     "StratifiedTimes",
@@ -31,22 +30,6 @@ __all__ = [
 
 _LAST_BELOW_1 = math.nextafter(1.0, 0.0)
 _OPTION = "--model.objective.init_args.times.init_args"
-
-
-@dataclass(frozen=True)
-class BatchShare:
-    """Which part of an optimiser step's images a call sees: they are spread over accumulated batches, and over
-    processes where these do not share a :class:`~ddpm_lightning.ops.BatchGenerator`.
-
-    Attributes:
-        part: this part, 0..parts-1.
-        parts: number of parts.
-        generator: in the same state for all parts of one step, and in another one for another step.
-    """
-
-    part: int
-    parts: int
-    generator: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -73,13 +56,12 @@ class TimeSampler(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         """A draw for B = ``like.shape[0]`` images, on the device of ``like``.
 
         Args:
             like: ``[B, ...]``.
             generators: source of the draws.
-            share: which part of the optimiser step's images these are; None if they are all of them.
         """
         raise NotImplementedError
 
@@ -90,7 +72,7 @@ class TimeSampler(nn.Module):
 class UniformTimes(TimeSampler):
     """Independent draws (Ho et al. 2020, algorithm 1)."""
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         """Independent uniform positions."""
         return _uniform_draw(rand(like, generators))
 
@@ -103,7 +85,7 @@ class StratifiedTimes(TimeSampler):
     :class:`~ddpm_lightning.ops.BatchGenerator`: each accumulated batch covers the axis by itself.
     """
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         """Positions that cover the axis evenly."""
         stratum, count = shuffled_places(like, generators)
         return _uniform_draw((stratum + rand(like, generators)) / count)
@@ -114,22 +96,22 @@ class EquispacedTimes(TimeSampler):
 
         u_j = (u_0 + j/N) mod 1,  j = 0..N-1
 
-    over all N images of an optimiser step. Part p of P (see :class:`BatchShare`) takes every P-th of them,
-    j = p, p + P, ..., so that it covers the whole axis too, in shuffled order. Every single u_j is uniform.
+    over all N images of an optimiser step. Batch p of P accumulated ones takes every P-th of them, j = p, p + P, ...,
+    in shuffled order, so that it covers the whole axis too (:class:`~ddpm_lightning.ops.BatchGenerator` holds p and P).
+    Every single u_j is uniform.
 
-    If the parts differ in size, each is equally spaced by itself and unbiased, but their union is no longer equally
-    spaced; the same holds where some parts are left out, as in the last accumulation of an epoch.
+    If the batches differ in size, each is equally spaced by itself and unbiased, but their union is no longer equally
+    spaced. The same holds where some batches are left out, as in the last accumulation of an epoch.
     """
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
-        """This part of the equally spaced positions. ``generators`` shuffle; without a share they give u_0 too."""
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
+        """The equally spaced positions of this batch."""
         place, count = shuffled_places(like, generators)
-        if share is None:
-            offset = rand(like, generators)[:1]
+        if isinstance(generators, BatchGenerator):
+            u0 = rand(like[:1], generators.step_generator or generators.generator)
+            offset = u0 + generators.batch / (generators.batches * count)
         else:
-            generator = share.generator
-            u0 = torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device).to(like.device)
-            offset = u0 + share.part / (share.parts * count)
+            offset = rand(like, generators)[:1]
         return _uniform_draw((offset + place / count) % 1)
 
 
@@ -178,7 +160,7 @@ class ImportanceTimes(TimeSampler):
         learned = (1 - self.uniform) * root_mean_square / root_mean_square.sum() + self.uniform / self.bins
         return torch.where((self.counts >= self.history).all(), learned, 1 / self.bins)
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         """Independent draws from p_k."""
         p = self.probabilities()
         upper = p.cumsum(0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.objectives.objective import Objective
-from ddpm_lightning.objectives.times import BatchShare, TimeSampler, steps_of
+from ddpm_lightning.objectives.times import TimeSampler, steps_of
 from ddpm_lightning.objectives.weighting import UniformWeighting, Weighting
 from ddpm_lightning.ops import Generators, sum_per_image
 from ddpm_lightning.process import DiffusionModel, Parameterization
@@ -54,19 +54,11 @@ class WeightedMSE(Objective):
         super().__init__()
         self.times, self.target, self.weighting, self.continuous, self.T = times, target, weighting, continuous, T
 
-    def forward(
-        self,
-        model: DiffusionModel,
-        x0: Tensor,
-        generators: Generators = None,
-        *,
-        share: BatchShare | None = None,
-        **cond: Any,
-    ) -> Tensor:
+    def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
         """Weighted mean squared error, ``[B]``, float64. In training mode the sampler of times is told of it."""
         if self.T is not None:
             model = model.with_steps(self.T)
-        draw = self.times(x0, generators, share)
+        draw = self.times(x0, generators)
         grid = model.grid_on(x0.device)
         span: Tensor | float = 1.0
         if self.continuous:
