@@ -54,7 +54,7 @@ class HybridObjective(Objective):
         if variance.network_outputs == 1:
             raise InputError(
                 f"HybridObjective teaches a learned variance, and {type(variance).__name__} has nothing to learn: "
-                "use --model.objective NoiseMSE, or --model.variance LearnedRangeVariance"
+                "use NoiseMSE, or LearnedRangeVariance"
             )
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:

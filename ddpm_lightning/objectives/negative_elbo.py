@@ -67,7 +67,7 @@ class ContinuousNegativeElbo(Objective):
         except NotImplementedError:
             raise InputError(
                 f"ContinuousNegativeElbo needs d gamma/dt and {type(schedule).__name__} defines none: give it "
-                "gamma_slope, or use --model.objective NegativeElbo"
+                "gamma_slope, or use NegativeElbo"
             ) from None
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:

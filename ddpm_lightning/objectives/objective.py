@@ -33,12 +33,12 @@ class Objective(nn.Module):
         if variance.network_outputs > 1 and not self.trains_variance:
             raise InputError(
                 f"{type(self).__name__} does not depend on the reverse variance, so {type(variance).__name__} would "
-                "not be learned: use --model.objective HybridObjective or NegativeElbo, or a fixed variance"
+                "not be learned: use HybridObjective or NegativeElbo, or a fixed variance"
             )
         if not self.is_bound and model.schedule.is_learned:
             raise InputError(
                 f"{type(model.schedule).__name__} is learned through the bound, and {type(self).__name__} is none: use "
-                "--model.objective ContinuousNegativeElbo or NegativeElbo"
+                "ContinuousNegativeElbo or NegativeElbo"
             )
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:

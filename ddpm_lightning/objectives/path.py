@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -100,8 +100,7 @@ def state_bound(
     """
     if not 0 <= index <= model.T:
         raise InputError(f"index = {index} must lie between 0 (data) and the chain's T = {model.T}")
-    if paths < 1:
-        raise InputError(f"paths = {paths} must be 1 or more")
+    at_least(1, paths=paths)
     prior = model.prior(x_n)
     bounds = []
     for _ in range(paths):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.ops import BatchGenerator, Generators, expand_to, rand, shuffled_places
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 _LAST_BELOW_1 = math.nextafter(1.0, 0.0)
-_OPTION = "--model.objective.init_args.times.init_args"
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,9 @@ class ImportanceTimes(TimeSampler):
 
     def __init__(self, bins: int = 100, history: int = 10, uniform: float = 0.001) -> None:
         super().__init__()
-        for name, value in (("bins", bins), ("history", history)):
-            if value < 1:
-                raise InputError(f"{name} = {value} must be 1 or more: change {_OPTION}.{name}")
+        at_least(1, bins=bins, history=history)
         if not 0 < uniform <= 1:
-            raise InputError(f"uniform = {uniform:g} must lie in (0, 1]: change {_OPTION}.uniform")
+            raise InputError(f"uniform = {uniform:g} must lie in (0, 1]")
         self.bins, self.history, self.uniform = bins, history, uniform
         self.register_buffer("losses", torch.zeros(bins, history))
         self.register_buffer("counts", torch.zeros(bins, dtype=torch.long))
@@ -214,8 +211,8 @@ def stratified_steps(
     Raises:
         InputError: ``steps`` < 1.
     """
-    if steps is not None and steps < 1:
-        raise InputError(f"steps = {steps} must be 1 or more, or null for all of them")
+    if steps is not None:
+        at_least(1, "None stands for all of them", steps=steps)
     if steps is None or steps >= count:
         indices = torch.arange(1, count + 1, device=like.device)
         return indices[:, None].expand(count, like.shape[0]), torch.ones(count, dtype=torch.float64, device=like.device)

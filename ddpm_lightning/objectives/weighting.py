@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import positive
 from ddpm_lightning.schedules import Schedule
 
 __all__ = [
@@ -26,8 +26,6 @@ __all__ = [
     "UniformWeighting",
     "Weighting",
 ]
-
-_OPTION = "--model.objective.init_args.weighting.init_args"
 
 
 class Weighting:
@@ -59,7 +57,7 @@ class MinSNRWeighting(Weighting):
     """
 
     def __init__(self, clip: float = 5.0) -> None:
-        _check_positive("clip", clip)
+        positive(clip=clip)
         self.clip = clip
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -79,7 +77,7 @@ class P2Weighting(Weighting):
     """
 
     def __init__(self, k: float = 1.0, power: float = 1.0) -> None:
-        _check_positive("k", k)
+        positive(k=k)
         self.k, self.power = k, power
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -109,8 +107,7 @@ class EDMWeighting(Weighting):
     """
 
     def __init__(self, sigma_data: float = 0.5, mean: float = -1.2, std: float = 1.2) -> None:
-        _check_positive("sigma_data", sigma_data)
-        _check_positive("std", std)
+        positive(sigma_data=sigma_data, std=std)
         self.sigma_data, self.mean, self.std = sigma_data, mean, std
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -131,8 +128,3 @@ class ElboWeighting(Weighting):
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
         """gamma'(t) / 2."""
         return schedule.gamma_slope(t) / 2
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise InputError(f"{name} = {value:g} must be positive: change {_OPTION}.{name}")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.ops import Generators, sum_per_image
 from ddpm_lightning.process.model import DiffusionModel
 
@@ -25,8 +25,7 @@ def spread_times(model: DiffusionModel, points: int) -> Tensor:
     Raises:
         InputError: ``points`` < 2.
     """
-    if points < 2:
-        raise InputError(f"points = {points} must be 2 or more: both ends of the chain")
+    at_least(2, "both ends of the chain", points=points)
     times = model.grid[1:]
     gammas = model.schedule.gamma(times)
     ends = gammas[0].item(), gammas[-1].item()

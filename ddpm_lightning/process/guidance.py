@@ -150,7 +150,7 @@ class ClassifierFreeDenoiser(Denoiser):
         if num_classes is None:
             raise InputError(
                 "classifier-free guidance needs a class-conditional model: train one with "
-                "--model.class_conditional true and --model.label_dropout 0.1"
+                "class_conditional = true and label_dropout = 0.1"
             )
         self.denoiser, self.scale, self.num_classes = denoiser, scale, num_classes
         self.schedule = denoiser.schedule

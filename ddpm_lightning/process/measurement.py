@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least, positive
 from ddpm_lightning.ops import expand_mask, sum_per_image
 
 __all__ = [
@@ -77,8 +77,7 @@ class AverageOperator(LinearOperator):
     """
 
     def __init__(self, factor: int) -> None:
-        if factor < 1:
-            raise InputError(f"factor = {factor} must be 1 or more: the side of the squares that are averaged")
+        at_least(1, "the side of the squares that are averaged", factor=factor)
         self.factor = factor
 
     def apply(self, x: Tensor) -> Tensor:
@@ -134,11 +133,11 @@ class LinearMeasurement:
     """
 
     def __init__(self, operator: LinearOperator, y: Tensor, noise_var: float) -> None:
-        if not 0 < noise_var < math.inf:
-            raise InputError(
-                f"noise_var = {noise_var:g} must be positive and finite: the variance of the measurement's noise. For "
-                "pixels that are known exactly use ReplacementSampler, or a variance below that of rounding to levels"
-            )
+        positive(
+            "the variance of the measurement's noise. For pixels that are known exactly use ReplacementSampler, or a "
+            "variance below that of rounding to levels",
+            noise_var=noise_var,
+        )
         self.operator, self.y, self.noise_var = operator, _kept(y), noise_var
 
     def residual(self, x0: Tensor) -> Tensor:

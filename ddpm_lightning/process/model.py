@@ -87,13 +87,13 @@ class DiffusionModel(nn.Module):
         if not bool((self.schedule.gamma(self.grid).diff() > 0).all()):
             raise InputError(
                 f"gamma of {type(self.schedule).__name__} does not increase from state to state, so the "
-                "signal-to-noise ratio does not fall: choose another --model.schedule"
+                "signal-to-noise ratio does not fall: choose another schedule"
             )
         variance = self.reverse_process.variance
         if variance.min_T > self.T:
             raise InputError(
                 f"{type(variance).__name__} gives the decoder of a chain of T = {self.T} steps no variance: "
-                "use --model.variance FixedLargeVariance, or a larger T"
+                "use FixedLargeVariance, or a larger T"
             )
 
     @property

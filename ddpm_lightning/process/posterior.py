@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.ops import expand_to, sum_per_image
 from ddpm_lightning.process.denoiser import Denoiser
 from ddpm_lightning.process.guidance import ProductDenoiser, differentiable, fresh
@@ -66,8 +66,7 @@ class MMPSDenoiser(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, measurement: LinearMeasurement, iterations: int = 5) -> None:
-        if iterations < 1:
-            raise InputError(f"iterations = {iterations} must be 1 or more: steps of conjugate gradients")
+        at_least(1, "steps of conjugate gradients", iterations=iterations)
         self.denoiser, self.measurement, self.iterations = denoiser, measurement, iterations
         self.schedule = denoiser.schedule
 

@@ -127,16 +127,15 @@ class AnalyticVariance(ReverseVariance):
     """
 
     def __init__(self, gammas: list[float], eps_mse: list[float]) -> None:
-        option = "--model.variance.init_args"
         if len(gammas) != len(eps_mse) or not gammas:
             raise InputError(
-                f"{option}.gammas has {len(gammas)} entries and {option}.eps_mse has {len(eps_mse)}: "
-                "give one error for each noise level, and at least one"
+                f"gammas has {len(gammas)} entries and eps_mse has {len(eps_mse)}: give one error for each noise "
+                "level, and at least one"
             )
         if not all(map(math.isfinite, gammas)) or not all(a < b for a, b in pairwise(gammas)):
-            raise InputError(f"{option}.gammas must be finite and increase: sort the table by gamma")
+            raise InputError(f"gammas = {list(gammas)} must be finite and increase: sort the table by gamma")
         if not all(math.isfinite(value) and value > 0 for value in eps_mse):
-            raise InputError(f"{option}.eps_mse must be finite and above 0: each is a mean squared error")
+            raise InputError(f"eps_mse = {list(eps_mse)} must be finite and above 0: each is a mean squared error")
         self.gammas, self.eps_mse = list(gammas), list(eps_mse)
         # one more point beyond each end, so that the lines through the end points are constant and one point is enough
         points = [gammas[0] - 1, *gammas, gammas[-1] + 1], [eps_mse[0], *eps_mse, eps_mse[-1]]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least, positive
 from ddpm_lightning.ops import expand_mask
 from ddpm_lightning.process import LinearMeasurement, MaskOperator, MMPSDenoiser
 from ddpm_lightning.samplers.base import Context, Sampler, State
@@ -67,8 +67,7 @@ class ReplacementSampler(InpaintingSampler):
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor, resamplings: int = 1) -> None:
-        if resamplings < 1:
-            raise InputError(f"resamplings = {resamplings} must be 1 or more: how often each step is taken")
+        at_least(1, "how often each step is taken", resamplings=resamplings)
         super().__init__(sampler, known, mask)
         self.resamplings = resamplings
 
@@ -112,9 +111,8 @@ class MomentMatchingSampler(InpaintingSampler):
     ) -> None:
         super().__init__(sampler, known, mask)
         self.iterations, self.noise_var = iterations, noise_var
-        LinearMeasurement(MaskOperator(mask), known, noise_var)  # for what it refuses
-        if iterations < 1:
-            raise InputError(f"iterations = {iterations} must be 1 or more: steps of conjugate gradients")
+        positive("the variance with which the known pixels are believed", noise_var=noise_var)
+        at_least(1, "steps of conjugate gradients", iterations=iterations)
 
     @property
     def is_deterministic(self) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.ops import Generators, as_times, expand_to, randn_like, sum_per_image
 from ddpm_lightning.process import DiffusionModel
 from ddpm_lightning.schedules import logsnr_grid
@@ -63,8 +63,7 @@ class HutchinsonDivergence(Divergence):
     """
 
     def __init__(self, probes: int = 1) -> None:
-        if probes < 1:
-            raise InputError(f"probes = {probes} must be 1 or more")
+        at_least(1, probes=probes)
         self.probes = probes
 
     def vectors(self, z: Tensor, generators: Generators = None) -> Tensor:
@@ -100,8 +99,7 @@ class ProbabilityFlow:
     """
 
     def __init__(self, steps: int = 50) -> None:
-        if steps < 1:
-            raise InputError(f"steps = {steps} must be 1 or more")
+        at_least(1, steps=steps)
         self.steps = steps
 
     @property

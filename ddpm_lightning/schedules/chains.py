@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.ops import log1mexp
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.grids import chain_grid
@@ -36,13 +36,10 @@ class BetaChain(Schedule):
         values = torch.as_tensor(betas, dtype=torch.float64, device="cpu").flatten()
         self.betas = values.tolist()
         if values.numel() == 0:
-            raise InputError("a chain needs at least one beta: set --model.schedule.init_args.T to 1 or more")
+            raise InputError("a chain needs at least one beta")
         if not bool(((values > 0) & (values < 1)).all()):
             low, high = float(values.min()), float(values.max())
-            raise InputError(
-                f"every beta must lie strictly between 0 and 1, these span {low:g} to {high:g}: "
-                "change the end points of --model.schedule"
-            )
+            raise InputError(f"every beta must lie strictly between 0 and 1, these span {low:g} to {high:g}")
         self.T = values.numel()
         table = torch.cat([values.new_zeros(1), -torch.log1p(-values).cumsum(0)])
         # Not a buffer: module.half() and precision plugins cast buffers, and this table must stay float64.
@@ -56,7 +53,7 @@ class BetaChain(Schedule):
     def grid(self, T: int | None = None) -> Tensor:
         """i/T for i = 0..T. With another T than the chain's own, another chain through the same continuous process."""
         if T is not None:
-            _check_steps(T, "give 1 or more")
+            at_least(1, T=T)
         return chain_grid(self.T if T is None else T)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,15 +102,12 @@ class LinearChain(BetaChain):
     def __init__(
         self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, reference_T: int | None = None
     ) -> None:
-        _check_steps(T)
+        at_least(1, T=T)
         scale = 1.0 if reference_T is None else reference_T / T
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
             if not 0 < beta * scale < 1:
                 scaled = "" if reference_T is None else f" (times reference_T / T = {scale:g})"
-                raise InputError(
-                    f"{name} = {beta:g}{scaled} must lie strictly between 0 and 1: "
-                    f"change --model.schedule.init_args.{name}"
-                )
+                raise InputError(f"{name} = {beta:g}{scaled} must lie strictly between 0 and 1")
         super().__init__(torch.linspace(beta_start, beta_end, T, dtype=torch.float64) * scale)
         self.beta_start, self.beta_end, self.reference_T = beta_start, beta_end, reference_T
 
@@ -133,13 +127,11 @@ class CosineChain(BetaChain):
     """
 
     def __init__(self, T: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> None:
-        _check_steps(T)
+        at_least(1, T=T)
         if not offset >= 0:
-            raise InputError(f"offset = {offset:g} must not be negative: change --model.schedule.init_args.offset")
+            raise InputError(f"offset = {offset:g} must not be negative")
         if not 0 < max_beta < 1:
-            raise InputError(
-                f"max_beta = {max_beta:g} must lie strictly between 0 and 1: change --model.schedule.init_args.max_beta"
-            )
+            raise InputError(f"max_beta = {max_beta:g} must lie strictly between 0 and 1")
         super().__init__(betas_of(lambda t: math.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2, T, max_beta))
         self.offset, self.max_beta = offset, max_beta
 
@@ -147,8 +139,3 @@ class CosineChain(BetaChain):
 def betas_of(alpha_bar: Callable[[float], float], T: int, max_beta: float) -> list[float]:
     """The T betas of a continuous alpha-bar, beta_i = 1 - alpha_bar(i/T) / alpha_bar((i-1)/T), clipped from above."""
     return [min(1 - alpha_bar(i / T) / alpha_bar((i - 1) / T), max_beta) for i in range(1, T + 1)]
-
-
-def _check_steps(T: int, remedy: str = "set --model.schedule.init_args.T to 1 or more") -> None:
-    if T < 1:
-        raise InputError(f"T = {T} is no number of steps: {remedy}")

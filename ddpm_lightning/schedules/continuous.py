@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.grids import chain_grid
 
@@ -32,10 +32,10 @@ class ContinuousSchedule(Schedule):
         super().__init__()
         if not gamma_min < gamma_max:
             raise InputError(
-                f"gamma must increase, so that the signal-to-noise ratio falls: gamma_min = {gamma_min:g} is not below "
-                f"gamma_max = {gamma_max:g}; change --model.schedule.init_args.gamma_min"
+                f"gamma_min = {gamma_min:g} must be below gamma_max = {gamma_max:g}, so that the signal-to-noise ratio "
+                "falls with t"
             )
-        _check_states(T)
+        at_least(2, T=T)
         self.gamma_min, self.gamma_max, self.T = gamma_min, gamma_max, T
 
     def state_gamma(self, t: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class ContinuousSchedule(Schedule):
     def grid(self, T: int | None = None) -> Tensor:
         """The data at -1, then T equally spaced states from 0 to 1."""
         if T is not None:
-            _check_states(T, "give 2 or more")
+            at_least(2, T=T)
         return torch.cat([torch.tensor([-1.0], dtype=torch.float64), chain_grid((self.T if T is None else T) - 1)])
 
 
@@ -85,8 +85,3 @@ class CosineGamma(ContinuousSchedule):
         """4 phi' / sin(2 phi), shape of ``t``, float64, for t in [0, 1]."""
         angle, rate = self._angle(t.double())
         return 4 * rate / torch.sin(2 * angle)
-
-
-def _check_states(T: int, remedy: str = "set --model.schedule.init_args.T to 2 or more") -> None:
-    if T < 2:
-        raise InputError(f"T = {T} is too few states: {remedy}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.objectives.elbo.terms import ElboTerms
 from ddpm_lightning.objectives.times import stratified_steps
 from ddpm_lightning.ops import Generators
@@ -100,8 +100,8 @@ class ElboEstimator:
     """The keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
 
     def __init__(self, steps: int | None = None, T: int | None = None) -> None:
-        if steps is not None and steps < 1:
-            raise InputError(f"steps = {steps} must be 1 or more, or null for all of the reverse steps")
+        if steps is not None:
+            at_least(1, "None stands for all of the reverse steps", steps=steps)
         self.steps, self.T = steps, T
 
     def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
