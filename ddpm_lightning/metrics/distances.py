@@ -72,9 +72,9 @@ class _FeatureSets(Metric):
         """Add a batch of images in model range; ``real`` or sampled."""
         (self.real if real else self.fake).append(self.extractor(images).double())
 
-    def _sets(self, figure: str, least: int) -> tuple[Tensor, Tensor]:
+    def _sets(self, metric: str, least: int) -> tuple[Tensor, Tensor]:
         counts = [sum(map(len, part)) if isinstance(part, list) else len(part) for part in (self.real, self.fake)]
-        _check_count(figure, least, *counts)
+        _check_count(metric, least, *counts)
         return dim_zero_cat(self.real), dim_zero_cat(self.fake)
 
 
@@ -136,7 +136,7 @@ def _mean_kernel(a: Tensor) -> Tensor:
     return (_kernel_sum(a, a) - own) / (len(a) * (len(a) - 1))
 
 
-def _check_count(figure: str, least: int, real: int, fake: int) -> None:
+def _check_count(metric: str, least: int, real: int, fake: int) -> None:
     for name, count in (("real images", real), ("samples", fake)):
         if count < least:
-            raise InputError(f"{figure} needs at least {least} {name}, and got {count}")
+            raise InputError(f"{metric} needs at least {least} {name}, and got {count}")

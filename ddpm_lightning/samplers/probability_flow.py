@@ -12,7 +12,7 @@ so that with the prior at t = 1 and n_1 of the first state x_1
 
 The field is smooth in gamma and all but vanishes towards low noise, so a fixed grid of equal steps in gamma under
 Runge-Kutta's rule of order 4, in float64, does what an adaptive solver would: every image and process takes the same
-number of evaluations, known in advance, and an image's figure does not depend on its batch. Compare ``steps`` with
+number of evaluations, known in advance, and an image's density does not depend on its batch. Compare ``steps`` with
 twice as many to see what is left of the error.
 """
 

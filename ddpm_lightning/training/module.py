@@ -19,7 +19,7 @@ from ddpm_lightning.checkpoints.files import check_hyperparameters, read_last_go
 from ddpm_lightning.data import Batch, levels_to_model, model_to_levels
 from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.metrics import BoundFigures, BoundMeans
+from ddpm_lightning.metrics import BoundMeans, BoundScores
 from ddpm_lightning.objectives import ElboEstimator, Objective
 from ddpm_lightning.ops import BatchGenerator, Generators, image_generators, rand
 from ddpm_lightning.process import (
@@ -174,7 +174,7 @@ class DiffusionModule(LightningModule):
         self.means = nn.ModuleDict(
             {stage: BoundMeans({e.name: e.term_names for e in estimators}) for stage, estimators in self.bounds.items()}
         )
-        self.bound_figures: dict[str, BoundFigures] = {}
+        self.bound_figures: dict[str, BoundScores] = {}
         self.images_evaluated: dict[str, int] = {}
         self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
         self._generator: Generators = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import at_least
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.objectives.times import stratified_steps
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
@@ -96,13 +96,17 @@ class ElboEstimator:
 
     name: str
     """The form's name in logs and tables."""
-    term_names: tuple[str, ...]
-    """The keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
+    term_kinds: Mapping[str, TermKind]
+    """The kind of each term, by the keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
 
     def __init__(self, steps: int | None = None, T: int | None = None) -> None:
         if steps is not None:
             at_least(1, "None stands for all of the reverse steps", steps=steps)
         self.steps, self.T = steps, T
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return tuple(self.term_kinds)
 
     def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
         """Estimate the bound of each image.
