@@ -48,7 +48,6 @@ class BoundMeans(nn.Module):
         return scores, count
 
     def reset(self) -> None:
-        """Forget all."""
         for means in self._means().values():
             for mean in means.values():
                 mean.reset()

@@ -29,7 +29,6 @@ class NegativeElbo(Objective):
         self.trains_variance = not isinstance(bound, ContinuousElbo)
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """-ELBO / (C H W), ``[B]``. The estimator picks its steps for each image by itself."""
         return -self.bound(model, x0, generators, **cond).total / x0[0].numel()
 
 
@@ -71,7 +70,6 @@ class ContinuousNegativeElbo(Objective):
             ) from None
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """-ELBO / (C H W), ``[B]``."""
         process, schedule, dims = model.forward_process, model.schedule, x0[0].numel()
         first = model.grid_on(x0.device)[1]
         draw = self.times(x0, generators)

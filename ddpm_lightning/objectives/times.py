@@ -72,7 +72,6 @@ class UniformTimes(TimeSampler):
     """Independent draws (Ho et al. 2020, algorithm 1)."""
 
     def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
-        """Independent uniform positions."""
         return _uniform_draw(rand(like, generators))
 
 
@@ -85,7 +84,6 @@ class StratifiedTimes(TimeSampler):
     """
 
     def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
-        """Positions that cover the axis evenly."""
         stratum, count = shuffled_places(like, generators)
         return _uniform_draw((stratum + rand(like, generators)) / count)
 
@@ -104,7 +102,6 @@ class EquispacedTimes(TimeSampler):
     """
 
     def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
-        """The equally spaced positions of this batch."""
         place, count = shuffled_places(like, generators)
         if isinstance(generators, BatchGenerator):
             u0 = rand(like[:1], generators.step_generator or generators.generator)
@@ -158,7 +155,6 @@ class ImportanceTimes(TimeSampler):
         return torch.where((self.counts >= self.history).all(), learned, 1 / self.bins)
 
     def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
-        """Independent draws from p_k."""
         p = self.probabilities()
         upper = p.cumsum(0)
         u = rand(like, generators)

@@ -40,7 +40,6 @@ class UniformWeighting(Weighting):
     """1: the "simple" loss (Ho et al. 2020, equation 14)."""
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """Ones."""
         return torch.ones_like(t, dtype=torch.float64)
 
 
@@ -61,7 +60,6 @@ class MinSNRWeighting(Weighting):
         self.clip = clip
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """exp(min(gamma + log clip, 0))."""
         return torch.exp((schedule.gamma(t) + math.log(self.clip)).clamp(max=0))
 
 
@@ -81,7 +79,6 @@ class P2Weighting(Weighting):
         self.k, self.power = k, power
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """(k + exp(-gamma))^-power."""
         return (self.k + torch.exp(-schedule.gamma(t))) ** -self.power
 
 
@@ -111,7 +108,6 @@ class EDMWeighting(Weighting):
         self.sigma_data, self.mean, self.std = sigma_data, mean, std
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """See the class."""
         gamma = schedule.gamma(t)
         z = (gamma / 2 - self.mean) / self.std
         density = torch.exp(-0.5 * z.square()) / (2 * self.std * math.sqrt(2 * math.pi))
@@ -126,5 +122,4 @@ class ElboWeighting(Weighting):
     """
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """gamma'(t) / 2."""
         return schedule.gamma_slope(t) / 2

@@ -135,7 +135,6 @@ class CategoricalDecoder(Decoder):
         return self._nearest_level(gaussian.mean)
 
     def sample(self, gaussian: DiagonalGaussian, generators: Generators = None) -> Tensor:
-        """One draw of each pixel's level."""
         uniform = torch.special.ndtr(randn_like(gaussian.mean, generators))
         log_var = gaussian.log_var.expand(len(uniform), *gaussian.log_var.shape[1:])
         parts = zip(*(values.split(self._images_at_once) for values in (uniform, gaussian.mean, log_var)), strict=True)
@@ -157,9 +156,7 @@ class PlainGaussian(Decoder):
         return gaussian.log_prob(x0)
 
     def mode(self, gaussian: DiagonalGaussian) -> Tensor:
-        """The mean."""
         return gaussian.mean
 
     def sample(self, gaussian: DiagonalGaussian, generators: Generators = None) -> Tensor:
-        """A Gaussian draw."""
         return gaussian.sample(generators)

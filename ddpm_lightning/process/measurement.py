@@ -35,11 +35,9 @@ class DenoisingOperator(LinearOperator):
     """The whole image, as it is."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """x."""
         return x
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """y."""
         return y
 
 
@@ -62,7 +60,6 @@ class MaskOperator(LinearOperator):
         return torch.where(expand_mask(self.mask, x), x, 0)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """The same."""
         return self.apply(y)
 
 
@@ -112,11 +109,9 @@ class MatrixOperator(LinearOperator):
         self.matrix, self.shape = _kept(matrix), tuple(shape)
 
     def apply(self, x: Tensor) -> Tensor:
-        """A x, ``[B, M]``."""
         return x.flatten(1) @ self.matrix.to(x).T
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y."""
         return (y @ self.matrix.to(y)).reshape(-1, *self.shape)
 
 

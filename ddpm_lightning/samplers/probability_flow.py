@@ -46,7 +46,6 @@ class ExactDivergence(Divergence):
     """Every dimension in turn: D backward passes for each evaluation of the network."""
 
     def vectors(self, z: Tensor, generators: Generators = None) -> Tensor:
-        """The unit vectors."""
         dims = z[0].numel()
         return torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
 
@@ -201,12 +200,10 @@ def _field(model: DiffusionModel, cond: dict[str, Any]) -> Callable[[Tensor, Ten
 
 
 def _still(field: Callable[[Tensor, Tensor], Tensor]) -> _Slope:
-    """The field without its divergence."""
     return lambda z, t: (field(z, t), z.new_zeros(len(z)))
 
 
 def _moving(field: Callable[[Tensor, Tensor], Tensor], vectors: Tensor) -> _Slope:
-    """The field with its divergence."""
 
     def slope(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():

@@ -58,11 +58,9 @@ class LinearGamma(ContinuousSchedule):
     """gamma linear in t from ``gamma_min`` to ``gamma_max`` (Kingma et al. 2021, arXiv 2107.00630)."""
 
     def state_gamma(self, t: Tensor) -> Tensor:
-        """gamma_min + (gamma_max - gamma_min) t."""
         return self.gamma_min + (self.gamma_max - self.gamma_min) * t
 
     def gamma_slope(self, t: Tensor) -> Tensor:
-        """gamma_max - gamma_min, at every t."""
         return torch.full_like(t.double(), self.gamma_max - self.gamma_min)
 
 
@@ -78,7 +76,6 @@ class CosineGamma(ContinuousSchedule):
         return first + (last - first) * t, last - first
 
     def state_gamma(self, t: Tensor) -> Tensor:
-        """2 log tan(phi(t))."""
         return 2 * torch.log(torch.tan(self._angle(t)[0]))
 
     def gamma_slope(self, t: Tensor) -> Tensor:

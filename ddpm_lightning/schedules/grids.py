@@ -122,7 +122,6 @@ class StridedGrid(TimeGrid):
     """States of the chain itself, nearly equally far apart: :func:`strided_grid`."""
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
-        """``steps`` of the chain's T states."""
         return strided_grid(grid, steps)
 
 
@@ -130,7 +129,6 @@ class LogSNRGrid(TimeGrid):
     """States equally far apart in log SNR, which may lie between the chain's: :func:`logsnr_grid`."""
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
-        """``steps`` states, more than T too."""
         return logsnr_grid(schedule, grid, steps)
 
 
@@ -149,5 +147,4 @@ class KarrasGrid(TimeGrid):
         self.rho = rho
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
-        """``steps`` states, more than T too."""
         return karras_grid(schedule, grid, steps, self.rho)

@@ -60,7 +60,6 @@ class LearnedGamma(ContinuousSchedule):
         return (u.detach(), du.detach()) if self._interior_held else (u, du)
 
     def state_gamma(self, t: Tensor) -> Tensor:
-        """gamma_min + (gamma_max - gamma_min) u(t)."""
         return self.first.double() + torch.exp(self.log_span.double()) * self.interior(t)[0]
 
     def gamma_slope(self, t: Tensor) -> Tensor:

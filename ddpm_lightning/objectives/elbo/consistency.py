@@ -35,7 +35,6 @@ class ConsistencyElbo(ElboEstimator):
     }
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """See the class."""
         process, reverse = model.forward_process, model.reverse_process
         walk = ChainWalk(model, x0, self.steps, generators)
         step_costs, literal_kls = [], []

@@ -32,7 +32,6 @@ class DenoisingElbo(ElboEstimator):
     }
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """See the class."""
         process, reverse, grid = model.forward_process, model.reverse_process, model.grid_on(x0.device)
         indices, weights = stratified_steps(model.T - 1, self.steps, x0, generators)
         x1 = process.marginal(x0, grid[1]).sample(generators)

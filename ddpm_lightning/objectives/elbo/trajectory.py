@@ -26,7 +26,6 @@ class TrajectoryElbo(ElboEstimator):
     term_kinds: Mapping[str, TermKind] = {"reconstruction": "log_prob", "path_log_ratio": "cost", "elbo": "log_prob"}
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """See the class."""
         process, reverse = model.forward_process, model.reverse_process
         walk = ChainWalk(model, x0, self.steps, generators)
         step_costs = []
