@@ -15,6 +15,7 @@ from ddpm_lightning.errors import InputError
 
 __all__ = [
     "BatchGenerator",
+    "DeviceTable",
     "Generators",
     "as_times",
     "expand_mask",
@@ -27,6 +28,22 @@ __all__ = [
     "sum_per_image",
     "sum_per_image_of",
 ]
+
+
+class DeviceTable:
+    """A tensor that is copied to each device once, where it is first asked for: a copy in each step would make the host
+    wait for the device.
+
+    It is not a buffer, since ``module.half()`` and precision plugins cast buffers and a float64 table must stay one.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._copies = {table.device: table}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._copies:
+            self._copies[device] = next(iter(self._copies.values())).to(device)
+        return self._copies[device]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ddpm_lightning.distributions import DiagonalGaussian, centred_like
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import DeviceTable
 from ddpm_lightning.process.conditioning import NoiseConditioning
 from ddpm_lightning.process.decoders import Decoder
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
@@ -41,7 +42,6 @@ class DiffusionModel(nn.Module):
         denoiser: the network's own prediction, unclipped; what the training objective sees.
         reverse_process: the reverse process, whose ``denoiser`` is clipped where ``clip_x0`` is set.
         T: number of steps.
-        grid: float64 ``[T + 1]`` times of the chain, that of the data first.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class DiffusionModel(nn.Module):
         self.clip_x0 = clip_x0
         self._wraps: tuple[Callable[[Denoiser], Denoiser], ...] = ()
         self._set_views(schedule, parameterization, conditioning, variance)
-        self.grid = self._grid_there = schedule.grid()
+        self._grid = DeviceTable(schedule.grid())
         self._check_steps()
 
     def _set_views(
@@ -101,11 +101,14 @@ class DiffusionModel(nn.Module):
         """Number of steps of the chain."""
         return len(self.grid) - 1
 
+    @property
+    def grid(self) -> Tensor:
+        """Times of the chain, that of the data first: float64 ``[T + 1]`` on the CPU."""
+        return self._grid.on(torch.device("cpu"))
+
     def grid_on(self, device: torch.device) -> Tensor:
-        """``grid`` on a device, copied there once: a copy in each step would make the host wait for the device."""
-        if self._grid_there.device != device:
-            self._grid_there = self.grid.to(device)
-        return self._grid_there
+        """``grid`` on a device."""
+        return self._grid.on(device)
 
     def with_steps(self, T: int) -> "DiffusionModel":
         """The same network and schedule as a chain of T states: a model of its own, with its own bound and samples.
@@ -116,7 +119,7 @@ class DiffusionModel(nn.Module):
             InputError: too few states.
         """
         other = copy(self)
-        other.grid = other._grid_there = self.schedule.grid(T)
+        other._grid = DeviceTable(self.schedule.grid(T))
         other._check_steps()
         return other
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import expand_to
+from ddpm_lightning.ops import DeviceTable, expand_to
 from ddpm_lightning.process.parameterization import Prediction
 from ddpm_lightning.schedules import Schedule
 
@@ -140,13 +140,11 @@ class AnalyticVariance(ReverseVariance):
         # one more point beyond each end, so that the lines through the end points are constant and one point is enough
         points = [gammas[0] - 1, *gammas, gammas[-1] + 1], [eps_mse[0], *eps_mse, eps_mse[-1]]
         knots = torch.tensor(points, dtype=torch.float64, device="cpu")
-        self._tables = {torch.device("cpu"): torch.stack([knots[0], knots[1].log()])}
+        self._table = DeviceTable(torch.stack([knots[0], knots[1].log()]))
 
     def log_eps_mse(self, gamma: Tensor) -> Tensor:
         """log eps_mse, interpolated at ``gamma``: the same shape, float64."""
-        if gamma.device not in self._tables:
-            self._tables[gamma.device] = self._tables[torch.device("cpu")].to(gamma.device)
-        knots, values = self._tables[gamma.device]
+        knots, values = self._table.on(gamma.device)
         upper = torch.searchsorted(knots, gamma.double()).clamp(1, len(knots) - 1)
         # take, since indexing with a scalar tensor would wait for the device
         low, high = torch.take(knots, upper - 1), torch.take(knots, upper)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError, at_least
-from ddpm_lightning.ops import log1mexp
+from ddpm_lightning.ops import DeviceTable, log1mexp
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.grids import chain_grid
 
@@ -41,14 +41,7 @@ class BetaChain(Schedule):
             low, high = float(values.min()), float(values.max())
             raise InputError(f"every beta must lie strictly between 0 and 1, these span {low:g} to {high:g}")
         self.T = values.numel()
-        table = torch.cat([values.new_zeros(1), -torch.log1p(-values).cumsum(0)])
-        # Not a buffer: module.half() and precision plugins cast buffers, and this table must stay float64.
-        self._tables = {torch.device("cpu"): table}
-
-    def _table(self, device: torch.device) -> Tensor:
-        if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device)
-        return self._tables[device]
+        self._table = DeviceTable(torch.cat([values.new_zeros(1), -torch.log1p(-values).cumsum(0)]))
 
     def grid(self, T: int | None = None) -> Tensor:
         """i/T for i = 0..T. With another T than the chain's own, another chain through the same continuous process."""
@@ -58,7 +51,7 @@ class BetaChain(Schedule):
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L at both ends of the step that holds each t, and how far through it t is."""
-        table = self._table(t.device)
+        table = self._table.on(t.device)
         position = t.double().clamp(0, 1) * self.T
         lower = position.floor().long().clamp(max=self.T - 1)
         # take, since indexing with a scalar tensor would wait for the device
