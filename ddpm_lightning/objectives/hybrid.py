@@ -16,11 +16,14 @@ __all__ = ["HybridObjective"]
 
 
 class HybridObjective(Objective):
-    """L_simple + vlb_weight * L_vlb, one time for each image (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 16).
+    r"""L_simple + vlb_weight * L_vlb, one time for each image (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 16).
 
-        L_simple = |eps - eps_theta(x_i, i)|^2 / D                      NoiseMSE, which alone teaches the mean
-        L_vlb    = T / D * KL(q(x_{i-1}|x_i, x_0) || p(x_{i-1}|x_i))    for a step i in 2..T
-                 = T / D * (-log p(x_0|x_1))                            for i = 1
+    .. math::
+
+        L_\text{simple} &= |\epsilon - \epsilon_\theta(x_i, i)|^2 / D \\
+        L_\text{vlb} &= \tfrac{T}{D} \, \mathrm{KL}(q(x_{i-1}|x_i, x_0) \| p(x_{i-1}|x_i))
+            \quad \text{for a step } i = 2, \dots, T \\
+        &= -\tfrac{T}{D} \log p(x_0|x_1) \quad \text{for } i = 1
 
     in nats a dimension (D = C H W). In L_vlb the mean is detached, so only the variance learns from it. For i uniform
     on 1..T its expectation is -ELBO / D without the prior matching, which has nothing to learn. One evaluation of the
@@ -58,7 +61,7 @@ class HybridObjective(Objective):
             )
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """L_simple + vlb_weight * L_vlb, ``[B]``. In training mode the sampler of times is told of it."""
+        """L_simple + vlb_weight * L_vlb, ``[B]``. In training mode the time sampler learns from it."""
         draw = self.times(x0, generators)
         steps = steps_of(draw, model.T)
         t = torch.take(model.grid_on(x0.device), steps)

@@ -12,7 +12,7 @@ __all__ = ["Objective"]
 
 
 class Objective(nn.Module):
-    """A loss for each image, to be averaged and minimised. What it learns on the way is in its buffers."""
+    """A loss for each image, to be averaged and minimised. Its own state is in buffers, so it is saved."""
 
     is_bound = False
     """True where the loss is minus the bound, so that a schedule can be learned by it."""

@@ -1,8 +1,10 @@
 r"""How training draws its times, and how an estimator of the bound picks its steps.
 
-A draw is a position u on the unit interval, from the first state's end of the time axis to t = 1, and a weight with
+A draw is a position u on the unit interval, from the first state's end of the time axis to t = 1, and a weight w with
 
-    E[weight f(u)] = \int_0^1 f(u) du
+.. math::
+
+    E[w f(u)] = \int_0^1 f(u) \, du
 
 for every f, so that what is minimised does not depend on how it is sampled. A discrete chain takes step 1 + floor(u T)
 (:func:`steps_of`), continuous time takes u itself, stretched over its axis.
@@ -50,7 +52,7 @@ def steps_of(draw: TimeDraw, T: int) -> Tensor:
 
 
 class TimeSampler(nn.Module):
-    """Draws a position for each image of a batch. What it learns from the losses is in its buffers."""
+    """Draws a position for each image of a batch. What it learns from the losses is in buffers, so it is saved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class TimeSampler(nn.Module):
         raise NotImplementedError
 
     def update(self, position: Tensor, loss: Tensor) -> None:
-        """Take note of the losses ``[B]`` at positions ``[B]``, before the draw's weight; here nothing is learned."""
+        """Learn from losses ``[B]``, without the draw's weight, at positions ``[B]``. Here nothing is learned."""
 
 
 class UniformTimes(TimeSampler):
@@ -91,7 +93,9 @@ class StratifiedTimes(TimeSampler):
 class EquispacedTimes(TimeSampler):
     r"""Equally spaced times with one random offset (Kingma et al. 2021, arXiv 2107.00630, appendix I.1):
 
-        u_j = (u_0 + j/N) mod 1,  j = 0..N-1
+    .. math::
+
+        u_j = (u_0 + j/N) \bmod 1, \quad j = 0, \dots, N - 1
 
     over all N images of an optimiser step. Batch p of P accumulated ones takes every P-th of them, j = p, p + P, ...,
     in shuffled order, so that it covers the whole axis too (:class:`~ddpm_lightning.ops.BatchGenerator` holds p and P).
@@ -115,7 +119,10 @@ class ImportanceTimes(TimeSampler):
     r"""Times where the losses are large are drawn more often and weigh less (Nichol & Dhariwal 2021, arXiv 2102.09672,
     section 3.3). The time axis is cut into equal bins, and bin k is drawn with
 
-        p_k = (1 - uniform) sqrt(E[L_k^2]) / sum_i sqrt(E[L_i^2]) + uniform / bins,   weight 1 / (bins p_k)
+    .. math::
+
+        p_k = (1 - \text{uniform}) \frac{\sqrt{E[L_k^2]}}{\sum_i \sqrt{E[L_i^2]}} + \frac{\text{uniform}}{\text{bins}},
+        \qquad \text{weight } \frac{1}{\text{bins} \, p_k}
 
     uniformly within the bin; E[L_k^2] is the mean over the bin's last ``history`` losses. Until every bin has that
     many, draws are uniform. Whatever the history holds, the draw is unbiased: the weight belongs to the p_k in use.
@@ -168,8 +175,8 @@ class ImportanceTimes(TimeSampler):
     @torch.no_grad()
     def update(self, position: Tensor, loss: Tensor) -> None:
         """Remember the losses ``[B]`` at positions ``[B]``, the batch's later ones as the more recent."""
-        # Masks and counts of unknown size would make the host wait for the device. So what is not to be written goes
-        # into a cell, or a bin, beyond the last.
+        # Tensors of unknown size would make the host wait for the device. So losses that must not be kept are written
+        # too, to one extra cell and one extra bin that are cut off again.
         index = (position * self.bins).long().clamp_(max=self.bins - 1)
         index = torch.where(torch.isfinite(loss), index, self.bins)
         ordered, order = torch.sort(index, stable=True)

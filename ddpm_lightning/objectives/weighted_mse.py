@@ -28,8 +28,11 @@ __all__ = ["WeightedMSE"]
 class WeightedMSE(Objective):
     r"""w(t) |target - prediction|^2 averaged over dimensions, at one time for each image:
 
-        E loss = 1/T sum_{i=1..T} w(t_i) E|...|^2 / D      on the chain's grid
-        E loss = \int w(t) E|...|^2 / D dt                 in continuous time, from the first state to 1
+    .. math::
+
+        E \, \text{loss} &= \tfrac1T \sum_{i=1}^T w(t_i) \, E|\dots|^2 / D \quad \text{on the chain's grid} \\
+        E \, \text{loss} &= \int w(t) \, E|\dots|^2 / D \, dt
+            \quad \text{in continuous time, from the first state to } 1
 
     Args:
         times: draws the times.
@@ -55,7 +58,7 @@ class WeightedMSE(Objective):
         self.times, self.target, self.weighting, self.continuous, self.T = times, target, weighting, continuous, T
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """Weighted mean squared error, ``[B]``, float64. In training mode the sampler of times is told of it."""
+        """Weighted mean squared error, ``[B]``, float64. In training mode the time sampler learns from it."""
         if self.T is not None:
             model = model.with_steps(self.T)
         draw = self.times(x0, generators)

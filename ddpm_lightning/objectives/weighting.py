@@ -2,7 +2,10 @@ r"""Weights on the squared error of eps, as functions of the noise level.
 
 A weight w(t) on |eps - eps_theta|^2 at times uniform in t is the same loss as
 
-    1/2 \int w_rel(gamma) |eps - eps_theta|^2 dgamma,        w_rel = 2 w(t) / gamma'(t)
+.. math::
+
+    \tfrac12 \int w_\text{rel}(\gamma) \, |\epsilon - \epsilon_\theta|^2 \, d\gamma,
+        \qquad w_\text{rel} = 2 w(t) / \gamma'(t)
 
 which no longer knows how the schedule moves through the noise levels. w_rel is the weight relative to the variational
 bound, whose own is 1 everywhere; where it increases with the noise (falls with the SNR) the loss is still a bound, on
@@ -85,12 +88,17 @@ class P2Weighting(Weighting):
 class EDMWeighting(Weighting):
     r"""The loss of Karras et al. 2022 (arXiv 2206.00364, table 1), whatever the schedule. It is
 
-        E_{log sigma ~ N(mean, std^2)} [ (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |x_0 - x_0-hat|^2 ]
+    .. math::
+
+        E_{\log \sigma \sim N(\text{mean}, \text{std}^2)} \left[ \frac{\sigma^2
+            + \sigma_\text{data}^2}{(\sigma \sigma_\text{data})^2} |x_0 - \hat x_0|^2 \right]
 
     with sigma = sigma_t / alpha_t = exp(gamma/2), the noise beside an unscaled image. The error of x_0 is sigma times
     that of eps, and gamma = 2 log sigma ~ N(2 mean, (2 std)^2) has the density p, so at times uniform in t
 
-        w(t) = p(gamma) gamma'(t) (1 + sigma^2 / sigma_data^2)
+    .. math::
+
+        w(t) = p(\gamma) \, \gamma'(t) \, (1 + \sigma^2 / \sigma_\text{data}^2)
 
     It is exact in continuous time, but for the noise levels that the schedule does not reach.
 

@@ -95,9 +95,11 @@ class DiscretizedGaussian(Decoder):
 
 
 class CategoricalDecoder(Decoder):
-    """q(x_1 | x_0) over the levels of each pixel, normalised (Kingma et al. 2021, arXiv 2107.00630, section 3.3).
+    r"""q(x_1 | x_0) over the levels of each pixel, normalised (Kingma et al. 2021, arXiv 2107.00630, section 3.3).
 
-        p(x_0 | x_1) = prod_i q(x_{1,i} | x_{0,i}) / sum_k q(x_{1,i} | level k)
+    .. math::
+
+        p(x_0 | x_1) = \prod_i \frac{q(x_{1,i} | x_{0,i})}{\sum_k q(x_{1,i} | \text{level } k)}
 
     The network has no part in it: it is the exact posterior of independent pixels with equally likely levels, and
     good where the first state is so clean that each level can be told from the next.

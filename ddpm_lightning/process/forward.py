@@ -65,10 +65,10 @@ class ForwardProcess:
     def path(
         self, x: Tensor, times: Tensor, generators: Generators = None, start: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """One joint draw of x at increasing times, one time after the other: a Markov walk that keeps one state.
+        """One joint draw of x at increasing times, one time after the other; one state is kept.
 
         Args:
-            x: the state that the walk leaves from, ``[B, C, H, W]``.
+            x: the state to start from, ``[B, C, H, W]``.
             times: ``[K]``, strictly increasing, the first above ``start``.
             generators: source of the noise.
             start: time of ``x``; None where ``x`` are the data x_0.

@@ -142,8 +142,8 @@ class DiffusionModel(nn.Module):
     def tabulated(self, times: Tensor) -> tuple["DiffusionModel", tuple[Tensor, ...]]:
         """The same model with its schedule computed beforehand at ``times``, and the scalars to ask it for.
 
-        A walk asks for gamma, alpha and sigma several times in each step; on a small network that is a good part of its
-        cost. Nothing of the model is copied.
+        A sampler asks for gamma, alpha and sigma several times in each step. With a small network that is a good part
+        of the cost. Nothing of the model is copied.
 
         Args:
             times: float64 ``[K]``, not the time of the data.

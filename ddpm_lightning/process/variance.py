@@ -71,10 +71,12 @@ class FixedSmallVariance(ReverseVariance):
 
 
 class LearnedRangeVariance(ReverseVariance):
-    """Between beta-tilde_t and beta_t, pixel by pixel, as the network says (Nichol & Dhariwal 2021, arXiv 2102.09672,
+    r"""Between beta-tilde_t and beta_t, pixel by pixel, as the network says (Nichol & Dhariwal 2021, arXiv 2102.09672,
     equation 15):
 
-        log sigma_p^2 = v log beta_t + (1 - v) log beta-tilde_t,    v = (variance_output + 1) / 2
+    .. math::
+
+        \log \sigma_p^2 = v \log \beta_t + (1 - v) \log \tilde\beta_t, \qquad v = (\text{variance\_output} + 1) / 2
 
     The interpolation is in the logarithm, and its ends are those of the step that is taken, so a strided grid has its
     own. v is not held to [0, 1]. HybridObjective and NegativeElbo train it.
@@ -105,7 +107,9 @@ class AnalyticVariance(ReverseVariance):
 
     By the law of total variance the expected KL(q(x_s|x_t, x_0) || p(x_s|x_t)) is smallest, for *any* denoiser, at
 
-        sigma_p^2 = beta-tilde + c_0^2 E|x_0 - x0-hat(x_t)|^2 / D
+    .. math::
+
+        \sigma_p^2 = \tilde\beta + c_0^2 \, E|x_0 - \hat x_0(x_t)|^2 / D
 
     with c_0 the weight of x_0 in the posterior's mean and D the number of dimensions. With
     E|x_0 - x0-hat|^2 = exp(gamma) E|eps - eps-hat|^2 this follows from one function of the noise level,

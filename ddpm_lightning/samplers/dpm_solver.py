@@ -2,19 +2,30 @@ r"""DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095): linear in x_t exactly, a po
 
 With lambda = log(alpha/sigma) = -gamma/2 and a step h = lambda_s - lambda_t > 0, the probability-flow ODE is solved by
 
-    x_s = sigma_s/sigma_t x_t + sigma_s int_{lambda_t}^{lambda_s} e^lambda x0-hat(lambda) d lambda
+.. math::
+
+    x_s = \tfrac{\sigma_s}{\sigma_t} x_t + \sigma_s
+        \int_{\lambda_t}^{\lambda_s} e^\lambda \, \hat x_0(\lambda) \, d\lambda
 
 and the reverse SDE, of the same marginals, by
 
-    x_s = sigma_s/sigma_t e^-h x_t + 2 sigma_s e^-lambda_s int e^{2 lambda} x0-hat d lambda
-          + sigma_s sqrt(1 - e^{-2h}) noise
+.. math::
+
+    x_s = \tfrac{\sigma_s}{\sigma_t} e^{-h} x_t + 2 \sigma_s e^{-\lambda_s}
+        \int_{\lambda_t}^{\lambda_s} e^{2\lambda} \, \hat x_0(\lambda) \, d\lambda
+        + \sigma_s \sqrt{1 - e^{-2h}} \, z, \qquad z \sim N(0, I)
 
 In place of x0-hat(lambda) order 1 takes x0-hat at t, and order 2 (2M) its extrapolation to the middle of the step:
 
-    D = x0-hat_t + h / (2 h_before) (x0-hat_t - x0-hat_before)
+.. math::
 
-    ODE: x_s = sigma_s/sigma_t x_t + alpha_s (1 - e^-h) D
-    SDE: x_s = sigma_s/sigma_t e^-h x_t + alpha_s (1 - e^{-2h}) D + sigma_s sqrt(1 - e^{-2h}) noise
+    D = \hat x_{0,t} + \frac{h}{2 h_\text{before}} (\hat x_{0,t} - \hat x_{0,\text{before}})
+
+.. math::
+
+    \text{ODE:} \quad x_s &= \tfrac{\sigma_s}{\sigma_t} x_t + \alpha_s (1 - e^{-h}) D \\
+    \text{SDE:} \quad x_s &= \tfrac{\sigma_s}{\sigma_t} e^{-h} x_t + \alpha_s (1 - e^{-2h}) D
+        + \sigma_s \sqrt{1 - e^{-2h}} \, z
 """
 
 import torch

@@ -14,7 +14,9 @@ class HeunSampler(Sampler):
 
     In EDM's coordinates y = x / alpha and k = sigma / alpha = exp(gamma/2), of any schedule, the ODE is
 
-        dy / dk = eps-hat
+    .. math::
+
+        dy / dk = \hat\epsilon
 
     An Euler step of it is DDIM; Heun's takes the mean of eps-hat at both ends of that step.
     """

@@ -1,4 +1,4 @@
-"""Inpainting: the known pixels are put into every state of the walk, or into the score."""
+"""Inpainting: the known pixels are put into every state, or into the score."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -4,11 +4,17 @@ the density that it gives them.
 In units in which alpha^2 + sigma^2 = 1, z = x / n with n^2 = alpha^2 + sigma^2, a = alpha / n and s = sigma / n, the
 ODE of any schedule in gamma = -log SNR, and the change of the density along it, are
 
-    dz / d gamma = 1/2 a s v,    v = a eps-hat - s x0-hat                d log p(z) / d gamma = -div_z (dz / d gamma)
+.. math::
+
+    \frac{dz}{d\gamma} = \tfrac12 a s v, \quad v = a \hat\epsilon - s \hat x_0,
+        \qquad \frac{d \log p(z)}{d\gamma} = -\nabla_z \cdot \frac{dz}{d\gamma}
 
 so that with the prior at t = 1 and n_1 of the first state x_1
 
-    log p(x_1) = log p(x_T) + D log(n_T / n_1) + int_{gamma_1}^{gamma_T} div_z (1/2 a s v) d gamma
+.. math::
+
+    \log p(x_1) = \log p(x_T) + D \log \frac{n_T}{n_1} +
+        \int_{\gamma_1}^{\gamma_T} \nabla_z \cdot (\tfrac12 a s v) \, d\gamma
 
 The field is smooth in gamma and all but vanishes towards low noise, so a fixed grid of equal steps in gamma under
 Runge-Kutta's rule of order 4, in float64, does what an adaptive solver would: every image and process takes the same
@@ -151,9 +157,11 @@ class ProbabilityFlow:
         generators: Generators = None,
         **cond: Any,
     ) -> FlowLikelihood:
-        """The density of x_1 / alpha_1, the first state read as an image, at ``x0`` ``[B, C, H, W]`` in model range.
+        r"""The density of x_1 / alpha_1, the first state read as an image, at ``x0`` ``[B, C, H, W]`` in model range.
 
-            log p(x_0) = log p(x_1 = alpha_1 x_0) + D log alpha_1
+        .. math::
+
+            \log p(x_0) = \log p(x_1 = \alpha_1 x_0) + D \log \alpha_1
 
         It is what :func:`~ddpm_lightning.metrics.dequantized_log_prob` asks for. Arguments as in
         :meth:`log_likelihood`.

@@ -19,7 +19,9 @@ class BetaChain(Schedule):
 
     With L_i = -log(alpha-bar_i) = -sum_{j<=i} log(1 - beta_j) and L_0 = 0:
 
-        gamma(i/T) = log(1/alpha-bar_i - 1) = L_i + log(1 - exp(-L_i))
+    .. math::
+
+        \gamma(i/T) = \log(1/\bar\alpha_i - 1) = L_i + \log(1 - e^{-L_i})
 
     Between grid points L is interpolated linearly, which is a continuous process whose restriction to the grid is
     exactly the chain; a sampler may therefore stop at any t.

@@ -68,7 +68,9 @@ class CosineGamma(ContinuousSchedule):
     r"""alpha = cos(phi), sigma = sin(phi) with an angle phi linear in t (Nichol & Dhariwal 2021, arXiv 2102.09672, in
     continuous time), from ``gamma_min`` to ``gamma_max``:
 
-        gamma = 2 log tan(phi),   d gamma / dt = 4 phi' / sin(2 phi)
+    .. math::
+
+        \gamma = 2 \log \tan \varphi, \qquad \frac{d\gamma}{dt} = \frac{4 \varphi'}{\sin 2\varphi}
     """
 
     def _angle(self, t: Tensor) -> tuple[Tensor, float]:

@@ -14,10 +14,13 @@ __all__ = ["ConsistencyElbo"]
 
 
 class ConsistencyElbo(ElboEstimator):
-    """``reconstruction - prior_matching - consistency`` (Luo 2022, arXiv 2208.11970, equations 36 to 45).
+    r"""``reconstruction - prior_matching - consistency`` (Luo 2022, arXiv 2208.11970, equations 36 to 45).
 
-        prior_matching = E_{q(x_{T-1}|x_0)} KL(q(x_T|x_{T-1}) || p(x_T))
-        consistency    = sum_{t=1..T-1} E_{q(x_{t-1}, x_t, x_{t+1}|x_0)} [log q(x_t|x_{t-1}) - log p(x_t|x_{t+1})]
+    .. math::
+
+        \text{prior\_matching} &= E_{q(x_{T-1}|x_0)} \, \mathrm{KL}(q(x_T|x_{T-1}) \| p(x_T)) \\
+        \text{consistency} &= \sum_{t=1}^{T-1}
+            E_{q(x_{t-1}, x_t, x_{t+1}|x_0)} [\log q(x_t|x_{t-1}) - \log p(x_t|x_{t+1})]
 
     The expectation is over the joint triple, because in the bound x_t lies on the path between its neighbours. The
     often printed E_{q(x_{t-1}, x_{t+1}|x_0)} KL(q(x_t|x_{t-1}) || p(x_t|x_{t+1})) averages over a fresh x_t that knows

@@ -33,12 +33,16 @@ def diffusion_cost(
 
 
 class ContinuousElbo(ElboEstimator):
-    """``reconstruction - prior_matching - diffusion`` for T -> infinity (Kingma et al. 2021, equation 18).
+    r"""``reconstruction - prior_matching - diffusion`` for T -> infinity (Kingma et al. 2021, equation 18).
 
-        diffusion = 1/2 E_{t, eps} [ gamma'(t) |eps - eps_theta(x_t, t)|^2 ],  t uniform between the first state and 1
+    .. math::
 
-    Every reverse variance has this limit that lies between beta and beta-tilde, which agree to first order in the step,
-    as has AnalyticVariance. The decoder stands where the model's own chain has it, at the chain's first state.
+        \text{diffusion} = \tfrac12 E_{t, \epsilon} \left[ \gamma'(t) \, |\epsilon - \epsilon_\theta(x_t, t)|^2 \right],
+        \quad t \text{ uniform between the first state and } 1
+
+    The limit is the same for every reverse variance between beta and beta-tilde, because the two agree to first order
+    in the step. It is the same for AnalyticVariance. The decoder stands where the model's own chain has it, at the
+    chain's first state.
 
     Args:
         steps: number of times, one in each of that many equal parts of the time axis.
@@ -59,7 +63,7 @@ class ContinuousElbo(ElboEstimator):
         super().__init__(steps)
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """See the class. ``step_indices`` count the parts of the time axis."""
+        """The form itself. ``step_indices`` count the parts of the time axis."""
         process, denoiser, steps = model.forward_process, model.reverse_process.denoiser, self.steps or 1
         first = model.grid_on(x0.device)[1]
         span = 1 - first

@@ -15,10 +15,12 @@ __all__ = ["DenoisingElbo"]
 
 
 class DenoisingElbo(ElboEstimator):
-    """``reconstruction - prior_matching - denoising_matching`` (Ho et al. 2020, equation 5).
+    r"""``reconstruction - prior_matching - denoising_matching`` (Ho et al. 2020, equation 5).
 
-        prior_matching     = KL(q(x_T|x_0) || p(x_T))
-        denoising_matching = sum_{t=2..T} E_{q(x_t|x_0)} KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))
+    .. math::
+
+        \text{prior\_matching} &= \mathrm{KL}(q(x_T|x_0) \| p(x_T)) \\
+        \text{denoising\_matching} &= \sum_{t=2}^T E_{q(x_t|x_0)} \, \mathrm{KL}(q(x_{t-1}|x_t, x_0) \| p(x_{t-1}|x_t))
 
     Each term averages over one random variable only, x_t, drawn afresh for each step.
     """

@@ -1,4 +1,4 @@
-r"""What the three forms of the bound share: a walk through the chain and one sum over its reverse steps.
+r"""The common part of the three forms of the bound: states of the chain, and one sum over its reverse steps.
 
 Every form sums over the reverse steps p(x_n | x_{n+1}), n = 1..T-1, and adds the decoder p(x_0 | x_1) and the end x_T.
 Each step costs one evaluation of the network, the decoder one more. Of what a step computes only its ``[B]`` costs are
@@ -34,11 +34,11 @@ class Window:
 
 
 class ChainWalk:
-    """A walk along q(x_1, ..., x_T | x_0) that shows a window (x_{n-1}, x_n, x_{n+1}) at each chosen n.
+    """Draws from q(x_1, ..., x_T | x_0): a window (x_{n-1}, x_n, x_{n+1}) for each chosen n.
 
-    Over all n the windows slide along one draw of the whole path, so the log ratios that a form adds up belong to one
-    path and most of their noise cancels. Over a stratified choice of n each window is a draw of its own.
-    One iteration only; after it ``x_last_but_one`` and ``x_last`` hold the end of the chain.
+    If all n are chosen, the windows belong to one draw of the whole path. The log ratios that a form adds up are then
+    those of one path, and most of their noise cancels. If some n are chosen, each window is a draw of its own. Iterate
+    once; then ``x_last_but_one`` and ``x_last`` hold the end of the chain.
 
     Attributes:
         indices: int64 ``[K, B]``, the n of each window.

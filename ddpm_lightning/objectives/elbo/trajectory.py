@@ -14,10 +14,12 @@ __all__ = ["TrajectoryElbo"]
 
 
 class TrajectoryElbo(ElboEstimator):
-    """The Markovian hierarchical VAE's log ratio (Luo 2022, arXiv 2208.11970, equation 34).
+    r"""The Markovian hierarchical VAE's log ratio (Luo 2022, arXiv 2208.11970, equation 34).
 
-        log p(x_0|x_1) - path_log_ratio
-        path_log_ratio = sum_{t=1..T} log q(x_t|x_{t-1}) - sum_{t=2..T} log p(x_{t-1}|x_t) - log p(x_T)
+    .. math::
+
+        \log p(x_0|x_1) - \text{path\_log\_ratio}, \quad \text{path\_log\_ratio} = \sum_{t=1}^T \log q(x_t|x_{t-1})
+            - \sum_{t=2}^T \log p(x_{t-1}|x_t) - \log p(x_T)
 
     With ``steps=None`` it is evaluated on one path of all T states.
     """
