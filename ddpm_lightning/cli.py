@@ -167,7 +167,18 @@ class DiffusionCLI(LightningCLI):
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, InputError):
                 cause = cause.__cause__ or cause.__context__
-            raise InputError(str(cause or error)) from error
+            raise InputError(self._with_option(str(cause or error))) from error
+
+    def _with_option(self, message: str) -> str:
+        """The option in the place of the argument that a message begins with, where only one has this value."""
+        name, _, rest = message.partition(" = ")
+        found = [
+            key.replace(".init_args", "")
+            for key, value in self.config[self.subcommand].items()
+            if key.endswith(f".{name}") and isinstance(value, int | float)
+            if rest.partition(" ")[0] in (str(value), f"{value:g}")
+        ]
+        return f"--{found[0]} = {rest}" if len(found) == 1 else message
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with TensorBoard in the run folder, and progress that fits where it is shown."""

@@ -1,9 +1,12 @@
 r"""The one distribution that the whole chain is made of.
 
-For a diagonal Gaussian N(mean, exp(log_var)) over D = C*H*W dimensions, in nats:
+For a diagonal Gaussian of mean :math:`\mu` and log variance :math:`\ell` over D = C*H*W dimensions, in nats:
 
-    log p(x) = -1/2 sum_d [ (x - mean)^2 exp(-log_var) + log_var + log 2 pi ]
-    KL(p||q) =  1/2 sum_d [ exp(lv_p - lv_q) - 1 - (lv_p - lv_q) + (mean_p - mean_q)^2 exp(-lv_q) ]
+.. math::
+
+    \log p(x) &= -\tfrac12 \sum_d \left[ (x - \mu)^2 e^{-\ell} + \ell + \log 2\pi \right] \\
+    \mathrm{KL}(p \| q) &= \tfrac12 \sum_d \left[ e^{\ell_p - \ell_q} - 1 - (\ell_p - \ell_q)
+        + (\mu_p - \mu_q)^2 e^{-\ell_q} \right]
 """
 
 import math

@@ -15,6 +15,7 @@ from ddpm_lightning.errors import InputError
 
 __all__ = [
     "BatchGenerator",
+    "DeviceTable",
     "Generators",
     "as_times",
     "expand_mask",
@@ -29,22 +30,45 @@ __all__ = [
 ]
 
 
+class DeviceTable:
+    """A tensor that is copied to each device once, where it is first asked for: a copy in each step would make the host
+    wait for the device.
+
+    It is not a buffer, since ``module.half()`` and precision plugins cast buffers and a float64 table must stay one.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._copies = {table.device: table}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._copies:
+            self._copies[device] = next(iter(self._copies.values())).to(device)
+        return self._copies[device]
+
+
 @dataclass(frozen=True)
 class BatchGenerator:
-    """One generator for a batch that several processes share in equal, consecutive parts.
+    """The generators of one batch in training, whose images are spread over processes in equal, consecutive parts.
 
-    Each process draws for all of the batch and takes what belongs to its part, so that what is drawn for an image does
-    not depend on the number of processes. That costs each of them the whole batch's noise for a moment.
+    Each process draws for the whole batch and takes what belongs to its part. So the draws of an image do not depend on
+    the number of processes. Each process holds the noise of the whole batch for a moment.
 
     Attributes:
-        generator: in the same state on all processes.
+        generator: in the same state on all processes, and in another one for another batch.
         part: this process' part, 0..parts-1.
         parts: number of parts.
+        step_generator: in the same state for all batches of one optimiser step, and in another one for another step;
+            None for ``generator``, where a step has one batch.
+        batch: the place of this batch among those that the step accumulates, 0..batches-1.
+        batches: number of accumulated batches.
     """
 
     generator: torch.Generator
-    part: int
-    parts: int
+    part: int = 0
+    parts: int = 1
+    step_generator: torch.Generator | None = None
+    batch: int = 0
+    batches: int = 1
 
     def own(self, draws: Tensor) -> Tensor:
         """This part of what was drawn for all, ``[parts * B, ...]`` -> ``[B, ...]``."""
@@ -52,10 +76,10 @@ class BatchGenerator:
 
 
 Generators = torch.Generator | BatchGenerator | Sequence[torch.Generator] | None
-"""One generator for the batch, or for all parts of a batch; one for each image; or None for torch's global generator.
+"""One generator for the batch; those of a batch in training; one for each image; or None for torch's global generator.
 
-With one generator for each image, what is drawn for an image does not depend on the batch that it is in (but for
-StratifiedTimes and EquispacedTimes, which share the time axis out among a batch)."""
+With one generator for each image, the draws of an image do not depend on the other images of the batch. Exceptions are
+StratifiedTimes and EquispacedTimes, which divide the time axis among the images of a batch."""
 
 
 def expand_to(values: Tensor, like: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm_lightning.objectives import BatchShare, EquispacedTimes, TimeDraw
-from ddpm_lightning.ops import Generators
+from ddpm_lightning.objectives import EquispacedTimes, TimeDraw
+from ddpm_lightning.ops import BatchGenerator, Generators
 
 __all__ = ["RecordedTimes"]
 
@@ -19,10 +19,12 @@ class RecordedTimes(EquispacedTimes):
         super().__init__()
         self.folder, self.calls = folder, 0
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
-        draw = super().forward(like, generators, share)
-        assert share is not None
-        record = {"position": draw.position, "part": share.part, "parts": share.parts}
-        torch.save(record, Path(self.folder) / f"{self.calls:03d}-{share.part}-{os.environ.get('LOCAL_RANK', 0)}.pt")
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
+        draw = super().forward(like, generators)
+        assert isinstance(generators, BatchGenerator)
+        record = {"position": draw.position, "part": generators.batch, "parts": generators.batches}
+        torch.save(
+            record, Path(self.folder) / f"{self.calls:03d}-{generators.batch}-{os.environ.get('LOCAL_RANK', 0)}.pt"
+        )
         self.calls += 1
         return draw

@@ -330,18 +330,36 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--model.schedule.init_args.T=0"], ["T = 0", "--model.schedule.init_args.T"]),
-            (["--model.schedule=LinearChain", "--model.schedule.beta_end=1.5"], ["beta_end = 1.5", "between 0 and 1"]),
+            (["--model.schedule.init_args.T=0"], ["--model.schedule.T = 0 must be 1 or more"]),
+            (
+                ["--model.schedule=LinearChain", "--model.schedule.beta_end=1.5"],
+                ["--model.schedule.beta_end = 1.5 must lie strictly between 0 and 1"],
+            ),
             (["--model.network.init_args.multipliers=[1,1,1,1,1]"], ["UNet", "[1, 8, 8]", "16"]),
             (["--model.network.init_args.channels=3"], ["UNet", "[1, 8, 8]"]),
             (["--model.ema_decay=1.5"], ["--model.ema_decay"]),
-            (["--model.objective.times=ImportanceTimes", "--model.objective.times.bins=0"], ["bins = 0", "times"]),
+            (
+                ["--model.objective.times=ImportanceTimes", "--model.objective.times.bins=0"],
+                ["--model.objective.times.bins = 0 must"],
+            ),
             (
                 ["--model.test_bounds=[{class_path: DenoisingElbo, init_args: {T: 0}}]"],
                 ["--model.test_bounds", "T = 0"],
             ),
+            (["--model.test_bounds=[{class_path: DenoisingElbo, init_args: {steps: 0}}]"], ["steps = 0 must be 1"]),
+            (
+                [
+                    "--model.schedule=VarianceExploding",
+                    "--model.schedule.schedule=CosineChain",
+                    "--model.schedule.schedule.max_beta=2",
+                ],
+                ["--model.schedule.schedule.max_beta = 2 must lie"],
+            ),
             (["--model.schedule=LearnedGamma"], ["learned through the bound", "ContinuousNegativeElbo"]),
-            (["--model.schedule=LinearGamma", "--model.schedule.gamma_min=6"], ["gamma must increase", "gamma_min"]),
+            (
+                ["--model.schedule=LinearGamma", "--model.schedule.gamma_min=6"],
+                ["--model.schedule.gamma_min = 6 must be below gamma_max = 5"],
+            ),
             (["--model.variance=LearnedRangeVariance"], ["[2, 8, 8]", "out_channels 2"]),
             (["--model.objective=HybridObjective"], ["nothing to learn", "LearnedRangeVariance"]),
             (["--data.batch_size=5000"], ["--data.batch_size"]),

@@ -109,7 +109,7 @@ def test_oracle_is_consistent(name: str) -> None:
 @pytest.mark.parametrize("name", WORLDS)
 def test_terms_are_exact_in_expectation(name: str, form: type[ElboEstimator]) -> None:
     expected, values = exact(WORLDS[name])[form], estimate(name, form)
-    assert set(values) == set(expected) == set(form.term_names)
+    assert set(values) == set(expected) == set(form.term_kinds)
     for term, value in expected.items():
         assert values[term].dtype == torch.float64
         assert_mean(values[term], value, max_se=0.015 * max(1.0, abs(value)))
@@ -346,7 +346,9 @@ def test_terms_keep_the_images_apart() -> None:
     for form in FORMS:
         terms = form()(wrong_model(clip_x0=True), grey_images(3), torch.Generator().manual_seed(0))
         assert all(values.shape == (3,) for values in terms.named().values())
-        assert set(terms.named()) == set(form.term_names)
+        assert set(terms.named()) == set(form.term_kinds)
+        for kind, names in (("cost", terms.costs), ("diagnostic", terms.diagnostics)):
+            assert {name for name in form.term_kinds if form.term_kinds[name] == kind} == set(names)
         assert torch.equal(terms.total, terms.named()["elbo"])
 
 

@@ -1,6 +1,7 @@
 """The layering of the package, read from its imports."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,6 +91,21 @@ def test_outside_imports(path: Path) -> None:
         assert not any(name.startswith(("torch.distributed", "torch.utils.data")) for name in imports_of(path))
     if unit == "networks":
         assert all(name.split(".")[1] == "networks" for name in imports_of(path) if name.startswith(PACKAGE))
+
+
+def options_in(source: str) -> list[str]:
+    """Strings of a module that name an option of the command line."""
+    strings = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return [value for value in strings if isinstance(value, str) and re.search(r"--[A-Za-z]", value)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_layers_0_to_3_name_no_option_of_the_command_line(path: Path) -> None:
+    assert unit_of(path) not in PLAIN or options_in(path.read_text()) == []
+
+
+def test_options_are_found_in_any_string() -> None:
+    assert options_in('raise E(f"T = {T}: set --model.T") if a--b else "a -- b"') == [": set --model.T"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives import (
-    BatchShare,
     EquispacedTimes,
     ImportanceTimes,
     MinSNRWeighting,
@@ -127,10 +126,8 @@ class Fixed(TimeSampler):
         super().__init__()
         self.position, self.weight = position, weight
         self.told: list[tuple[Tensor, Tensor]] = []
-        self.shares: list[BatchShare | None] = []
 
-    def forward(self, like: Tensor, generators: object = None, share: BatchShare | None = None) -> TimeDraw:
-        self.shares.append(share)
+    def forward(self, like: Tensor, generators: object = None) -> TimeDraw:
         values = torch.ones(len(like), dtype=torch.float64)
         return TimeDraw(self.position * values, self.weight * values)
 
@@ -196,14 +193,13 @@ def test_continuous_time_by_hand() -> None:
 
 
 def test_the_sampler_hears_of_weighted_losses_without_its_own_weight() -> None:
-    times, share = Fixed(0.55, weight=3.0), BatchShare(1, 2, torch.Generator())
+    times = Fixed(0.55, weight=3.0)
     objective = WeightedMSE(times, weighting=MinSNRWeighting(clip=0.1))
     plain = WeightedMSE(Fixed(0.55), weighting=MinSNRWeighting(clip=0.1))
-    loss = objective(model(), images(3), torch.Generator().manual_seed(1), share=share)
+    loss = objective(model(), images(3), torch.Generator().manual_seed(1))
     assert torch.equal(loss, 3 * plain(model(), images(3), torch.Generator().manual_seed(1)))
     ((position, told),) = times.told
     assert torch.equal(3 * told, loss) and not told.requires_grad and position.tolist() == [0.55] * 3
-    assert times.shares == [share]
     objective.eval()(model(), images(3), torch.Generator().manual_seed(1))
     assert len(times.told) == 1
 

@@ -160,6 +160,10 @@ def calls() -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], DiagonalGaus
     models = {name: build(nn.Identity(), variance=variance) for name, variance in variances.items()}
     for model in models.values():
         model.network.forward = lambda x, t: torch.tanh(x) + t.reshape(-1, 1, 1, 1)
+
+    def decoder(model: DiffusionModel, x: Tensor, s: Tensor, t: Tensor) -> DiagonalGaussian:
+        return model.reverse_process.decoder_gaussian(model.reverse_process.denoiser(x, s), x, s, t)
+
     return {
         "marginal": lambda x0, x, s, t: process.marginal(x0, t),
         "transition": lambda x0, x, s, t: process.transition(x, s, t),
@@ -167,8 +171,8 @@ def calls() -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], DiagonalGaus
         "reverse, large": lambda x0, x, s, t: models["large"].reverse_process.transition(x, s, t),
         "reverse, small": lambda x0, x, s, t: models["small"].reverse_process.transition(x, s, t),
         "reverse, analytic": lambda x0, x, s, t: models["analytic"].reverse_process.transition(x, s, t),
-        "decoder, analytic": lambda x0, x, s, t: models["analytic"].reverse_process.decoder_gaussian(x, s, t),
-        "decoder": lambda x0, x, s, t: models["small"].reverse_process.decoder_gaussian(x, s, t),
+        "decoder, analytic": lambda x0, x, s, t: decoder(models["analytic"], x, s, t),
+        "decoder": lambda x0, x, s, t: decoder(models["small"], x, s, t),
     }
 
 

@@ -29,7 +29,7 @@ from ddpm_lightning.process import (
     Prediction,
     TimeConditioning,
 )
-from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, Sampler
+from ddpm_lightning.samplers import AncestralSampler, Context, DDIMSampler, Sampler
 from ddpm_lightning.schedules import BetaChain, CosineChain, LinearChain, chain_grid, strided_grid
 
 T = 20
@@ -221,7 +221,9 @@ def test_ddim_uses_the_eps_that_belongs_to_the_clipped_image() -> None:
         eps = (x_t - math.sqrt(abar_t) * x0) / math.sqrt(1 - abar_t)
         expected = math.sqrt(abar_s) * x0 + math.sqrt(1 - abar_s) * eps
         grid_t, grid_s = model.grid[t], model.grid[s]
-        torch.testing.assert_close(DDIMSampler().step(model, x_t, grid_t, grid_s), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            DDIMSampler().step(Context(model), x_t, grid_t, grid_s)[0], expected, rtol=1e-9, atol=1e-9
+        )
         prediction: Prediction = model.reverse_process.denoiser(x_t, grid_t)
         rebuilt = math.sqrt(abar_t) * prediction.x0 + math.sqrt(1 - abar_t) * prediction.eps
         torch.testing.assert_close(rebuilt, x_t, rtol=1e-9, atol=1e-9)

@@ -23,7 +23,7 @@ from worlds_gaussian import CorrelatedGaussianWorld
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import DiffusionModel, FixedSmallVariance
-from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, DPMSolverSampler, HeunSampler, Sampler
+from ddpm_lightning.samplers import AncestralSampler, Context, DDIMSampler, DPMSolverSampler, HeunSampler, Sampler
 from ddpm_lightning.schedules import LinearGamma, Schedule, VarianceExploding, karras_grid, logsnr_grid
 
 ORDERS: list[tuple[Sampler, int]] = [
@@ -100,7 +100,7 @@ def test_order_1_is_ddim_and_ancestral_sampling(name: str) -> None:
     ]:
         for x, y in zip(*(states_of(sampler, model, x_T, grid)[0] for sampler in (ours, theirs)), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
-    first = [DPMSolverSampler(order).step(model, x_T, grid[-1], grid[-2]) for order in (1, 2)]
+    first = [DPMSolverSampler(order).step(Context(model), x_T, grid[-1], grid[-2])[0] for order in (1, 2)]
     assert torch.equal(*first)
 
 
@@ -238,16 +238,16 @@ def test_one_sampler_serves_two_walks_at_once(sampler: Sampler) -> None:
     assert vars(sampler) == before
 
 
-def test_the_memory_is_the_last_prediction() -> None:
+def test_the_state_is_the_last_prediction() -> None:
     model = optimal_model(PIXELS, LinearGamma(-6.0, 8.0))
     x_t, sampler = start(model, (2, 1, 4, 4)), DPMSolverSampler()
     t, s = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
-    x_s, memory = sampler.advance(model, x_t, t, s)
-    assert memory is not None and memory.t == t
-    assert torch.equal(memory.x0, model.denoiser(x_t, t).x0)
-    with_it, without = (sampler.advance(model, x_s, s, 0.5 * s, m)[0] for m in (memory, None))
+    x_s, state = sampler.step(Context(model), x_t, t, s)
+    assert state is not None and state.t == t
+    assert torch.equal(state.x0, model.denoiser(x_t, t).x0)
+    with_it, without = (sampler.step(Context(model), x_s, s, 0.5 * s, before)[0] for before in (state, None))
     assert float((with_it - without).abs().max()) > 1e-3
-    assert DDIMSampler().advance(model, x_t, t, s)[1] is None
+    assert DDIMSampler().step(Context(model), x_t, t, s)[1] is None
 
 
 @pytest.mark.parametrize("order", [0, 3, -1])

@@ -19,6 +19,7 @@ from oracles import (
 )
 from torch import Tensor, nn
 
+from ddpm_lightning.distributions import DiagonalGaussian
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives import (
     ConsistencyElbo,
@@ -84,6 +85,12 @@ class Zero(nn.Module):
         return torch.zeros_like(x)
 
 
+def decoder_gaussian(model: DiffusionModel, x1: Tensor, t1: Tensor, t2: Tensor) -> DiagonalGaussian:
+    """Of a chain whose first two times these are."""
+    reverse = model.reverse_process
+    return reverse.decoder_gaussian(reverse.denoiser(x1, t1), x1, t1, t2)
+
+
 class Fixed(TimeSampler):
     """The same step for every image."""
 
@@ -91,7 +98,7 @@ class Fixed(TimeSampler):
         super().__init__()
         self.position = (step - 0.5) / T
 
-    def forward(self, like: Tensor, generators: object = None, share: object = None) -> TimeDraw:
+    def forward(self, like: Tensor, generators: object = None) -> TimeDraw:
         position = torch.full(like.shape[:1], self.position, dtype=torch.float64)
         return TimeDraw(position, torch.ones_like(position))
 
@@ -125,7 +132,7 @@ def test_the_analytic_variance_is_that_of_the_state_given_the_next(T: int, data:
             step = model.reverse_process.transition(x, times[t - 1], times[t])
             assert step.log_var.dtype == torch.float64
             assert step.log_var.exp().item() == pytest.approx(strided.reverse_var(t), rel=1e-9)
-        first = model.reverse_process.decoder_gaussian(x, times[1], times[min(2, strided.T)])
+        first = decoder_gaussian(model, x, times[1], times[min(2, strided.T)])
         assert first.log_var.exp().item() == pytest.approx(strided.reverse_var(1), rel=1e-9)
 
 
@@ -145,7 +152,7 @@ def test_one_table_serves_every_schedule_and_number_of_steps(schedule: Schedule)
         exact = total[:-1] - abar[1:] / abar[:-1] * total[:-1].square() / total[1:]
         step = model.reverse_process.transition(torch.zeros(T - 1, 1, 1, 1), grid[1:-1], grid[2:])
         torch.testing.assert_close(step.log_var.flatten().exp(), exact[1:], rtol=1e-4, atol=0)
-        first = model.reverse_process.decoder_gaussian(torch.zeros(1, 1, 1, 1), grid[1], grid[2])
+        first = decoder_gaussian(model, torch.zeros(1, 1, 1, 1), grid[1], grid[2])
         assert first.log_var.exp().item() == pytest.approx(float(exact[0]), rel=1e-4)
 
 
@@ -304,7 +311,7 @@ def test_the_range_is_interpolated_in_the_logarithm(fraction: float) -> None:
             assert step.log_var.shape == x.shape and step.log_var.dtype == torch.float64
             expected = fraction * math.log(strided.betas[t - 1]) + (1 - fraction) * math.log(strided.beta_tilde(t))
             torch.testing.assert_close(step.log_var, torch.full_like(x, expected), rtol=1e-9, atol=0)
-        first = model.reverse_process.decoder_gaussian(x, times[1], times[2])
+        first = decoder_gaussian(model, x, times[1], times[2])
         expected = fraction * math.log(strided.betas[0]) + (1 - fraction) * math.log(strided.beta_tilde(2))
         torch.testing.assert_close(first.log_var, torch.full_like(x, expected), rtol=1e-9, atol=0)
 
@@ -336,7 +343,7 @@ def test_a_range_needs_two_steps_and_channels_of_its_own() -> None:
         model.with_steps(1)
     x = normal(2, 1, 4, 4)
     with pytest.raises(ValueError, match="variance_output"):
-        model.reverse_process.transition_from(Prediction(x, x, x), x, model.grid[1], model.grid[2])
+        model.reverse_process.transition(x, model.grid[1], model.grid[2], Prediction(x, x, x))
 
 
 def test_a_distribution_from_a_prediction_is_the_one_that_the_denoiser_gives() -> None:
@@ -344,8 +351,8 @@ def test_a_distribution_from_a_prediction_is_the_one_that_the_denoiser_gives() -
     model, x = learned_model(network, BetaChain(CHAINS[10]), clip_x0=True), normal(3, 1, 4, 4)
     reverse, s, t = model.reverse_process, model.grid[4], model.grid[7]
     pairs = [
-        (reverse.transition_from(reverse.denoiser(x, t), x, s, t), reverse.transition(x, s, t)),
-        (reverse.decoder_gaussian_from(reverse.denoiser(x, s), x, s, t), reverse.decoder_gaussian(x, s, t)),
+        (reverse.transition(x, s, t, reverse.denoiser(x, t)), reverse.transition(x, s, t)),
+        (model.decoder_gaussian(x, prediction=reverse.denoiser(x, model.grid[1])), model.decoder_gaussian(x)),
     ]
     assert network.calls == 4
     for a, b in pairs:
@@ -475,7 +482,7 @@ def test_no_step_gives_a_gradient_that_is_not_finite(schedule: Schedule, decoder
     model, x0 = learned_model(network, schedule, decoder=decoder), (normal(8, 1, 4, 4) / 3).clamp(-1, 1).float()
 
     class Ends(TimeSampler):
-        def forward(self, like: Tensor, generators: object = None, share: object = None) -> TimeDraw:
+        def forward(self, like: Tensor, generators: object = None) -> TimeDraw:
             position = torch.tensor([0.0, 0.999999] * 4, dtype=torch.float64)
             return TimeDraw(position, torch.ones_like(position))
 

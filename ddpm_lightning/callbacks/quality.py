@@ -14,7 +14,7 @@ from ddpm_lightning.evaluation.quality import Labelled, add_images, image_batche
 from ddpm_lightning.metrics import (
     ClassifierFeatures,
     FrechetDistance,
-    QualityFigures,
+    QualityMetrics,
     classifier_for,
     load_classifier,
 )
@@ -29,7 +29,7 @@ class SampleQuality(Callback):
     """Compares samples of the averaged model with real images in the features of a classifier of the data.
 
     In ``fit``, after the validation of every ``every_n_epochs``-th epoch: ``val/frechet``, the Frechet distance of n
-    samples from n validation images. In ``test``: every figure of ``QualityFigures``, of n samples and of n training
+    samples from n validation images. In ``test``: every figure of ``QualityMetrics``, of n samples and of n training
     images (the floor), each against the same n test images, as ``test/NAME`` and ``test/floor_NAME``, printed beside
     the bound and written to RUN/quality-test.txt and .json. Where a split has fewer than n images all of it is taken.
 
@@ -103,7 +103,7 @@ class SampleQuality(Callback):
         module, classifier = self._parts(pl_module)
         sets = {"samples": self._sampled(trainer, module), "training images": self._real(trainer, "train")}
         for name, batches in sets.items():
-            metric = QualityFigures(classifier).to(module.device)
+            metric = QualityMetrics(classifier).to(module.device)
             add_images(metric, self._real(trainer, "test"), True, module)
             add_images(metric, batches, False, module)
             self.figures[name] = metric.compute()

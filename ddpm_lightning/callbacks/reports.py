@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from ddpm_lightning import __version__
-from ddpm_lightning.metrics import BoundFigures, bits_per_dim
+from ddpm_lightning.metrics import BoundScores, bits_per_dim
 from ddpm_lightning.objectives import ContinuousElbo, ElboEstimator
 from ddpm_lightning.training.distributed import gather_to_all
 from ddpm_lightning.training.module import DiffusionModule
@@ -64,7 +64,7 @@ def model_facts(module: DiffusionModule) -> dict[str, Any]:
     }
 
 
-def bound_table(figures: BoundFigures, dims: int) -> str:
+def bound_table(figures: BoundScores, dims: int) -> str:
     """The terms of each form in nats an image and in bits a dimension, with standard errors over images."""
     lines = [f"{'form':<12} {'term':<24} {'nats/image':>22} {'bits/dim':>22}"]
     for form, terms in figures.items():

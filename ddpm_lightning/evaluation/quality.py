@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.data.batches import EvalBatches, IndexBatches, Split
-from ddpm_lightning.metrics import FrechetDistance, QualityFigures
+from ddpm_lightning.metrics import FrechetDistance, QualityMetrics
 from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.training.module import DiffusionModule
 
@@ -61,7 +61,7 @@ def image_batches(images: Batch, batch_size: int, rank: int = 0, world: int = 1)
 
 @torch.inference_mode()
 def add_images(
-    metric: QualityFigures | FrechetDistance, batches: Iterable[Labelled], real: bool, module: DiffusionModule
+    metric: QualityMetrics | FrechetDistance, batches: Iterable[Labelled], real: bool, module: DiffusionModule
 ) -> None:
     """Give a metric, which is on the module's device, one side of the comparison."""
     for levels, label in batches:

@@ -1,4 +1,4 @@
-"""The one place where nats become bits."""
+"""Nats to bits; no other module converts them."""
 
 import math
 

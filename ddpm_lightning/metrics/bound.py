@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from ddpm_lightning.metrics.bits_per_dim import bits_per_dim
 from ddpm_lightning.metrics.mean import MeanAndError
 
-__all__ = ["BoundFigures", "BoundMeans"]
+__all__ = ["BoundMeans", "BoundScores"]
 
-BoundFigures = dict[str, dict[str, tuple[float, float]]]
-"""``figures[form][name] = (mean, standard error over images)``; nats an image, and ``bits_per_dim`` of ``elbo``."""
+BoundScores = dict[str, dict[str, tuple[float, float]]]
+"""``scores[form][name] = (mean, standard error over images)``; nats an image, and ``bits_per_dim`` of ``elbo``."""
 
 
 class BoundMeans(nn.Module):
@@ -35,20 +35,19 @@ class BoundMeans(nn.Module):
         for name, value in values.items():
             self._means()[form][name].update(value)
 
-    def compute(self, dims: int) -> tuple[BoundFigures, int]:
-        """Figures for images of ``dims`` dimensions, and the number of images; a collective on many processes."""
-        figures: BoundFigures = {}
+    def compute(self, dims: int) -> tuple[BoundScores, int]:
+        """Scores of images of ``dims`` dimensions, and the number of images; a collective on many processes."""
+        scores: BoundScores = {}
         count = 0
         for form, means in self._means().items():
             results = {name: mean.compute() for name, mean in means.items()}
-            figures[form] = {name: (float(r["mean"]), float(r["se"])) for name, r in results.items()}
-            mean, error = figures[form]["elbo"]
-            figures[form]["bits_per_dim"] = (bits_per_dim(-mean, dims), bits_per_dim(error, dims))
+            scores[form] = {name: (float(r["mean"]), float(r["se"])) for name, r in results.items()}
+            mean, error = scores[form]["elbo"]
+            scores[form]["bits_per_dim"] = (bits_per_dim(-mean, dims), bits_per_dim(error, dims))
             count = int(results["elbo"]["count"])
-        return figures, count
+        return scores, count
 
     def reset(self) -> None:
-        """Forget all."""
         for means in self._means().values():
             for mean in means.values():
                 mean.reset()

@@ -9,10 +9,10 @@ from torchmetrics import Metric
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import FeatureClassifier
 
-__all__ = ["ClassFigures"]
+__all__ = ["ClassMetrics"]
 
 
-class ClassFigures(Metric):
+class ClassMetrics(Metric):
     """Accuracy of a classifier on images of known class, and the diversity of images, on any number of processes.
 
     Args:
@@ -60,11 +60,11 @@ class ClassFigures(Metric):
         """
         n = self.counts.sum()
         if n == 0:
-            raise InputError("figures of classes need at least 1 image, and got 0")
+            raise InputError("classes need at least 1 image, and got 0")
         share = self.counts / n
         centred = self.squares - self.sums.square().sum(1) / self.counts.clamp(min=1)
-        figures = {
+        scores = {
             "class_entropy": -torch.special.xlogy(share, share).sum(),
             "spread": (centred.sum() / n).clamp(min=0).sqrt(),
         }
-        return {"accuracy": self.hits / self.labelled, **figures} if self.labelled > 0 else figures
+        return {"accuracy": self.hits / self.labelled, **scores} if self.labelled > 0 else scores

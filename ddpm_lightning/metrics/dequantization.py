@@ -23,7 +23,10 @@ def dequantized_log_prob(
     Level k sits at x_k = 2 k / (levels - 1) - 1, the middle of a bin of width delta = 2 / (levels - 1). For a model of
     images that draws x from the density and rounds it to the nearest level
 
-        log P(k) >= E_u [ log p(x_k + delta (u - 1/2)) ] + D log delta,    u uniform in [0, 1)^D
+    .. math::
+
+        \log P(k) \ge E_u \left[ \log p(x_k + \delta (u - \tfrac12)) \right] + D \log \delta,
+            \qquad u \text{ uniform in } [0, 1)^D
 
     so a density uniform on the levels' bins, (levels delta)^-D, has log2(levels) bits/dim exactly. ``bits_per_dim``
     turns the nats into bits/dim.
@@ -57,7 +60,10 @@ def decoded_log_prob(
     r"""The same by variational dequantisation (Ho et al. 2019, arXiv 1902.00275, section 3.1), with the forward process
     for the noise and the model's decoder for the rounding:
 
-        log P(x_0) >= E_q [ log p(x_1) + log P(x_0 | x_1) - log q(x_1 | x_0) ],    x_1 ~ q(x_1 | x_0)
+    .. math::
+
+        \log P(x_0) \ge E_q \left[ \log p(x_1) + \log P(x_0 | x_1) - \log q(x_1 | x_0) \right],
+            \qquad x_1 \sim q(x_1 | x_0)
 
     It asks for the density where the denoiser was trained to be good. Where the decoder is the exact posterior of x_0
     and p(x_1) is q(x_1), every draw gives log P(x_0) itself.

@@ -2,14 +2,19 @@ r"""Distances between two sets of images in a feature space: how samples are com
 
 With features f(x) of dimension d, of real images r_1..r_m and samples s_1..s_n:
 
-    Frechet    |mu_r - mu_s|^2 + tr(C_r + C_s - 2 (C_r C_s)^1/2)          (Heusel et al. 2017, arXiv 1706.08500)
-    kernel     mean_{i != j} k(r_i, r_j) + mean_{i != j} k(s_i, s_j) - 2 mean_{i, j} k(r_i, s_j),
-               k(a, b) = (a.b / d + 1)^3: unbiased, and below 0 by chance     (Binkowski et al. 2018, arXiv 1801.01401)
-    precision  share of samples within the k-th nearest neighbour's distance of some real image
-    recall     share of real images within that distance of some sample   (Kynkaanniemi et al. 2019, arXiv 1904.06991)
+.. math::
 
-The Frechet distance of finite sets is too large by about (1/m + 1/n) times a constant of the data, so it compares at
-equal m and n only, and beside a floor: as many training images against the same real ones.
+    \text{Frechet} &= |\mu_r - \mu_s|^2 + \mathrm{tr}(C_r + C_s - 2 (C_r C_s)^{1/2}) \\
+    \text{kernel} &= \mathop{\mathrm{mean}}_{i \ne j} k(r_i, r_j) + \mathop{\mathrm{mean}}_{i \ne j} k(s_i, s_j)
+        - 2 \mathop{\mathrm{mean}}_{i, j} k(r_i, s_j), \quad k(a, b) = (a \cdot b / d + 1)^3 \\
+    \text{precision} &= \text{share of samples
+        within the } k \text{-th nearest neighbour's distance of some real image} \\
+    \text{recall} &= \text{share of real images within that distance of some sample}
+
+(Heusel et al. 2017, arXiv 1706.08500; Binkowski et al. 2018, arXiv 1801.01401; Kynkaanniemi et al. 2019, arXiv
+1904.06991). The kernel distance is unbiased, and below 0 by chance. The Frechet distance of finite sets is too large
+by about (1/m + 1/n) times a constant of the data. Compare values at equal m and n only, and beside a floor: as many
+training images against the same real ones.
 
 An extractor is a module with the attribute ``num_features`` that maps what ``update`` is given (images in model range,
 for :class:`~ddpm_lightning.metrics.ClassifierFeatures`) to ``[B, num_features]``.
@@ -72,9 +77,9 @@ class _FeatureSets(Metric):
         """Add a batch of images in model range; ``real`` or sampled."""
         (self.real if real else self.fake).append(self.extractor(images).double())
 
-    def _sets(self, figure: str, least: int) -> tuple[Tensor, Tensor]:
+    def _sets(self, metric: str, least: int) -> tuple[Tensor, Tensor]:
         counts = [sum(map(len, part)) if isinstance(part, list) else len(part) for part in (self.real, self.fake)]
-        _check_count(figure, least, *counts)
+        _check_count(metric, least, *counts)
         return dim_zero_cat(self.real), dim_zero_cat(self.fake)
 
 
@@ -136,7 +141,7 @@ def _mean_kernel(a: Tensor) -> Tensor:
     return (_kernel_sum(a, a) - own) / (len(a) * (len(a) - 1))
 
 
-def _check_count(figure: str, least: int, real: int, fake: int) -> None:
+def _check_count(metric: str, least: int, real: int, fake: int) -> None:
     for name, count in (("real images", real), ("samples", fake)):
         if count < least:
-            raise InputError(f"{figure} needs at least {least} {name}, and got {count}")
+            raise InputError(f"{metric} needs at least {least} {name}, and got {count}")

@@ -1,7 +1,7 @@
 """The feature space in which samples are compared with data: a classifier of that very kind of data.
 
 The distances of natural images (FID, KID) are taken in features of Inception, trained on ImageNet, which strokes on a
-black ground mean little to. Here each kind of data has a small classifier of its own, so figures compare between models
+black ground mean little to. Here each kind of data has a small classifier of its own, so scores compare between models
 of the same data measured with the same classifier, and with no published FID.
 """
 

@@ -1,16 +1,16 @@
-"""All figures of samples' quality at once."""
+"""All scores of samples' quality at once."""
 
 from torch import Tensor, nn
 
-from ddpm_lightning.metrics.classes import ClassFigures
+from ddpm_lightning.metrics.classes import ClassMetrics
 from ddpm_lightning.metrics.distances import FrechetDistance, KernelDistance, PrecisionRecall
 from ddpm_lightning.metrics.features import ClassifierFeatures
 from ddpm_lightning.networks import FeatureClassifier
 
-__all__ = ["QualityFigures"]
+__all__ = ["QualityMetrics"]
 
 
-class QualityFigures(nn.Module):
+class QualityMetrics(nn.Module):
     """Distances of samples from real images, and the classes of the samples, on any number of processes.
 
     Args:
@@ -21,7 +21,7 @@ class QualityFigures(nn.Module):
         super().__init__()
         extractor = ClassifierFeatures(classifier)
         self.frechet, self.kernel = FrechetDistance(extractor), KernelDistance(extractor)
-        self.precision_recall, self.classes = PrecisionRecall(extractor), ClassFigures(classifier)
+        self.precision_recall, self.classes = PrecisionRecall(extractor), ClassMetrics(classifier)
 
     def update(self, images: Tensor, real: bool, label: Tensor | None = None) -> None:
         """Add a batch of images in model range; ``label`` is the class that samples are meant to have."""
@@ -31,11 +31,11 @@ class QualityFigures(nn.Module):
             self.classes.update(images, label)
 
     def compute(self) -> dict[str, float]:
-        """``frechet``, ``kernel``, ``precision``, ``recall``, and ClassFigures' of the samples; a collective.
+        """``frechet``, ``kernel``, ``precision``, ``recall``, and ClassMetrics' of the samples; a collective.
 
         Raises:
             InputError: too few images.
         """
-        figures = {"frechet": self.frechet.compute(), "kernel": self.kernel.compute()}
-        figures |= {**self.precision_recall.compute(), **self.classes.compute()}
-        return {name: float(value) for name, value in figures.items()}
+        scores = {"frechet": self.frechet.compute(), "kernel": self.kernel.compute()}
+        scores |= {**self.precision_recall.compute(), **self.classes.compute()}
+        return {name: float(value) for name, value in scores.items()}

@@ -12,7 +12,11 @@ __all__ = ["FourierFeatures", "SinusoidalEmbedding"]
 class SinusoidalEmbedding(nn.Module):
     r"""Cosines and sines of ``scale * t`` at ``dim / 2`` angular frequencies from 1 down to 1 / ``max_period``.
 
-        (cos(w_k scale t), sin(w_k scale t)),   w_k = max_period^(-k / (dim/2 - 1)),   k = 0..dim/2 - 1
+    With s = ``scale``, P = ``max_period`` and d = ``dim`` the features are
+
+    .. math::
+
+        (\cos \omega_k s t, \; \sin \omega_k s t), \qquad \omega_k = P^{-k / (d/2 - 1)}, \quad k = 0, \dots, d/2 - 1
 
     With ``scale = 1000``, steps that are 1/1000 apart differ by a whole radian at the highest frequency, and the
     sines tell t from -t. Each entry is in [-1, 1], so bfloat16 keeps neighbouring steps apart.
@@ -51,7 +55,9 @@ class SinusoidalEmbedding(nn.Module):
 class FourierFeatures(nn.Module):
     r"""An image with its own sines and cosines as further channels (Kingma et al. 2021, arXiv 2107.00630, section 3.4).
 
-        (x, sin(2 pi f_1 x), cos(2 pi f_1 x), sin(2 pi f_2 x), ...)
+    .. math::
+
+        (x, \; \sin 2\pi f_1 x, \; \cos 2\pi f_1 x, \; \sin 2\pi f_2 x, \; \dots)
 
     Args:
         frequencies: f_1, f_2, ... in cycles per unit of x; without any the image is returned as it is.

@@ -6,6 +6,7 @@ from ddpm_lightning.objectives.elbo import (
     DenoisingElbo,
     ElboEstimator,
     ElboTerms,
+    TermKind,
     TrajectoryElbo,
 )
 from ddpm_lightning.objectives.hybrid import HybridObjective
@@ -14,7 +15,6 @@ from ddpm_lightning.objectives.noise_mse import NoiseMSE
 from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.path import PathLogProbs, path_log_probs, state_bound
 from ddpm_lightning.objectives.times import (
-    BatchShare,
     EquispacedTimes,
     ImportanceTimes,
     StratifiedTimes,
@@ -33,7 +33,6 @@ from ddpm_lightning.objectives.weighting import (
 )
 
 __all__ = [
-    "BatchShare",
     "ConsistencyElbo",
     "ContinuousElbo",
     "ContinuousNegativeElbo",
@@ -52,6 +51,7 @@ __all__ = [
     "P2Weighting",
     "PathLogProbs",
     "StratifiedTimes",
+    "TermKind",
     "TimeDraw",
     "TimeSampler",
     "TrajectoryElbo",

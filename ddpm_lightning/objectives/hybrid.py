@@ -8,19 +8,22 @@ from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives.objective import Objective
-from ddpm_lightning.objectives.times import BatchShare, TimeSampler, steps_of
-from ddpm_lightning.ops import Generators, expand_to, randn_like, sum_per_image
+from ddpm_lightning.objectives.times import TimeSampler, steps_of
+from ddpm_lightning.ops import Generators, expand_to, sum_per_image
 from ddpm_lightning.process import DiffusionModel, Prediction
 
 __all__ = ["HybridObjective"]
 
 
 class HybridObjective(Objective):
-    """L_simple + vlb_weight * L_vlb, one time for each image (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 16).
+    r"""L_simple + vlb_weight * L_vlb, one time for each image (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 16).
 
-        L_simple = |eps - eps_theta(x_i, i)|^2 / D                      NoiseMSE, which alone teaches the mean
-        L_vlb    = T / D * KL(q(x_{i-1}|x_i, x_0) || p(x_{i-1}|x_i))    for a step i in 2..T
-                 = T / D * (-log p(x_0|x_1))                            for i = 1
+    .. math::
+
+        L_\text{simple} &= |\epsilon - \epsilon_\theta(x_i, i)|^2 / D \\
+        L_\text{vlb} &= \tfrac{T}{D} \, \mathrm{KL}(q(x_{i-1}|x_i, x_0) \| p(x_{i-1}|x_i))
+            \quad \text{for a step } i = 2, \dots, T \\
+        &= -\tfrac{T}{D} \log p(x_0|x_1) \quad \text{for } i = 1
 
     in nats a dimension (D = C H W). In L_vlb the mean is detached, so only the variance learns from it. For i uniform
     on 1..T its expectation is -ELBO / D without the prior matching, which has nothing to learn. One evaluation of the
@@ -54,25 +57,15 @@ class HybridObjective(Objective):
         if variance.network_outputs == 1:
             raise InputError(
                 f"HybridObjective teaches a learned variance, and {type(variance).__name__} has nothing to learn: "
-                "use --model.objective NoiseMSE, or --model.variance LearnedRangeVariance"
+                "use NoiseMSE, or LearnedRangeVariance"
             )
 
-    def forward(
-        self,
-        model: DiffusionModel,
-        x0: Tensor,
-        generators: Generators = None,
-        *,
-        share: BatchShare | None = None,
-        **cond: Any,
-    ) -> Tensor:
-        """L_simple + vlb_weight * L_vlb, ``[B]``. In training mode the sampler of times is told of it."""
-        draw = self.times(x0, generators, share)
+    def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
+        """L_simple + vlb_weight * L_vlb, ``[B]``. In training mode the time sampler learns from it."""
+        draw = self.times(x0, generators)
         steps = steps_of(draw, model.T)
         t = torch.take(model.grid_on(x0.device), steps)
-        eps = randn_like(x0, generators)
-        marginal = model.forward_process.marginal(x0, t)
-        x_t = marginal.mean + marginal.std * eps
+        x_t, eps = model.forward_process.noised(x0, t, generators)
         prediction = model.denoiser(x_t, t, **cond)
         simple = sum_per_image((prediction.eps - eps).square())
         vlb = model.T * _step_cost(model, x0, x_t, steps, replace(prediction, x0=prediction.x0.detach()))
@@ -90,6 +83,6 @@ def _step_cost(model: DiffusionModel, x0: Tensor, x_t: Tensor, steps: Tensor, pr
     # gradient of a NaN that where() discards is still a NaN.
     later = steps.clamp(min=2)
     s, t = torch.take(grid, later - 1), torch.take(grid, later)
-    kl = process.posterior(x0, x_t, s, t).kl(reverse.transition_from(prediction, x_t, s, t))
+    kl = process.posterior(x0, x_t, s, t).kl(reverse.transition(x_t, s, t, prediction))
     near = replace(prediction, x0=torch.where(expand_to(first, x0), prediction.x0, x0))
-    return torch.where(first, -model.decoder.log_prob(x0, model.decoder_gaussian_from(near, x_t)), kl)
+    return torch.where(first, -model.decoder.log_prob(x0, model.decoder_gaussian(x_t, prediction=near)), kl)

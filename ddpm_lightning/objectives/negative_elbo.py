@@ -7,7 +7,7 @@ from torch import Tensor
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives.elbo import ContinuousElbo, ElboEstimator, diffusion_cost
 from ddpm_lightning.objectives.objective import Objective
-from ddpm_lightning.objectives.times import BatchShare, TimeSampler
+from ddpm_lightning.objectives.times import TimeSampler
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -28,16 +28,7 @@ class NegativeElbo(Objective):
         self.bound = bound
         self.trains_variance = not isinstance(bound, ContinuousElbo)
 
-    def forward(
-        self,
-        model: DiffusionModel,
-        x0: Tensor,
-        generators: Generators = None,
-        *,
-        share: BatchShare | None = None,
-        **cond: Any,
-    ) -> Tensor:
-        """-ELBO / (C H W), ``[B]``. The estimator picks its steps for each image by itself, whatever the share."""
+    def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
         return -self.bound(model, x0, generators, **cond).total / x0[0].numel()
 
 
@@ -75,22 +66,13 @@ class ContinuousNegativeElbo(Objective):
         except NotImplementedError:
             raise InputError(
                 f"ContinuousNegativeElbo needs d gamma/dt and {type(schedule).__name__} defines none: give it "
-                "gamma_slope, or use --model.objective NegativeElbo"
+                "gamma_slope, or use NegativeElbo"
             ) from None
 
-    def forward(
-        self,
-        model: DiffusionModel,
-        x0: Tensor,
-        generators: Generators = None,
-        *,
-        share: BatchShare | None = None,
-        **cond: Any,
-    ) -> Tensor:
-        """-ELBO / (C H W), ``[B]``."""
+    def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
         process, schedule, dims = model.forward_process, model.schedule, x0[0].numel()
         first = model.grid_on(x0.device)[1]
-        draw = self.times(x0, generators, share)
+        draw = self.times(x0, generators)
         t = first + (1 - first) * draw.position
         with schedule.held_interior():
             diffusion = (1 - first) * diffusion_cost(model, model.denoiser, x0, t, generators, **cond)

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.objectives.times import BatchShare
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -13,7 +12,7 @@ __all__ = ["Objective"]
 
 
 class Objective(nn.Module):
-    """A loss for each image, to be averaged and minimised. What it learns on the way is in its buffers."""
+    """A loss for each image, to be averaged and minimised. Its own state is in buffers, so it is saved."""
 
     is_bound = False
     """True where the loss is minus the bound, so that a schedule can be learned by it."""
@@ -34,30 +33,21 @@ class Objective(nn.Module):
         if variance.network_outputs > 1 and not self.trains_variance:
             raise InputError(
                 f"{type(self).__name__} does not depend on the reverse variance, so {type(variance).__name__} would "
-                "not be learned: use --model.objective HybridObjective or NegativeElbo, or a fixed variance"
+                "not be learned: use HybridObjective or NegativeElbo, or a fixed variance"
             )
         if not self.is_bound and model.schedule.is_learned:
             raise InputError(
                 f"{type(model.schedule).__name__} is learned through the bound, and {type(self).__name__} is none: use "
-                "--model.objective ContinuousNegativeElbo or NegativeElbo"
+                "ContinuousNegativeElbo or NegativeElbo"
             )
 
-    def forward(
-        self,
-        model: DiffusionModel,
-        x0: Tensor,
-        generators: Generators = None,
-        *,
-        share: BatchShare | None = None,
-        **cond: Any,
-    ) -> Tensor:
+    def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
         """Losses of a batch.
 
         Args:
             model: the generative model.
             x0: images ``[B, C, H, W]`` in model range.
             generators: source of noise and times.
-            share: which part of the optimiser step's images these are; None if they are all of them.
             cond: conditions, passed on to the network.
 
         Returns:

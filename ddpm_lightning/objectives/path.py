@@ -2,7 +2,10 @@ r"""Log probabilities of the single states of a chain: along one path, and the b
 
 A path x_1, ..., x_T of q ties every log probability of the chain together. From the data x_0 (n = 0) or any state x_n:
 
-    log p(x_n) >= E_{q(x_{n+1}, ..., x_T | x_n)} [ log p(x_T) + sum_{m=n+1..T} log p(x_{m-1}|x_m) - log q(x_m|x_{m-1}) ]
+.. math::
+
+    \log p(x_n) \ge E_{q(x_{n+1}, \dots, x_T | x_n)} \left[ \log p(x_T)
+        + \sum_{m=n+1}^T \log p(x_{m-1}|x_m) - \log q(x_m|x_{m-1}) \right]
 
 where p(x_n) is the model's own marginal, log p(x_0|x_1) is the decoder's, and the gap is the KL divergence of
 q(x_{n+1}, ..., x_T | x_n) from p(x_{n+1}, ..., x_T | x_n). At n = 0 this is the trajectory form of the bound, at n = T
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -100,8 +103,7 @@ def state_bound(
     """
     if not 0 <= index <= model.T:
         raise InputError(f"index = {index} must lie between 0 (data) and the chain's T = {model.T}")
-    if paths < 1:
-        raise InputError(f"paths = {paths} must be 1 or more")
+    at_least(1, paths=paths)
     prior = model.prior(x_n)
     bounds = []
     for _ in range(paths):
@@ -115,11 +117,11 @@ def state_bound(
 def _steps(
     model: DiffusionModel, x_n: Tensor, index: int, generators: Generators, cond: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Walk from x_n on: x_m ``[B, C, H, W]``, log q(x_m|x_{m-1}) and log p(x_{m-1}|x_m) ``[B]``, m = n+1..T."""
+    """The states after x_n: x_m ``[B, C, H, W]``, log q(x_m|x_{m-1}) and log p(x_{m-1}|x_m) ``[B]``, m = n+1..T."""
     process, grid = model.forward_process, model.grid.to(x_n.device)
     before, s = x_n, grid[index]
-    walk = process.path(x_n, grid[index + 1 :], generators, start=grid[index] if index else None)
-    for m, x_t in enumerate(walk, start=index + 1):
+    states = process.path(x_n, grid[index + 1 :], generators, start=grid[index] if index else None)
+    for m, x_t in enumerate(states, start=index + 1):
         log_q = process.transition(before, s, grid[m]).log_prob(x_t)
         if m == 1:
             log_p = model.decoder.log_prob(x_n, model.decoder_gaussian(x_t, **cond))

@@ -1,8 +1,10 @@
 r"""How training draws its times, and how an estimator of the bound picks its steps.
 
-A draw is a position u on the unit interval, from the first state's end of the time axis to t = 1, and a weight with
+A draw is a position u on the unit interval, from the first state's end of the time axis to t = 1, and a weight w with
 
-    E[weight f(u)] = \int_0^1 f(u) du
+.. math::
+
+    E[w f(u)] = \int_0^1 f(u) \, du
 
 for every f, so that what is minimised does not depend on how it is sampled. A discrete chain takes step 1 + floor(u T)
 (:func:`steps_of`), continuous time takes u itself, stretched over its axis.
@@ -14,11 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import Generators, expand_to, rand, shuffled_places
+from ddpm_lightning.errors import InputError, at_least
+from ddpm_lightning.ops import BatchGenerator, Generators, expand_to, rand, shuffled_places
 
 __all__ = [
-    "BatchShare",
     "EquispacedTimes",
     "ImportanceTimes",
     "StratifiedTimes",
@@ -30,23 +31,6 @@ __all__ = [
 ]
 
 _LAST_BELOW_1 = math.nextafter(1.0, 0.0)
-_OPTION = "--model.objective.init_args.times.init_args"
-
-
-@dataclass(frozen=True)
-class BatchShare:
-    """Which part of an optimiser step's images a call sees: they are spread over accumulated batches, and over
-    processes where these do not share a :class:`~ddpm_lightning.ops.BatchGenerator`.
-
-    Attributes:
-        part: this part, 0..parts-1.
-        parts: number of parts.
-        generator: in the same state for all parts of one step, and in another one for another step.
-    """
-
-    part: int
-    parts: int
-    generator: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -68,30 +52,28 @@ def steps_of(draw: TimeDraw, T: int) -> Tensor:
 
 
 class TimeSampler(nn.Module):
-    """Draws a position for each image of a batch. What it learns from the losses is in its buffers."""
+    """Draws a position for each image of a batch. What it learns from the losses is in buffers, so it is saved."""
 
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         """A draw for B = ``like.shape[0]`` images, on the device of ``like``.
 
         Args:
             like: ``[B, ...]``.
             generators: source of the draws.
-            share: which part of the optimiser step's images these are; None if they are all of them.
         """
         raise NotImplementedError
 
     def update(self, position: Tensor, loss: Tensor) -> None:
-        """Take note of the losses ``[B]`` at positions ``[B]``, before the draw's weight; here nothing is learned."""
+        """Learn from losses ``[B]``, without the draw's weight, at positions ``[B]``. Here nothing is learned."""
 
 
 class UniformTimes(TimeSampler):
     """Independent draws (Ho et al. 2020, algorithm 1)."""
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
-        """Independent uniform positions."""
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         return _uniform_draw(rand(like, generators))
 
 
@@ -103,8 +85,7 @@ class StratifiedTimes(TimeSampler):
     :class:`~ddpm_lightning.ops.BatchGenerator`: each accumulated batch covers the axis by itself.
     """
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
-        """Positions that cover the axis evenly."""
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         stratum, count = shuffled_places(like, generators)
         return _uniform_draw((stratum + rand(like, generators)) / count)
 
@@ -112,24 +93,25 @@ class StratifiedTimes(TimeSampler):
 class EquispacedTimes(TimeSampler):
     r"""Equally spaced times with one random offset (Kingma et al. 2021, arXiv 2107.00630, appendix I.1):
 
-        u_j = (u_0 + j/N) mod 1,  j = 0..N-1
+    .. math::
 
-    over all N images of an optimiser step. Part p of P (see :class:`BatchShare`) takes every P-th of them,
-    j = p, p + P, ..., so that it covers the whole axis too, in shuffled order. Every single u_j is uniform.
+        u_j = (u_0 + j/N) \bmod 1, \quad j = 0, \dots, N - 1
 
-    If the parts differ in size, each is equally spaced by itself and unbiased, but their union is no longer equally
-    spaced; the same holds where some parts are left out, as in the last accumulation of an epoch.
+    over all N images of an optimiser step. Batch p of P accumulated ones takes every P-th of them, j = p, p + P, ...,
+    in shuffled order, so that it covers the whole axis too (:class:`~ddpm_lightning.ops.BatchGenerator` holds p and P).
+    Every single u_j is uniform.
+
+    If the batches differ in size, each is equally spaced by itself and unbiased, but their union is no longer equally
+    spaced. The same holds where some batches are left out, as in the last accumulation of an epoch.
     """
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
-        """This part of the equally spaced positions. ``generators`` shuffle; without a share they give u_0 too."""
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         place, count = shuffled_places(like, generators)
-        if share is None:
-            offset = rand(like, generators)[:1]
+        if isinstance(generators, BatchGenerator):
+            u0 = rand(like[:1], generators.step_generator or generators.generator)
+            offset = u0 + generators.batch / (generators.batches * count)
         else:
-            generator = share.generator
-            u0 = torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device).to(like.device)
-            offset = u0 + share.part / (share.parts * count)
+            offset = rand(like, generators)[:1]
         return _uniform_draw((offset + place / count) % 1)
 
 
@@ -137,7 +119,10 @@ class ImportanceTimes(TimeSampler):
     r"""Times where the losses are large are drawn more often and weigh less (Nichol & Dhariwal 2021, arXiv 2102.09672,
     section 3.3). The time axis is cut into equal bins, and bin k is drawn with
 
-        p_k = (1 - uniform) sqrt(E[L_k^2]) / sum_i sqrt(E[L_i^2]) + uniform / bins,   weight 1 / (bins p_k)
+    .. math::
+
+        p_k = (1 - \text{uniform}) \frac{\sqrt{E[L_k^2]}}{\sum_i \sqrt{E[L_i^2]}} + \frac{\text{uniform}}{\text{bins}},
+        \qquad \text{weight } \frac{1}{\text{bins} \, p_k}
 
     uniformly within the bin; E[L_k^2] is the mean over the bin's last ``history`` losses. Until every bin has that
     many, draws are uniform. Whatever the history holds, the draw is unbiased: the weight belongs to the p_k in use.
@@ -162,11 +147,9 @@ class ImportanceTimes(TimeSampler):
 
     def __init__(self, bins: int = 100, history: int = 10, uniform: float = 0.001) -> None:
         super().__init__()
-        for name, value in (("bins", bins), ("history", history)):
-            if value < 1:
-                raise InputError(f"{name} = {value} must be 1 or more: change {_OPTION}.{name}")
+        at_least(1, bins=bins, history=history)
         if not 0 < uniform <= 1:
-            raise InputError(f"uniform = {uniform:g} must lie in (0, 1]: change {_OPTION}.uniform")
+            raise InputError(f"uniform = {uniform:g} must lie in (0, 1]")
         self.bins, self.history, self.uniform = bins, history, uniform
         self.register_buffer("losses", torch.zeros(bins, history))
         self.register_buffer("counts", torch.zeros(bins, dtype=torch.long))
@@ -178,8 +161,7 @@ class ImportanceTimes(TimeSampler):
         learned = (1 - self.uniform) * root_mean_square / root_mean_square.sum() + self.uniform / self.bins
         return torch.where((self.counts >= self.history).all(), learned, 1 / self.bins)
 
-    def forward(self, like: Tensor, generators: Generators = None, share: BatchShare | None = None) -> TimeDraw:
-        """Independent draws from p_k."""
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         p = self.probabilities()
         upper = p.cumsum(0)
         u = rand(like, generators)
@@ -193,8 +175,8 @@ class ImportanceTimes(TimeSampler):
     @torch.no_grad()
     def update(self, position: Tensor, loss: Tensor) -> None:
         """Remember the losses ``[B]`` at positions ``[B]``, the batch's later ones as the more recent."""
-        # Masks and counts of unknown size would make the host wait for the device. So what is not to be written goes
-        # into a cell, or a bin, beyond the last.
+        # Tensors of unknown size would make the host wait for the device. So losses that must not be kept are written
+        # too, to one extra cell and one extra bin that are cut off again.
         index = (position * self.bins).long().clamp_(max=self.bins - 1)
         index = torch.where(torch.isfinite(loss), index, self.bins)
         ordered, order = torch.sort(index, stable=True)
@@ -232,8 +214,8 @@ def stratified_steps(
     Raises:
         InputError: ``steps`` < 1.
     """
-    if steps is not None and steps < 1:
-        raise InputError(f"steps = {steps} must be 1 or more, or null for all of them")
+    if steps is not None:
+        at_least(1, "None stands for all of them", steps=steps)
     if steps is None or steps >= count:
         indices = torch.arange(1, count + 1, device=like.device)
         return indices[:, None].expand(count, like.shape[0]), torch.ones(count, dtype=torch.float64, device=like.device)

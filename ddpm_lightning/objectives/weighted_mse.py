@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.objectives.objective import Objective
-from ddpm_lightning.objectives.times import BatchShare, TimeSampler, steps_of
+from ddpm_lightning.objectives.times import TimeSampler, steps_of
 from ddpm_lightning.objectives.weighting import UniformWeighting, Weighting
-from ddpm_lightning.ops import Generators, randn_like, sum_per_image
+from ddpm_lightning.ops import Generators, sum_per_image
 from ddpm_lightning.process import DiffusionModel, Parameterization
 
 __all__ = ["WeightedMSE"]
@@ -28,8 +28,11 @@ __all__ = ["WeightedMSE"]
 class WeightedMSE(Objective):
     r"""w(t) |target - prediction|^2 averaged over dimensions, at one time for each image:
 
-        E loss = 1/T sum_{i=1..T} w(t_i) E|...|^2 / D      on the chain's grid
-        E loss = \int w(t) E|...|^2 / D dt                 in continuous time, from the first state to 1
+    .. math::
+
+        E \, \text{loss} &= \tfrac1T \sum_{i=1}^T w(t_i) \, E|\dots|^2 / D \quad \text{on the chain's grid} \\
+        E \, \text{loss} &= \int w(t) \, E|\dots|^2 / D \, dt
+            \quad \text{in continuous time, from the first state to } 1
 
     Args:
         times: draws the times.
@@ -54,19 +57,11 @@ class WeightedMSE(Objective):
         super().__init__()
         self.times, self.target, self.weighting, self.continuous, self.T = times, target, weighting, continuous, T
 
-    def forward(
-        self,
-        model: DiffusionModel,
-        x0: Tensor,
-        generators: Generators = None,
-        *,
-        share: BatchShare | None = None,
-        **cond: Any,
-    ) -> Tensor:
-        """Weighted mean squared error, ``[B]``, float64. In training mode the sampler of times is told of it."""
+    def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
+        """Weighted mean squared error, ``[B]``, float64. In training mode the time sampler learns from it."""
         if self.T is not None:
             model = model.with_steps(self.T)
-        draw = self.times(x0, generators, share)
+        draw = self.times(x0, generators)
         grid = model.grid_on(x0.device)
         span: Tensor | float = 1.0
         if self.continuous:
@@ -74,9 +69,7 @@ class WeightedMSE(Objective):
             t = grid[1] + span * draw.position
         else:
             t = torch.take(grid, steps_of(draw, model.T))
-        eps = randn_like(x0, generators)
-        marginal = model.forward_process.marginal(x0, t)
-        x_t = marginal.mean + marginal.std * eps
+        x_t, eps = model.forward_process.noised(x0, t, generators)
         prediction = model.denoiser(x_t, t, **cond)
         error = prediction.eps - eps
         if self.target is not None:

@@ -2,7 +2,10 @@ r"""Weights on the squared error of eps, as functions of the noise level.
 
 A weight w(t) on |eps - eps_theta|^2 at times uniform in t is the same loss as
 
-    1/2 \int w_rel(gamma) |eps - eps_theta|^2 dgamma,        w_rel = 2 w(t) / gamma'(t)
+.. math::
+
+    \tfrac12 \int w_\text{rel}(\gamma) \, |\epsilon - \epsilon_\theta|^2 \, d\gamma,
+        \qquad w_\text{rel} = 2 w(t) / \gamma'(t)
 
 which no longer knows how the schedule moves through the noise levels. w_rel is the weight relative to the variational
 bound, whose own is 1 everywhere; where it increases with the noise (falls with the SNR) the loss is still a bound, on
@@ -15,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import positive
 from ddpm_lightning.schedules import Schedule
 
 __all__ = [
@@ -26,8 +29,6 @@ __all__ = [
     "UniformWeighting",
     "Weighting",
 ]
-
-_OPTION = "--model.objective.init_args.weighting.init_args"
 
 
 class Weighting:
@@ -42,7 +43,6 @@ class UniformWeighting(Weighting):
     """1: the "simple" loss (Ho et al. 2020, equation 14)."""
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """Ones."""
         return torch.ones_like(t, dtype=torch.float64)
 
 
@@ -59,11 +59,10 @@ class MinSNRWeighting(Weighting):
     """
 
     def __init__(self, clip: float = 5.0) -> None:
-        _check_positive("clip", clip)
+        positive(clip=clip)
         self.clip = clip
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """exp(min(gamma + log clip, 0))."""
         return torch.exp((schedule.gamma(t) + math.log(self.clip)).clamp(max=0))
 
 
@@ -79,23 +78,27 @@ class P2Weighting(Weighting):
     """
 
     def __init__(self, k: float = 1.0, power: float = 1.0) -> None:
-        _check_positive("k", k)
+        positive(k=k)
         self.k, self.power = k, power
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """(k + exp(-gamma))^-power."""
         return (self.k + torch.exp(-schedule.gamma(t))) ** -self.power
 
 
 class EDMWeighting(Weighting):
     r"""The loss of Karras et al. 2022 (arXiv 2206.00364, table 1), whatever the schedule. It is
 
-        E_{log sigma ~ N(mean, std^2)} [ (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 |x_0 - x_0-hat|^2 ]
+    .. math::
+
+        E_{\log \sigma \sim N(\text{mean}, \text{std}^2)} \left[ \frac{\sigma^2
+            + \sigma_\text{data}^2}{(\sigma \sigma_\text{data})^2} |x_0 - \hat x_0|^2 \right]
 
     with sigma = sigma_t / alpha_t = exp(gamma/2), the noise beside an unscaled image. The error of x_0 is sigma times
     that of eps, and gamma = 2 log sigma ~ N(2 mean, (2 std)^2) has the density p, so at times uniform in t
 
-        w(t) = p(gamma) gamma'(t) (1 + sigma^2 / sigma_data^2)
+    .. math::
+
+        w(t) = p(\gamma) \, \gamma'(t) \, (1 + \sigma^2 / \sigma_\text{data}^2)
 
     It is exact in continuous time, but for the noise levels that the schedule does not reach.
 
@@ -109,12 +112,10 @@ class EDMWeighting(Weighting):
     """
 
     def __init__(self, sigma_data: float = 0.5, mean: float = -1.2, std: float = 1.2) -> None:
-        _check_positive("sigma_data", sigma_data)
-        _check_positive("std", std)
+        positive(sigma_data=sigma_data, std=std)
         self.sigma_data, self.mean, self.std = sigma_data, mean, std
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """See the class."""
         gamma = schedule.gamma(t)
         z = (gamma / 2 - self.mean) / self.std
         density = torch.exp(-0.5 * z.square()) / (2 * self.std * math.sqrt(2 * math.pi))
@@ -129,10 +130,4 @@ class ElboWeighting(Weighting):
     """
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """gamma'(t) / 2."""
         return schedule.gamma_slope(t) / 2
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise InputError(f"{name} = {value:g} must be positive: change {_OPTION}.{name}")

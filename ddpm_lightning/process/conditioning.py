@@ -19,7 +19,6 @@ class TimeConditioning(NoiseConditioning):
     """The time itself, t in (0, 1]: i/T on a chain."""
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """t, unchanged."""
         return t
 
 
@@ -36,5 +35,4 @@ class GammaConditioning(NoiseConditioning):
         self.scale = scale
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """gamma(t) / scale."""
         return schedule.gamma(t) / self.scale

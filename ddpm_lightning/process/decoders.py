@@ -95,9 +95,11 @@ class DiscretizedGaussian(Decoder):
 
 
 class CategoricalDecoder(Decoder):
-    """q(x_1 | x_0) over the levels of each pixel, normalised (Kingma et al. 2021, arXiv 2107.00630, section 3.3).
+    r"""q(x_1 | x_0) over the levels of each pixel, normalised (Kingma et al. 2021, arXiv 2107.00630, section 3.3).
 
-        p(x_0 | x_1) = prod_i q(x_{1,i} | x_{0,i}) / sum_k q(x_{1,i} | level k)
+    .. math::
+
+        p(x_0 | x_1) = \prod_i \frac{q(x_{1,i} | x_{0,i})}{\sum_k q(x_{1,i} | \text{level } k)}
 
     The network has no part in it: it is the exact posterior of independent pixels with equally likely levels, and
     good where the first state is so clean that each level can be told from the next.
@@ -135,7 +137,6 @@ class CategoricalDecoder(Decoder):
         return self._nearest_level(gaussian.mean)
 
     def sample(self, gaussian: DiagonalGaussian, generators: Generators = None) -> Tensor:
-        """One draw of each pixel's level."""
         uniform = torch.special.ndtr(randn_like(gaussian.mean, generators))
         log_var = gaussian.log_var.expand(len(uniform), *gaussian.log_var.shape[1:])
         parts = zip(*(values.split(self._images_at_once) for values in (uniform, gaussian.mean, log_var)), strict=True)
@@ -157,9 +158,7 @@ class PlainGaussian(Decoder):
         return gaussian.log_prob(x0)
 
     def mode(self, gaussian: DiagonalGaussian) -> Tensor:
-        """The mean."""
         return gaussian.mean
 
     def sample(self, gaussian: DiagonalGaussian, generators: Generators = None) -> Tensor:
-        """A Gaussian draw."""
         return gaussian.sample(generators)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import Generators, randn_like, sum_per_image
+from ddpm_lightning.errors import InputError, at_least
+from ddpm_lightning.ops import Generators, sum_per_image
 from ddpm_lightning.process.model import DiffusionModel
 
 __all__ = ["eps_mse_table", "spread_times"]
@@ -25,8 +25,7 @@ def spread_times(model: DiffusionModel, points: int) -> Tensor:
     Raises:
         InputError: ``points`` < 2.
     """
-    if points < 2:
-        raise InputError(f"points = {points} must be 2 or more: both ends of the chain")
+    at_least(2, "both ends of the chain", points=points)
     times = model.grid[1:]
     gammas = model.schedule.gamma(times)
     ends = gammas[0].item(), gammas[-1].item()
@@ -60,9 +59,8 @@ def eps_mse_table(
     sums, count = torch.zeros(len(times), dtype=torch.float64), 0
     for x0, cond in batches:
         for k, t in enumerate(times.to(x0.device)):
-            eps = randn_like(x0, generators)
-            marginal = model.forward_process.marginal(x0, t)
-            prediction = model.reverse_process.denoiser(marginal.mean + marginal.std * eps, t, **cond)
+            x_t, eps = model.forward_process.noised(x0, t, generators)
+            prediction = model.reverse_process.denoiser(x_t, t, **cond)
             sums[k] += sum_per_image((prediction.eps - eps).square()).sum().cpu()
         count += x0.numel()
     if count == 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.distributions import DiagonalGaussian
-from ddpm_lightning.ops import Generators, as_times, expand_to
+from ddpm_lightning.ops import Generators, as_times, expand_to, randn_like
 from ddpm_lightning.schedules import Schedule
 
 __all__ = ["ForwardProcess"]
@@ -26,6 +26,12 @@ class ForwardProcess:
         t = as_times(t, x0)
         alpha_t = expand_to(self.schedule.alpha(t), x0).to(x0.dtype)
         return DiagonalGaussian(alpha_t * x0, expand_to(self.schedule.log_sigma2(t), x0))
+
+    def noised(self, x0: Tensor, t: Tensor, generators: Generators = None) -> tuple[Tensor, Tensor]:
+        """A draw x_t = alpha_t x_0 + sigma_t eps, and the standard normal eps in it: ``[B, C, H, W]`` both."""
+        eps = randn_like(x0, generators)
+        marginal = self.marginal(x0, t)
+        return marginal.mean + marginal.std * eps, eps
 
     def likelihood(self, x_t: Tensor, t: Tensor) -> DiagonalGaussian:
         """q(x_t | x_0) as a function of x_0, normalised: N(x_0; x_t / alpha_t, sigma_t^2 / alpha_t^2 I)."""
@@ -59,10 +65,10 @@ class ForwardProcess:
     def path(
         self, x: Tensor, times: Tensor, generators: Generators = None, start: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """One joint draw of x at increasing times, one time after the other: a Markov walk that keeps one state.
+        """One joint draw of x at increasing times, one time after the other; one state is kept.
 
         Args:
-            x: the state that the walk leaves from, ``[B, C, H, W]``.
+            x: the state to start from, ``[B, C, H, W]``.
             times: ``[K]``, strictly increasing, the first above ``start``.
             generators: source of the noise.
             start: time of ``x``; None where ``x`` are the data x_0.

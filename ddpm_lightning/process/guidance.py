@@ -2,12 +2,16 @@ r"""Guidance: a denoiser that wraps a denoiser, so that every sampler has it.
 
 Multiplying the data's distribution by a factor r (Sohl-Dickstein et al. 2015, arXiv 1503.03585, section 2.5),
 
-    p~(x_0) prop. to p(x_0) r(x_0),    q~(x_t) prop. to q(x_t) r_t(x_t),    r_t(x_t) = E[r(x_0) | x_t],
+.. math::
+
+    \tilde p(x_0) \propto p(x_0) r(x_0), \quad \tilde q(x_t) \propto q(x_t) r_t(x_t), \quad r_t(x_t) = E[r(x_0) | x_t],
 
 adds grad log r_t to the score, and since eps = -sigma_t score and x_t = alpha_t x0 + sigma_t eps,
 
-    eps~ = eps - sigma_t grad log r_t(x_t)
-    x0~  = x0 + sigma_t^2 / alpha_t grad log r_t(x_t)
+.. math::
+
+    \tilde\epsilon &= \epsilon - \sigma_t \nabla \log r_t(x_t) \\
+    \tilde x_0 &= x_0 + \tfrac{\sigma_t^2}{\alpha_t} \nabla \log r_t(x_t)
 
 Gradients in x_t are taken by autograd, under ``torch.no_grad`` and ``torch.inference_mode`` too. They reach neither the
 weights of the network nor anything outside of the wrapper, unless ``x_t`` itself requires a gradient, as it does where
@@ -126,9 +130,11 @@ class ClassifierDenoiser(Denoiser):
 
 
 class ClassifierFreeDenoiser(Denoiser):
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, equation 6):
+    r"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, equation 6):
 
-        eps~ = eps(x_t) + scale (eps(x_t, label) - eps(x_t))
+    .. math::
+
+        \tilde\epsilon = \epsilon(x_t) + \text{scale} \, (\epsilon(x_t, \text{label}) - \epsilon(x_t))
 
     Scale 1 is the conditional model, 0 the unconditional one; the paper's w is scale - 1. The factor is the model's own
     implicit classifier, r_t = (q(x_t | label) / q(x_t))^scale. Above 1 that is not E[r(x_0) | x_t], so what is drawn is
@@ -150,7 +156,7 @@ class ClassifierFreeDenoiser(Denoiser):
         if num_classes is None:
             raise InputError(
                 "classifier-free guidance needs a class-conditional model: train one with "
-                "--model.class_conditional true and --model.label_dropout 0.1"
+                "class_conditional = true and label_dropout = 0.1"
             )
         self.denoiser, self.scale, self.num_classes = denoiser, scale, num_classes
         self.schedule = denoiser.schedule

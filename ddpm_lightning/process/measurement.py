@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least, positive
 from ddpm_lightning.ops import expand_mask, sum_per_image
 
 __all__ = [
@@ -35,11 +35,9 @@ class DenoisingOperator(LinearOperator):
     """The whole image, as it is."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """x."""
         return x
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """y."""
         return y
 
 
@@ -62,7 +60,6 @@ class MaskOperator(LinearOperator):
         return torch.where(expand_mask(self.mask, x), x, 0)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """The same."""
         return self.apply(y)
 
 
@@ -77,8 +74,7 @@ class AverageOperator(LinearOperator):
     """
 
     def __init__(self, factor: int) -> None:
-        if factor < 1:
-            raise InputError(f"factor = {factor} must be 1 or more: the side of the squares that are averaged")
+        at_least(1, "the side of the squares that are averaged", factor=factor)
         self.factor = factor
 
     def apply(self, x: Tensor) -> Tensor:
@@ -113,11 +109,9 @@ class MatrixOperator(LinearOperator):
         self.matrix, self.shape = _kept(matrix), tuple(shape)
 
     def apply(self, x: Tensor) -> Tensor:
-        """A x, ``[B, M]``."""
         return x.flatten(1) @ self.matrix.to(x).T
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y."""
         return (y @ self.matrix.to(y)).reshape(-1, *self.shape)
 
 
@@ -134,11 +128,11 @@ class LinearMeasurement:
     """
 
     def __init__(self, operator: LinearOperator, y: Tensor, noise_var: float) -> None:
-        if not 0 < noise_var < math.inf:
-            raise InputError(
-                f"noise_var = {noise_var:g} must be positive and finite: the variance of the measurement's noise. For "
-                "pixels that are known exactly use ReplacementSampler, or a variance below that of rounding to levels"
-            )
+        positive(
+            "the variance of the measurement's noise. For pixels that are known exactly use ReplacementSampler, or a "
+            "variance below that of rounding to levels",
+            noise_var=noise_var,
+        )
         self.operator, self.y, self.noise_var = operator, _kept(y), noise_var
 
     def residual(self, x0: Tensor) -> Tensor:

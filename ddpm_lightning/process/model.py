@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ddpm_lightning.distributions import DiagonalGaussian, centred_like
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.ops import DeviceTable
 from ddpm_lightning.process.conditioning import NoiseConditioning
 from ddpm_lightning.process.decoders import Decoder
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
@@ -41,7 +42,6 @@ class DiffusionModel(nn.Module):
         denoiser: the network's own prediction, unclipped; what the training objective sees.
         reverse_process: the reverse process, whose ``denoiser`` is clipped where ``clip_x0`` is set.
         T: number of steps.
-        grid: float64 ``[T + 1]`` times of the chain, that of the data first.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class DiffusionModel(nn.Module):
         self.clip_x0 = clip_x0
         self._wraps: tuple[Callable[[Denoiser], Denoiser], ...] = ()
         self._set_views(schedule, parameterization, conditioning, variance)
-        self.grid = self._grid_there = schedule.grid()
+        self._grid = DeviceTable(schedule.grid())
         self._check_steps()
 
     def _set_views(
@@ -87,13 +87,13 @@ class DiffusionModel(nn.Module):
         if not bool((self.schedule.gamma(self.grid).diff() > 0).all()):
             raise InputError(
                 f"gamma of {type(self.schedule).__name__} does not increase from state to state, so the "
-                "signal-to-noise ratio does not fall: choose another --model.schedule"
+                "signal-to-noise ratio does not fall: choose another schedule"
             )
         variance = self.reverse_process.variance
         if variance.min_T > self.T:
             raise InputError(
                 f"{type(variance).__name__} gives the decoder of a chain of T = {self.T} steps no variance: "
-                "use --model.variance FixedLargeVariance, or a larger T"
+                "use FixedLargeVariance, or a larger T"
             )
 
     @property
@@ -101,11 +101,14 @@ class DiffusionModel(nn.Module):
         """Number of steps of the chain."""
         return len(self.grid) - 1
 
+    @property
+    def grid(self) -> Tensor:
+        """Times of the chain, that of the data first: float64 ``[T + 1]`` on the CPU."""
+        return self._grid.on(torch.device("cpu"))
+
     def grid_on(self, device: torch.device) -> Tensor:
-        """``grid`` on a device, copied there once: a copy in each step would make the host wait for the device."""
-        if self._grid_there.device != device:
-            self._grid_there = self.grid.to(device)
-        return self._grid_there
+        """``grid`` on a device."""
+        return self._grid.on(device)
 
     def with_steps(self, T: int) -> "DiffusionModel":
         """The same network and schedule as a chain of T states: a model of its own, with its own bound and samples.
@@ -116,7 +119,7 @@ class DiffusionModel(nn.Module):
             InputError: too few states.
         """
         other = copy(self)
-        other.grid = other._grid_there = self.schedule.grid(T)
+        other._grid = DeviceTable(self.schedule.grid(T))
         other._check_steps()
         return other
 
@@ -139,8 +142,8 @@ class DiffusionModel(nn.Module):
     def tabulated(self, times: Tensor) -> tuple["DiffusionModel", tuple[Tensor, ...]]:
         """The same model with its schedule computed beforehand at ``times``, and the scalars to ask it for.
 
-        A walk asks for gamma, alpha and sigma several times in each step; on a small network that is a good part of its
-        cost. Nothing of the model is copied.
+        A sampler asks for gamma, alpha and sigma several times in each step. With a small network that is a good part
+        of the cost. Nothing of the model is copied.
 
         Args:
             times: float64 ``[K]``, not the time of the data.
@@ -157,23 +160,22 @@ class DiffusionModel(nn.Module):
         """p(x_T) over images of the shape of ``like``: N(0, I) for a variance-preserving schedule."""
         return centred_like(like, self.schedule.log_unit_var(self.grid_on(like.device)[-1]))
 
-    def decoder_gaussian(self, x1: Tensor, grid: Tensor | None = None, **cond: Any) -> DiagonalGaussian:
-        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1 ``[B, C, H, W]``.
+    def decoder_gaussian(
+        self, x1: Tensor, grid: Tensor | None = None, prediction: Prediction | None = None, **cond: Any
+    ) -> DiagonalGaussian:
+        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1.
+
+        A decoder that works without the denoiser starts from q(x_1 | x_0), read as a function of x_0.
 
         Args:
-            x1: the first state.
+            x1: the first state, ``[B, C, H, W]``.
             grid: the chain that it belongs to, ``[K + 1]`` increasing times; None for the model's own.
+            prediction: the denoiser's at x_1, where it has been made; None to make it where it is needed.
             cond: conditions, passed on to the network.
         """
         grid = self.grid_on(x1.device) if grid is None else grid
         if not self.decoder.uses_denoiser:
             return self.forward_process.likelihood(x1, grid[1])
-        return self.decoder_gaussian_from(self.reverse_process.denoiser(x1, grid[1], **cond), x1, grid)
-
-    def decoder_gaussian_from(self, prediction: Prediction, x1: Tensor, grid: Tensor | None = None) -> DiagonalGaussian:
-        """The same from a prediction that has been made; a decoder that does without one starts from q(x_1 | x_0), read
-        as a function of x_0."""
-        grid = self.grid_on(x1.device) if grid is None else grid
-        if not self.decoder.uses_denoiser:
-            return self.forward_process.likelihood(x1, grid[1])
-        return self.reverse_process.decoder_gaussian_from(prediction, x1, grid[1], grid[min(2, len(grid) - 1)])
+        if prediction is None:
+            prediction = self.reverse_process.denoiser(x1, grid[1], **cond)
+        return self.reverse_process.decoder_gaussian(prediction, x1, grid[1], grid[min(2, len(grid) - 1)])

@@ -73,7 +73,6 @@ class EpsParameterization(Parameterization):
         return Prediction(x0=(x_t - sigma_t * output) / alpha_t, eps=output, output=output)
 
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        """eps itself."""
         return eps
 
 
@@ -85,7 +84,6 @@ class X0Parameterization(Parameterization):
         return Prediction(x0=output, eps=(x_t - alpha_t * output) / sigma_t, output=output)
 
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        """x0 itself."""
         return x0
 
 
@@ -103,7 +101,6 @@ class VParameterization(Parameterization):
         return Prediction(x0=x0, eps=(sigma_t / n * x_t + alpha_t * output) / n, output=output)
 
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        """v / n."""
         return (alpha_t * eps - sigma_t * x0) / torch.hypot(alpha_t, sigma_t)
 
 
@@ -116,5 +113,4 @@ class ScoreParameterization(Parameterization):
         return Prediction(x0=(x_t + sigma_t.square() * output) / alpha_t, eps=-sigma_t * output, output=output)
 
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        """-eps / sigma_t."""
         return -eps / sigma_t

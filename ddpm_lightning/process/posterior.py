@@ -2,7 +2,9 @@ r"""Denoisers of p(x_t | y) for a linear measurement y = A x_0 + noise: guidance
 
 p(y | x_t) = E[p(y | x_0) | x_t] is not known in closed form; with p(x_0 | x_t) taken as N(x0_hat, V_t),
 
-    p(y | x_t) = N(y; A x0_hat, noise_var I + A V_t A^T)
+.. math::
+
+    p(y | x_t) = N(y; \; A \hat x_0, \; \sigma_y^2 I + A V_t A^T), \qquad \sigma_y^2 = \text{noise\_var}
 
 DPS takes V_t = 0, MMPS the true covariance, by Tweedie's formula V_t = sigma_t^2 / alpha_t d x0_hat / d x_t.
 """
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.ops import expand_to, sum_per_image
 from ddpm_lightning.process.denoiser import Denoiser
 from ddpm_lightning.process.guidance import ProductDenoiser, differentiable, fresh
@@ -26,10 +28,10 @@ __all__ = ["DPSDenoiser", "MMPSDenoiser", "conjugate_gradients"]
 class DPSDenoiser(ProductDenoiser):
     """Diffusion posterior sampling (Chung et al. 2023, arXiv 2209.14687): p(y | x_t) = p(y | x_0 = x0_hat(x_t)).
 
-    One evaluation of the network and its gradient. It believes y as if x0_hat were the image, so it pulls too hard
-    where there is noise, the more so the less noise_var is against the covariance of x_0 given x_t: what is drawn
-    varies too little, and a coarse grid diverges. The paper's algorithm has a step size over the norm of the residual
-    in the place of 1 / (2 noise_var), which is not a likelihood; ``scale`` is the knob here.
+    One evaluation of the network and its gradient. DPS treats x0_hat as if it were the image, so at high noise its
+    gradient is too large, and more so where noise_var is small against the covariance of x_0 given x_t. Then the
+    samples vary too little, and a coarse grid diverges. The paper's algorithm has a step size over the norm of the
+    residual in the place of 1 / (2 noise_var), which is not a likelihood; here ``scale`` can be adjusted.
 
     Args:
         denoiser: of p(x_t).
@@ -46,9 +48,12 @@ class DPSDenoiser(ProductDenoiser):
 
 
 class MMPSDenoiser(Denoiser):
-    """Moment-matching posterior sampling (Rozet et al. 2024, arXiv 2405.13712, section 4):
+    r"""Moment-matching posterior sampling (Rozet et al. 2024, arXiv 2405.13712, section 4):
 
-        grad log p(y | x_t) = J^T A^T (noise_var I + A V_t A^T)^{-1} (y - A x0_hat),    J = d x0_hat / d x_t
+    .. math::
+
+        \nabla \log p(y | x_t) = J^T A^T (\sigma_y^2 I + A V_t A^T)^{-1} (y - A \hat x_0),
+            \qquad J = \partial \hat x_0 / \partial x_t
 
     with V_t = sigma_t^2 / alpha_t J^T, whose products with vectors are vector-Jacobian products of the denoiser; the
     system is solved by conjugate gradients, image by image. It is exact for Gaussian data, where V_t does not depend on
@@ -66,8 +71,7 @@ class MMPSDenoiser(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, measurement: LinearMeasurement, iterations: int = 5) -> None:
-        if iterations < 1:
-            raise InputError(f"iterations = {iterations} must be 1 or more: steps of conjugate gradients")
+        at_least(1, "steps of conjugate gradients", iterations=iterations)
         self.denoiser, self.measurement, self.iterations = denoiser, measurement, iterations
         self.schedule = denoiser.schedule
 

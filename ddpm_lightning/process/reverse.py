@@ -28,23 +28,33 @@ class ReverseProcess:
         self.forward_process = forward_process
         self.variance = variance
 
-    def transition(self, x_t: Tensor, s: Tensor, t: Tensor, **cond: Any) -> DiagonalGaussian:
-        """p(x_s | x_t) for 0 < s < t; ``x_t`` ``[B, C, H, W]``, times ``[B]`` or ``[]``."""
-        return self.transition_from(self.denoiser(x_t, t, **cond), x_t, s, t)
+    def transition(
+        self, x_t: Tensor, s: Tensor, t: Tensor, prediction: Prediction | None = None, **cond: Any
+    ) -> DiagonalGaussian:
+        """p(x_s | x_t) for 0 < s < t.
 
-    def transition_from(self, prediction: Prediction, x_t: Tensor, s: Tensor, t: Tensor) -> DiagonalGaussian:
-        """:meth:`transition` for a prediction at (x_t, t) that is already there."""
+        Args:
+            x_t: ``[B, C, H, W]``.
+            s: ``[B]`` or ``[]``.
+            t: as ``s``.
+            prediction: the denoiser's at (x_t, t), where it has been made; None to make it.
+            cond: conditions, passed on to the network.
+        """
+        prediction = self.denoiser(x_t, t, **cond) if prediction is None else prediction
         mean = self.forward_process.posterior_mean(prediction.x0, x_t, s, t)
         schedule = self.forward_process.schedule
         log_var = self.variance.log_var(schedule, as_times(s, x_t), as_times(t, x_t), prediction)
         return DiagonalGaussian(mean, expand_to(log_var, x_t))
 
-    def decoder_gaussian(self, x1: Tensor, t1: Tensor, t2: Tensor, **cond: Any) -> DiagonalGaussian:
-        """The Gaussian that the decoder starts from: N(x0-hat(x_1), sigma_1^2); ``t1``, ``t2`` are the first times."""
-        return self.decoder_gaussian_from(self.denoiser(x1, t1, **cond), x1, t1, t2)
+    def decoder_gaussian(self, prediction: Prediction, x1: Tensor, t1: Tensor, t2: Tensor) -> DiagonalGaussian:
+        """The Gaussian that the decoder starts from, N(x0-hat(x_1), sigma_1^2).
 
-    def decoder_gaussian_from(self, prediction: Prediction, x1: Tensor, t1: Tensor, t2: Tensor) -> DiagonalGaussian:
-        """:meth:`decoder_gaussian` for a prediction at (x_1, t1) that is already there."""
+        Args:
+            prediction: the denoiser's at (x_1, t1).
+            x1: ``[B, C, H, W]``.
+            t1: the chain's first time, ``[B]`` or ``[]``.
+            t2: its second time.
+        """
         schedule = self.forward_process.schedule
         log_var = self.variance.decoder_log_var(schedule, as_times(t1, x1), as_times(t2, x1), prediction)
         return DiagonalGaussian(prediction.x0, expand_to(log_var, x1))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import expand_to
+from ddpm_lightning.ops import DeviceTable, expand_to
 from ddpm_lightning.process.parameterization import Prediction
 from ddpm_lightning.schedules import Schedule
 
@@ -71,10 +71,12 @@ class FixedSmallVariance(ReverseVariance):
 
 
 class LearnedRangeVariance(ReverseVariance):
-    """Between beta-tilde_t and beta_t, pixel by pixel, as the network says (Nichol & Dhariwal 2021, arXiv 2102.09672,
+    r"""Between beta-tilde_t and beta_t, pixel by pixel, as the network says (Nichol & Dhariwal 2021, arXiv 2102.09672,
     equation 15):
 
-        log sigma_p^2 = v log beta_t + (1 - v) log beta-tilde_t,    v = (variance_output + 1) / 2
+    .. math::
+
+        \log \sigma_p^2 = v \log \beta_t + (1 - v) \log \tilde\beta_t, \qquad v = (\text{variance\_output} + 1) / 2
 
     The interpolation is in the logarithm, and its ends are those of the step that is taken, so a strided grid has its
     own. v is not held to [0, 1]. HybridObjective and NegativeElbo train it.
@@ -105,7 +107,9 @@ class AnalyticVariance(ReverseVariance):
 
     By the law of total variance the expected KL(q(x_s|x_t, x_0) || p(x_s|x_t)) is smallest, for *any* denoiser, at
 
-        sigma_p^2 = beta-tilde + c_0^2 E|x_0 - x0-hat(x_t)|^2 / D
+    .. math::
+
+        \sigma_p^2 = \tilde\beta + c_0^2 \, E|x_0 - \hat x_0(x_t)|^2 / D
 
     with c_0 the weight of x_0 in the posterior's mean and D the number of dimensions. With
     E|x_0 - x0-hat|^2 = exp(gamma) E|eps - eps-hat|^2 this follows from one function of the noise level,
@@ -127,27 +131,24 @@ class AnalyticVariance(ReverseVariance):
     """
 
     def __init__(self, gammas: list[float], eps_mse: list[float]) -> None:
-        option = "--model.variance.init_args"
         if len(gammas) != len(eps_mse) or not gammas:
             raise InputError(
-                f"{option}.gammas has {len(gammas)} entries and {option}.eps_mse has {len(eps_mse)}: "
-                "give one error for each noise level, and at least one"
+                f"gammas has {len(gammas)} entries and eps_mse has {len(eps_mse)}: give one error for each noise "
+                "level, and at least one"
             )
         if not all(map(math.isfinite, gammas)) or not all(a < b for a, b in pairwise(gammas)):
-            raise InputError(f"{option}.gammas must be finite and increase: sort the table by gamma")
+            raise InputError(f"gammas = {list(gammas)} must be finite and increase: sort the table by gamma")
         if not all(math.isfinite(value) and value > 0 for value in eps_mse):
-            raise InputError(f"{option}.eps_mse must be finite and above 0: each is a mean squared error")
+            raise InputError(f"eps_mse = {list(eps_mse)} must be finite and above 0: each is a mean squared error")
         self.gammas, self.eps_mse = list(gammas), list(eps_mse)
         # one more point beyond each end, so that the lines through the end points are constant and one point is enough
         points = [gammas[0] - 1, *gammas, gammas[-1] + 1], [eps_mse[0], *eps_mse, eps_mse[-1]]
         knots = torch.tensor(points, dtype=torch.float64, device="cpu")
-        self._tables = {torch.device("cpu"): torch.stack([knots[0], knots[1].log()])}
+        self._table = DeviceTable(torch.stack([knots[0], knots[1].log()]))
 
     def log_eps_mse(self, gamma: Tensor) -> Tensor:
         """log eps_mse, interpolated at ``gamma``: the same shape, float64."""
-        if gamma.device not in self._tables:
-            self._tables[gamma.device] = self._tables[torch.device("cpu")].to(gamma.device)
-        knots, values = self._tables[gamma.device]
+        knots, values = self._table.on(gamma.device)
         upper = torch.searchsorted(knots, gamma.double()).clamp(1, len(knots) - 1)
         # take, since indexing with a scalar tensor would wait for the device
         low, high = torch.take(knots, upper - 1), torch.take(knots, upper)

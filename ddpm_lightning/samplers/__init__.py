@@ -1,7 +1,7 @@
 """Samplers: from noise to images on any time grid; and the flow that gives states a density."""
 
 from ddpm_lightning.samplers.ancestral import AncestralSampler
-from ddpm_lightning.samplers.base import Memory, Sampler
+from ddpm_lightning.samplers.base import Context, MultistepState, Sampler, State
 from ddpm_lightning.samplers.ddim import DDIMSampler
 from ddpm_lightning.samplers.dpm_solver import DPMSolverSampler
 from ddpm_lightning.samplers.heun import HeunSampler
@@ -21,6 +21,7 @@ from ddpm_lightning.samplers.probability_flow import (
 
 __all__ = [
     "AncestralSampler",
+    "Context",
     "DDIMSampler",
     "DPMSolverSampler",
     "Divergence",
@@ -30,9 +31,10 @@ __all__ = [
     "HutchinsonDivergence",
     "InpaintingFactory",
     "InpaintingSampler",
-    "Memory",
     "MomentMatchingSampler",
+    "MultistepState",
     "ProbabilityFlow",
     "ReplacementSampler",
     "Sampler",
+    "State",
 ]

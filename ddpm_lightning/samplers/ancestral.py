@@ -1,12 +1,8 @@
-"""Ancestral sampling: the reverse process itself (Ho et al. 2020, algorithm 2)."""
-
-from typing import Any
+"""Ancestral sampling: the reverse process itself (Ho et al. 2020, arXiv 2006.11239, algorithm 2)."""
 
 from torch import Tensor
 
-from ddpm_lightning.ops import Generators
-from ddpm_lightning.process import DiffusionModel
-from ddpm_lightning.samplers.base import Sampler
+from ddpm_lightning.samplers.base import Context, Sampler, State
 
 __all__ = ["AncestralSampler"]
 
@@ -14,14 +10,6 @@ __all__ = ["AncestralSampler"]
 class AncestralSampler(Sampler):
     """Each step draws from p(x_s | x_t). On a strided grid the steps' variances are those of the strided chain."""
 
-    def step(
-        self,
-        model: DiffusionModel,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        generators: Generators = None,
-        **cond: Any,
-    ) -> Tensor:
-        """A draw of x_s ~ p(x_s | x_t)."""
-        return model.reverse_process.transition(x_t, s, t, **cond).sample(generators)
+    def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
+        reverse = context.model.reverse_process.transition(x_t, s, t, **context.cond)
+        return reverse.sample(context.generators), None

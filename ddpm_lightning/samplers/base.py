@@ -1,7 +1,7 @@
-"""Samplers walk a time grid from noise to data. A solver's grid is an argument of the call, not part of the solver."""
+"""Samplers: from noise to data along a time grid. The grid is an argument of the call, not part of the sampler."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -9,17 +9,36 @@ from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import Generators
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import DiffusionModel, Prediction
 
-__all__ = ["Memory", "Sampler"]
+__all__ = ["Context", "MultistepState", "Sampler", "State"]
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What a multistep sampler hands from one step of a walk to the next.
+class Context:
+    """What is the same in all steps of one call.
 
     Attributes:
-        t: the time that the last step left from, float64, a scalar.
+        model: the generative model.
+        generators: source of the noise of the steps.
+        cond: conditions, passed on to the network.
+    """
+
+    model: DiffusionModel
+    generators: Generators = None
+    cond: Mapping[str, Any] = field(default_factory=dict)
+
+    def predict(self, x_t: Tensor, t: Tensor) -> Prediction:
+        """The prediction of the reverse process' denoiser at (x_t, t), given the conditions."""
+        return self.model.reverse_process.denoiser(x_t, t, **self.cond)
+
+
+@dataclass(frozen=True)
+class MultistepState:
+    """What a multistep sampler hands from one step to the next.
+
+    Attributes:
+        t: the time at which the last step began, float64, a scalar.
         x0: x0-hat there, ``[B, C, H, W]``.
     """
 
@@ -27,10 +46,15 @@ class Memory:
     x0: Tensor
 
 
-class Sampler:
-    """Base of samplers: subclasses define :meth:`step`, multistep ones :meth:`advance`.
+State = MultistepState | None
+"""None before the first step, and from a sampler that needs no more than x_t."""
 
-    They hold options and nothing of a walk, so one object serves any number of walks at once."""
+
+class Sampler:
+    """Base of samplers: subclasses define :meth:`step`.
+
+    A sampler holds options only. What changes from step to step is in ``x_t`` and ``state``, so one sampler serves any
+    number of calls at once."""
 
     @property
     def is_deterministic(self) -> bool:
@@ -38,38 +62,29 @@ class Sampler:
         return False
 
     def evaluations(self, steps: int) -> int:
-        """Evaluations of the network on a grid of ``steps`` steps, one of them the decoder's (which is none for a
-        decoder without a denoiser)."""
+        """Evaluations of the network on a grid of ``steps`` steps. One of them is the decoder's, which is not made
+        where the decoder works without the denoiser."""
         return steps
 
-    def step(
-        self,
-        model: DiffusionModel,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        generators: Generators = None,
-        **cond: Any,
-    ) -> Tensor:
-        """x_s from x_t ``[B, C, H, W]``, for scalar times 0 < s < t."""
+    def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """One step.
+
+        Args:
+            context: the model, the source of noise and the conditions.
+            x_t: ``[B, C, H, W]``.
+            t: the time of ``x_t``, a scalar.
+            s: the time to go to, a scalar, 0 < s < t.
+            state: what the step before returned; None at the first.
+
+        Returns:
+            x_s ``[B, C, H, W]``, and the state for the next step.
+        """
         raise NotImplementedError
 
-    def advance(
-        self,
-        model: DiffusionModel,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        memory: Memory | None = None,
-        generators: Generators = None,
-        **cond: Any,
-    ) -> tuple[Tensor, Memory | None]:
-        """:meth:`step` with the memory of the step before (None at the first): x_s and the memory for the next."""
-        return self.step(model, x_t, t, s, generators, **cond), None
-
-    def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
-        """The image that the walk ends with: the decoder's mode at ``x1``, the state at ``grid[1]``."""
-        return model.decoder.mode(model.decoder_gaussian(x1, grid, **cond))
+    def decode(self, context: Context, x1: Tensor, grid: Tensor) -> Tensor:
+        """The image at the end: the decoder's mode at ``x1``, the state at ``grid[1]``."""
+        model = context.model
+        return model.decoder.mode(model.decoder_gaussian(x1, grid, **context.cond))
 
     def __call__(
         self,
@@ -81,9 +96,9 @@ class Sampler:
         callback: Callable[[Tensor, Tensor], None] | None = None,
         **cond: Any,
     ) -> Tensor:
-        """Walk from x_T ~ p(x_T), the model's prior, to an image.
+        """An image from x_T ~ p(x_T), the model's prior.
 
-        The walk ends with the decoder's mode at the grid's first time above 0, so every image is made of grey levels.
+        The last step is the decoder's mode at the grid's first time above 0, so every image is made of grey levels.
 
         Args:
             model: the generative model.
@@ -105,15 +120,15 @@ class Sampler:
         data = float(model.grid[0])
         if grid.ndim != 1 or len(grid) < 2 or grid[0] != data or grid[-1] != 1 or bool((grid.diff() <= 0).any()):
             raise InputError(f"a sampler's grid must increase from {data:g}, the time of the data, to 1")
-        x = x_T
-        memory: Memory | None = None
-        grid = grid.to(x.device)
+        grid = grid.to(x_T.device)
         model, times = model.tabulated(grid[1:].flip(0))
+        context = Context(model, generators, cond)
+        x, state = x_T, None
         for t, s in pairwise(times):
-            x, memory = self.advance(model, x, t, s, memory, generators, **cond)
+            x, state = self.step(context, x, t, s, state)
             if callback is not None:
                 callback(x, s)
-        x0 = self.decode(model, x, grid, **cond)
+        x0 = self.decode(context, x, grid)
         if callback is not None:
             callback(x0, grid[0])
         return x0

@@ -1,14 +1,11 @@
 """DDIM (Song et al. 2021, arXiv 2010.02502): good images from few evaluations."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import Generators, as_times, expand_to, randn_like
-from ddpm_lightning.process import DiffusionModel
-from ddpm_lightning.samplers.base import Sampler
+from ddpm_lightning.ops import as_times, expand_to, randn_like
+from ddpm_lightning.samplers.base import Context, Sampler, State
 
 __all__ = ["DDIMSampler"]
 
@@ -30,29 +27,19 @@ class DDIMSampler(Sampler):
 
     @property
     def is_deterministic(self) -> bool:
-        """True for eta = 0."""
         return self.eta == 0
 
-    def step(
-        self,
-        model: DiffusionModel,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        generators: Generators = None,
-        **cond: Any,
-    ) -> Tensor:
-        """x_s from x_t; draws noise only where eta > 0."""
-        prediction = model.reverse_process.denoiser(x_t, t, **cond)
+    def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
+        prediction = context.predict(x_t, t)
         s, t = as_times(s, x_t), as_times(t, x_t)
-        schedule = model.schedule
+        schedule = context.model.schedule
         alpha_s, sigma_s = schedule.scales(s, x_t)
         if self.eta == 0:
-            return alpha_s * prediction.x0 + sigma_s * prediction.eps
+            return alpha_s * prediction.x0 + sigma_s * prediction.eps, None
         noise_var = self.eta**2 * torch.exp(schedule.log_posterior_var(s, t))
         eps_scale = torch.sqrt(torch.exp(schedule.log_sigma2(s)) - noise_var)
         x_s = alpha_s * prediction.x0 + _scaled(eps_scale, prediction.eps)
-        return x_s + _scaled(noise_var.sqrt(), randn_like(x_t, generators))
+        return x_s + _scaled(noise_var.sqrt(), randn_like(x_t, context.generators)), None
 
 
 def _scaled(scale: Tensor, x: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
-"""Inpainting: the known pixels are put into every state of the walk, or into the score."""
+"""Inpainting: the known pixels are put into every state, or into the score."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import Generators, expand_mask
-from ddpm_lightning.process import DiffusionModel, LinearMeasurement, MaskOperator, MMPSDenoiser
-from ddpm_lightning.samplers.base import Memory, Sampler
+from ddpm_lightning.errors import InputError, at_least, positive
+from ddpm_lightning.ops import expand_mask
+from ddpm_lightning.process import LinearMeasurement, MaskOperator, MMPSDenoiser
+from ddpm_lightning.samplers.base import Context, Sampler, State
 
 __all__ = ["InpaintingFactory", "InpaintingSampler", "MomentMatchingSampler", "ReplacementSampler"]
 
@@ -23,31 +23,18 @@ class InpaintingSampler(Sampler):
         known: images in model range, ``[B, C, H, W]``, or ``[1, C, H, W]`` for one for all; any finite value where
             they are not known.
         mask: bool, True where a pixel is known: ``[C or 1, H, W]`` for all images or ``[B or 1, C or 1, H, W]``.
+
+    Raises:
+        InputError: from the methods, known images or a mask that do not fit the samples.
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor) -> None:
         self.sampler, self.known, self.mask = sampler, known, mask
 
-    def step(
-        self,
-        model: DiffusionModel,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        generators: Generators = None,
-        **cond: Any,
-    ) -> Tensor:
-        """x_s from x_t, given the known pixels.
-
-        Raises:
-            InputError: known images or a mask of another shape.
-        """
-        return self.advance(model, x_t, t, s, None, generators, **cond)[0]
-
-    def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
-        """The wrapped sampler's image, its known pixels those that are known."""
+    def decode(self, context: Context, x1: Tensor, grid: Tensor) -> Tensor:
+        """The wrapped sampler's image with the known pixels in their places."""
         mask, known = self._known(x1)
-        return torch.where(mask, known, self.sampler.decode(model, x1, grid, **cond))
+        return torch.where(mask, known, self.sampler.decode(context, x1, grid))
 
     def _known(self, like: Tensor) -> tuple[Tensor, Tensor]:
         known = self.known.to(like)
@@ -80,8 +67,7 @@ class ReplacementSampler(InpaintingSampler):
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor, resamplings: int = 1) -> None:
-        if resamplings < 1:
-            raise InputError(f"resamplings = {resamplings} must be 1 or more: how often each step is taken")
+        at_least(1, "how often each step is taken", resamplings=resamplings)
         super().__init__(sampler, known, mask)
         self.resamplings = resamplings
 
@@ -89,22 +75,13 @@ class ReplacementSampler(InpaintingSampler):
         """Those of the wrapped sampler's steps ``resamplings`` times, and one for the decoder."""
         return self.resamplings * (self.sampler.evaluations(steps) - 1) + 1
 
-    def advance(
-        self,
-        model: DiffusionModel,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        memory: Memory | None = None,
-        generators: Generators = None,
-        **cond: Any,
-    ) -> tuple[Tensor, Memory | None]:
-        """:meth:`step` with the wrapped sampler's memory; a step taken again starts from the same memory."""
+    def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """The wrapped sampler's step; a step that is taken again starts from the same state."""
         mask, known = self._known(x_t)
-        forward = model.forward_process
+        forward, generators = context.model.forward_process, context.generators
 
-        def once(x_t: Tensor) -> tuple[Tensor, Memory | None]:
-            x_s, after = self.sampler.advance(model, x_t, t, s, memory, generators, **cond)
+        def once(x_t: Tensor) -> tuple[Tensor, State]:
+            x_s, after = self.sampler.step(context, x_t, t, s, state)
             return torch.where(mask, forward.marginal(known, s).sample(generators), x_s), after
 
         x_s, after = once(x_t)
@@ -134,37 +111,27 @@ class MomentMatchingSampler(InpaintingSampler):
     ) -> None:
         super().__init__(sampler, known, mask)
         self.iterations, self.noise_var = iterations, noise_var
-        LinearMeasurement(MaskOperator(mask), known, noise_var)  # for what it refuses
-        if iterations < 1:
-            raise InputError(f"iterations = {iterations} must be 1 or more: steps of conjugate gradients")
+        positive("the variance with which the known pixels are believed", noise_var=noise_var)
+        at_least(1, "steps of conjugate gradients", iterations=iterations)
 
     @property
     def is_deterministic(self) -> bool:
-        """That of the wrapped sampler."""
         return self.sampler.is_deterministic
 
     def evaluations(self, steps: int) -> int:
         """Those of the wrapped sampler, gradients not counted."""
         return self.sampler.evaluations(steps)
 
-    def advance(
-        self,
-        model: DiffusionModel,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        memory: Memory | None = None,
-        generators: Generators = None,
-        **cond: Any,
-    ) -> tuple[Tensor, Memory | None]:
-        """:meth:`step` with the wrapped sampler's memory."""
-        return self.sampler.advance(self._conditioned(model, x_t), x_t, t, s, memory, generators, **cond)
+    def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
+        return self.sampler.step(self._conditioned(context, x_t), x_t, t, s, state)
 
-    def decode(self, model: DiffusionModel, x1: Tensor, grid: Tensor, **cond: Any) -> Tensor:
+    def decode(self, context: Context, x1: Tensor, grid: Tensor) -> Tensor:
         """The wrapped sampler's image given the known pixels, which then replace its own."""
-        return super().decode(self._conditioned(model, x1), x1, grid, **cond)
+        return super().decode(self._conditioned(context, x1), x1, grid)
 
-    def _conditioned(self, model: DiffusionModel, like: Tensor) -> DiffusionModel:
+    def _conditioned(self, context: Context, like: Tensor) -> Context:
         operator = MaskOperator(self.mask)
         measurement = LinearMeasurement(operator, operator.apply(self._known(like)[1]), self.noise_var)
-        return model.with_denoiser(lambda denoiser: MMPSDenoiser(denoiser, measurement, self.iterations))
+        return replace(
+            context, model=context.model.with_denoiser(lambda d: MMPSDenoiser(d, measurement, self.iterations))
+        )

@@ -4,15 +4,21 @@ the density that it gives them.
 In units in which alpha^2 + sigma^2 = 1, z = x / n with n^2 = alpha^2 + sigma^2, a = alpha / n and s = sigma / n, the
 ODE of any schedule in gamma = -log SNR, and the change of the density along it, are
 
-    dz / d gamma = 1/2 a s v,    v = a eps-hat - s x0-hat                d log p(z) / d gamma = -div_z (dz / d gamma)
+.. math::
+
+    \frac{dz}{d\gamma} = \tfrac12 a s v, \quad v = a \hat\epsilon - s \hat x_0,
+        \qquad \frac{d \log p(z)}{d\gamma} = -\nabla_z \cdot \frac{dz}{d\gamma}
 
 so that with the prior at t = 1 and n_1 of the first state x_1
 
-    log p(x_1) = log p(x_T) + D log(n_T / n_1) + int_{gamma_1}^{gamma_T} div_z (1/2 a s v) d gamma
+.. math::
+
+    \log p(x_1) = \log p(x_T) + D \log \frac{n_T}{n_1} +
+        \int_{\gamma_1}^{\gamma_T} \nabla_z \cdot (\tfrac12 a s v) \, d\gamma
 
 The field is smooth in gamma and all but vanishes towards low noise, so a fixed grid of equal steps in gamma under
 Runge-Kutta's rule of order 4, in float64, does what an adaptive solver would: every image and process takes the same
-number of evaluations, known in advance, and an image's figure does not depend on its batch. Compare ``steps`` with
+number of evaluations, known in advance, and an image's density does not depend on its batch. Compare ``steps`` with
 twice as many to see what is left of the error.
 """
 
@@ -23,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.ops import Generators, as_times, expand_to, randn_like, sum_per_image
 from ddpm_lightning.process import DiffusionModel
 from ddpm_lightning.schedules import logsnr_grid
@@ -46,7 +52,6 @@ class ExactDivergence(Divergence):
     """Every dimension in turn: D backward passes for each evaluation of the network."""
 
     def vectors(self, z: Tensor, generators: Generators = None) -> Tensor:
-        """The unit vectors."""
         dims = z[0].numel()
         return torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
 
@@ -63,8 +68,7 @@ class HutchinsonDivergence(Divergence):
     """
 
     def __init__(self, probes: int = 1) -> None:
-        if probes < 1:
-            raise InputError(f"probes = {probes} must be 1 or more")
+        at_least(1, probes=probes)
         self.probes = probes
 
     def vectors(self, z: Tensor, generators: Generators = None) -> Tensor:
@@ -100,8 +104,7 @@ class ProbabilityFlow:
     """
 
     def __init__(self, steps: int = 50) -> None:
-        if steps < 1:
-            raise InputError(f"steps = {steps} must be 1 or more")
+        at_least(1, steps=steps)
         self.steps = steps
 
     @property
@@ -154,9 +157,11 @@ class ProbabilityFlow:
         generators: Generators = None,
         **cond: Any,
     ) -> FlowLikelihood:
-        """The density of x_1 / alpha_1, the first state read as an image, at ``x0`` ``[B, C, H, W]`` in model range.
+        r"""The density of x_1 / alpha_1, the first state read as an image, at ``x0`` ``[B, C, H, W]`` in model range.
 
-            log p(x_0) = log p(x_1 = alpha_1 x_0) + D log alpha_1
+        .. math::
+
+            \log p(x_0) = \log p(x_1 = \alpha_1 x_0) + D \log \alpha_1
 
         It is what :func:`~ddpm_lightning.metrics.dequantized_log_prob` asks for. Arguments as in
         :meth:`log_likelihood`.
@@ -203,12 +208,10 @@ def _field(model: DiffusionModel, cond: dict[str, Any]) -> Callable[[Tensor, Ten
 
 
 def _still(field: Callable[[Tensor, Tensor], Tensor]) -> _Slope:
-    """The field without its divergence."""
     return lambda z, t: (field(z, t), z.new_zeros(len(z)))
 
 
 def _moving(field: Callable[[Tensor, Tensor], Tensor], vectors: Tensor) -> _Slope:
-    """The field with its divergence."""
 
     def slope(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():

@@ -2,14 +2,18 @@ r"""A noise schedule is one function, gamma(t) = -log SNR(t), increasing in t on
 
 With SNR = alpha^2 / sigma^2 and variance preservation (alpha^2 + sigma^2 = 1):
 
-    alpha^2 = sigmoid(-gamma)        sigma^2 = sigmoid(gamma)
+.. math::
+
+    \alpha^2 = \mathrm{sigmoid}(-\gamma), \qquad \sigma^2 = \mathrm{sigmoid}(\gamma)
 
 and a step s -> t (s < t) follows from differences of gamma alone (Kingma et al. 2021, arXiv 2107.00630, appendix A):
 
-    r           = SNR(t) / SNR(s)  = exp(gamma_s - gamma_t)
-    alpha_{t|s} = alpha_t / alpha_s
-    sigma^2_{t|s} = sigma_t^2 (1 - r)                       the step's variance: beta_t of Ho et al. 2020
-    q(x_s|x_t,x_0): mean = r alpha_s/alpha_t x_t + (1 - r) alpha_s x_0,  variance = sigma_s^2 (1 - r)
+.. math::
+
+    r &= \mathrm{SNR}(t) / \mathrm{SNR}(s) = e^{\gamma_s - \gamma_t} \\
+    \alpha_{t|s} &= \alpha_t / \alpha_s \\
+    \sigma^2_{t|s} &= \sigma_t^2 (1 - r) \\
+    q(x_s | x_t, x_0) &= N\left( r \tfrac{\alpha_s}{\alpha_t} x_t + (1 - r) \alpha_s x_0, \; \sigma_s^2 (1 - r) \right)
 
 Variance exploding (alpha = 1, sigma^2 = exp(gamma)) is the same process in other units of x, and the step formulas hold
 for it as they stand: a schedule of that kind defines alpha, sigma and ``log_unit_var`` anew.
@@ -75,19 +79,20 @@ class Schedule(nn.Module):
         return logsigmoid(self.gamma(t))
 
     def log_unit_var(self, t: Tensor) -> Tensor:
-        """log(alpha_t^2 + sigma_t^2): the variance of x_t for data of variance 1, which is 0 in the logarithm for
-        variance preservation. It is the variance of the prior p(x_T), and its root what the network's input is
-        divided by."""
+        """log(alpha_t^2 + sigma_t^2), the log variance of x_t for data of variance 1; 0 for variance preservation.
+
+        At t = 1 it is the log variance of the prior p(x_T). The network's input is divided by its standard deviation.
+        """
         return torch.zeros_like(t, dtype=torch.float64)
 
     def held_interior(self) -> AbstractContextManager[None]:
-        """While it is open, gradients reach the ends of gamma but not the shape between them."""
+        """A context in which gradients reach gamma's end points but not its shape between them."""
         return nullcontext()
 
     def slope_ratio(self, t: Tensor) -> Tensor | None:
         """d gamma/dt at the fixed gamma(t), divided by its own value, shape of ``t``.
 
-        It is 1, with a gradient in the shape of gamma between its ends; None where that shape is not learned.
+        Its value is 1 and its gradient is that of the shape of gamma; None where the shape is not learned.
         ``L(t)^2 slope_ratio(t)`` then has the gradient of the second moment of an estimator L drawn at uniform t.
         """
         return None

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
-from ddpm_lightning.ops import log1mexp
+from ddpm_lightning.errors import InputError, at_least
+from ddpm_lightning.ops import DeviceTable, log1mexp
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.grids import chain_grid
 
@@ -19,7 +19,9 @@ class BetaChain(Schedule):
 
     With L_i = -log(alpha-bar_i) = -sum_{j<=i} log(1 - beta_j) and L_0 = 0:
 
-        gamma(i/T) = log(1/alpha-bar_i - 1) = L_i + log(1 - exp(-L_i))
+    .. math::
+
+        \gamma(i/T) = \log(1/\bar\alpha_i - 1) = L_i + \log(1 - e^{-L_i})
 
     Between grid points L is interpolated linearly, which is a continuous process whose restriction to the grid is
     exactly the chain; a sampler may therefore stop at any t.
@@ -36,32 +38,22 @@ class BetaChain(Schedule):
         values = torch.as_tensor(betas, dtype=torch.float64, device="cpu").flatten()
         self.betas = values.tolist()
         if values.numel() == 0:
-            raise InputError("a chain needs at least one beta: set --model.schedule.init_args.T to 1 or more")
+            raise InputError("a chain needs at least one beta")
         if not bool(((values > 0) & (values < 1)).all()):
             low, high = float(values.min()), float(values.max())
-            raise InputError(
-                f"every beta must lie strictly between 0 and 1, these span {low:g} to {high:g}: "
-                "change the end points of --model.schedule"
-            )
+            raise InputError(f"every beta must lie strictly between 0 and 1, these span {low:g} to {high:g}")
         self.T = values.numel()
-        table = torch.cat([values.new_zeros(1), -torch.log1p(-values).cumsum(0)])
-        # Not a buffer: module.half() and precision plugins cast buffers, and this table must stay float64.
-        self._tables = {torch.device("cpu"): table}
-
-    def _table(self, device: torch.device) -> Tensor:
-        if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device)
-        return self._tables[device]
+        self._table = DeviceTable(torch.cat([values.new_zeros(1), -torch.log1p(-values).cumsum(0)]))
 
     def grid(self, T: int | None = None) -> Tensor:
         """i/T for i = 0..T. With another T than the chain's own, another chain through the same continuous process."""
         if T is not None:
-            _check_steps(T, "give 1 or more")
+            at_least(1, T=T)
         return chain_grid(self.T if T is None else T)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L at both ends of the step that holds each t, and how far through it t is."""
-        table = self._table(t.device)
+        table = self._table.on(t.device)
         position = t.double().clamp(0, 1) * self.T
         lower = position.floor().long().clamp(max=self.T - 1)
         # take, since indexing with a scalar tensor would wait for the device
@@ -105,15 +97,12 @@ class LinearChain(BetaChain):
     def __init__(
         self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, reference_T: int | None = None
     ) -> None:
-        _check_steps(T)
+        at_least(1, T=T)
         scale = 1.0 if reference_T is None else reference_T / T
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
             if not 0 < beta * scale < 1:
                 scaled = "" if reference_T is None else f" (times reference_T / T = {scale:g})"
-                raise InputError(
-                    f"{name} = {beta:g}{scaled} must lie strictly between 0 and 1: "
-                    f"change --model.schedule.init_args.{name}"
-                )
+                raise InputError(f"{name} = {beta:g}{scaled} must lie strictly between 0 and 1")
         super().__init__(torch.linspace(beta_start, beta_end, T, dtype=torch.float64) * scale)
         self.beta_start, self.beta_end, self.reference_T = beta_start, beta_end, reference_T
 
@@ -133,13 +122,11 @@ class CosineChain(BetaChain):
     """
 
     def __init__(self, T: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> None:
-        _check_steps(T)
+        at_least(1, T=T)
         if not offset >= 0:
-            raise InputError(f"offset = {offset:g} must not be negative: change --model.schedule.init_args.offset")
+            raise InputError(f"offset = {offset:g} must not be negative")
         if not 0 < max_beta < 1:
-            raise InputError(
-                f"max_beta = {max_beta:g} must lie strictly between 0 and 1: change --model.schedule.init_args.max_beta"
-            )
+            raise InputError(f"max_beta = {max_beta:g} must lie strictly between 0 and 1")
         super().__init__(betas_of(lambda t: math.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2, T, max_beta))
         self.offset, self.max_beta = offset, max_beta
 
@@ -147,8 +134,3 @@ class CosineChain(BetaChain):
 def betas_of(alpha_bar: Callable[[float], float], T: int, max_beta: float) -> list[float]:
     """The T betas of a continuous alpha-bar, beta_i = 1 - alpha_bar(i/T) / alpha_bar((i-1)/T), clipped from above."""
     return [min(1 - alpha_bar(i / T) / alpha_bar((i - 1) / T), max_beta) for i in range(1, T + 1)]
-
-
-def _check_steps(T: int, remedy: str = "set --model.schedule.init_args.T to 1 or more") -> None:
-    if T < 1:
-        raise InputError(f"T = {T} is no number of steps: {remedy}")

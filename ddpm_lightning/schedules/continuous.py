@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.grids import chain_grid
 
@@ -32,10 +32,10 @@ class ContinuousSchedule(Schedule):
         super().__init__()
         if not gamma_min < gamma_max:
             raise InputError(
-                f"gamma must increase, so that the signal-to-noise ratio falls: gamma_min = {gamma_min:g} is not below "
-                f"gamma_max = {gamma_max:g}; change --model.schedule.init_args.gamma_min"
+                f"gamma_min = {gamma_min:g} must be below gamma_max = {gamma_max:g}, so that the signal-to-noise ratio "
+                "falls with t"
             )
-        _check_states(T)
+        at_least(2, T=T)
         self.gamma_min, self.gamma_max, self.T = gamma_min, gamma_max, T
 
     def state_gamma(self, t: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class ContinuousSchedule(Schedule):
     def grid(self, T: int | None = None) -> Tensor:
         """The data at -1, then T equally spaced states from 0 to 1."""
         if T is not None:
-            _check_states(T, "give 2 or more")
+            at_least(2, T=T)
         return torch.cat([torch.tensor([-1.0], dtype=torch.float64), chain_grid((self.T if T is None else T) - 1)])
 
 
@@ -58,11 +58,9 @@ class LinearGamma(ContinuousSchedule):
     """gamma linear in t from ``gamma_min`` to ``gamma_max`` (Kingma et al. 2021, arXiv 2107.00630)."""
 
     def state_gamma(self, t: Tensor) -> Tensor:
-        """gamma_min + (gamma_max - gamma_min) t."""
         return self.gamma_min + (self.gamma_max - self.gamma_min) * t
 
     def gamma_slope(self, t: Tensor) -> Tensor:
-        """gamma_max - gamma_min, at every t."""
         return torch.full_like(t.double(), self.gamma_max - self.gamma_min)
 
 
@@ -70,7 +68,9 @@ class CosineGamma(ContinuousSchedule):
     r"""alpha = cos(phi), sigma = sin(phi) with an angle phi linear in t (Nichol & Dhariwal 2021, arXiv 2102.09672, in
     continuous time), from ``gamma_min`` to ``gamma_max``:
 
-        gamma = 2 log tan(phi),   d gamma / dt = 4 phi' / sin(2 phi)
+    .. math::
+
+        \gamma = 2 \log \tan \varphi, \qquad \frac{d\gamma}{dt} = \frac{4 \varphi'}{\sin 2\varphi}
     """
 
     def _angle(self, t: Tensor) -> tuple[Tensor, float]:
@@ -78,15 +78,9 @@ class CosineGamma(ContinuousSchedule):
         return first + (last - first) * t, last - first
 
     def state_gamma(self, t: Tensor) -> Tensor:
-        """2 log tan(phi(t))."""
         return 2 * torch.log(torch.tan(self._angle(t)[0]))
 
     def gamma_slope(self, t: Tensor) -> Tensor:
         """4 phi' / sin(2 phi), shape of ``t``, float64, for t in [0, 1]."""
         angle, rate = self._angle(t.double())
         return 4 * rate / torch.sin(2 * angle)
-
-
-def _check_states(T: int, remedy: str = "set --model.schedule.init_args.T to 2 or more") -> None:
-    if T < 2:
-        raise InputError(f"T = {T} is too few states: {remedy}")

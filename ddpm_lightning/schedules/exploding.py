@@ -31,33 +31,25 @@ class VarianceExploding(Schedule):
         return self.schedule.T
 
     def grid(self, T: int | None = None) -> Tensor:
-        """The times of the other schedule."""
         return self.schedule.grid(T)
 
     def gamma(self, t: Tensor) -> Tensor:
-        """-log SNR(t) of the other schedule."""
         return self.schedule.gamma(t)
 
     def gamma_slope(self, t: Tensor) -> Tensor:
-        """d gamma / dt of the other schedule."""
         return self.schedule.gamma_slope(t)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """0."""
         return torch.zeros_like(t, dtype=torch.float64)
 
     def log_sigma2(self, t: Tensor) -> Tensor:
-        """gamma."""
         return self.gamma(t)
 
     def log_unit_var(self, t: Tensor) -> Tensor:
-        """log(1 + exp(gamma))."""
         return softplus(self.gamma(t))
 
     def held_interior(self) -> AbstractContextManager[None]:
-        """That of the other schedule."""
         return self.schedule.held_interior()
 
     def slope_ratio(self, t: Tensor) -> Tensor | None:
-        """That of the other schedule."""
         return self.schedule.slope_ratio(t)

@@ -1,12 +1,11 @@
 """Time grids: increasing times, that of the data first, then the states up to t = 1. A solver is given its grid."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least, positive
 from ddpm_lightning.schedules.base import Schedule
 
 __all__ = [
@@ -75,7 +74,7 @@ def karras_grid(schedule: Schedule, grid: Tensor, steps: int | None, rho: float 
     Raises:
         InputError: ``rho`` not above 0, ``steps`` < 1, or more than one step for a chain of one state.
     """
-    _check_rho(rho)
+    positive(rho=rho)
     return _equal_steps(schedule, grid, steps, lambda gamma: torch.exp(gamma / (2 * rho)))
 
 
@@ -85,8 +84,7 @@ def _equal_steps(schedule: Schedule, grid: Tensor, steps: int | None, level: Cal
     no schedule needs an inverse."""
     T = len(grid) - 1
     steps = T if steps is None else steps
-    if steps < 1:
-        raise InputError(f"steps = {steps} must be 1 or more")
+    at_least(1, steps=steps)
     if steps == 1:
         return grid[[0, -1]]
     if T == 1:
@@ -101,11 +99,6 @@ def _equal_steps(schedule: Schedule, grid: Tensor, steps: int | None, level: Cal
         below = level(schedule.gamma(middle)) < targets
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return torch.cat([grid[:2], high[1:-1].to(grid.device), grid[-1:]])
-
-
-def _check_rho(rho: float) -> None:
-    if not 0 < rho < math.inf:
-        raise InputError(f"rho = {rho:g} must be above 0 and finite")
 
 
 class TimeGrid:
@@ -129,7 +122,6 @@ class StridedGrid(TimeGrid):
     """States of the chain itself, nearly equally far apart: :func:`strided_grid`."""
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
-        """``steps`` of the chain's T states."""
         return strided_grid(grid, steps)
 
 
@@ -137,7 +129,6 @@ class LogSNRGrid(TimeGrid):
     """States equally far apart in log SNR, which may lie between the chain's: :func:`logsnr_grid`."""
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
-        """``steps`` states, more than T too."""
         return logsnr_grid(schedule, grid, steps)
 
 
@@ -152,9 +143,8 @@ class KarrasGrid(TimeGrid):
     """
 
     def __init__(self, rho: float = 7.0) -> None:
-        _check_rho(rho)
+        positive(rho=rho)
         self.rho = rho
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
-        """``steps`` states, more than T too."""
         return karras_grid(schedule, grid, steps, self.rho)

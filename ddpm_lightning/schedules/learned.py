@@ -16,8 +16,11 @@ __all__ = ["LearnedGamma"]
 class LearnedGamma(ContinuousSchedule):
     r"""A learned monotone gamma(t) (Kingma et al. 2021, arXiv 2107.00630, appendix H).
 
-        gamma(t) = gamma_min + (gamma_max - gamma_min) u(t),    u(t) = (g(t) - g(0)) / (g(1) - g(0))
-        g(t)     = t + sum_k c_k sigmoid(b_k (t - m_k)),        b_k, c_k > 0
+    .. math::
+
+        \gamma(t) &= \gamma_{\min} + (\gamma_{\max} - \gamma_{\min}) \, u(t),
+            \quad u(t) = \frac{g(t) - g(0)}{g(1) - g(0)} \\
+        g(t) &= t + \sum_k c_k \, \mathrm{sigmoid}(b_k (t - m_k)), \quad b_k, c_k > 0
 
     Both ends and the shape u between them are parameters; at first gamma is nearly linear. In discrete time all of them
     are learned through the bound (:class:`~ddpm_lightning.objectives.NegativeElbo`). In continuous time the bound does
@@ -60,7 +63,6 @@ class LearnedGamma(ContinuousSchedule):
         return (u.detach(), du.detach()) if self._interior_held else (u, du)
 
     def state_gamma(self, t: Tensor) -> Tensor:
-        """gamma_min + (gamma_max - gamma_min) u(t)."""
         return self.first.double() + torch.exp(self.log_span.double()) * self.interior(t)[0]
 
     def gamma_slope(self, t: Tensor) -> Tensor:
@@ -69,7 +71,6 @@ class LearnedGamma(ContinuousSchedule):
 
     @contextmanager
     def held_interior(self) -> Iterator[None]:
-        """While it is open, u is a constant."""
         self._interior_held = True
         try:
             yield
@@ -83,7 +84,7 @@ class LearnedGamma(ContinuousSchedule):
         gamma: at a fixed gamma only gamma' depends on the shape, so no gradient needs to pass through the network.
         """
         u, slope = self.interior(t.double().detach())
-        # where the shape changes, a fixed u is met at another t: one step of Newton's gives it to first order
+        # Where the shape changes, u keeps its value at another t. One Newton step gives that t to first order.
         moved = t.double().detach() - (u - u.detach()) / slope.detach()
         return self.interior(moved)[1] / slope.detach()
 

@@ -19,8 +19,8 @@ from ddpm_lightning.checkpoints.files import check_hyperparameters, read_last_go
 from ddpm_lightning.data import Batch, levels_to_model, model_to_levels
 from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.metrics import BoundFigures, BoundMeans
-from ddpm_lightning.objectives import BatchShare, ElboEstimator, Objective
+from ddpm_lightning.metrics import BoundMeans, BoundScores
+from ddpm_lightning.objectives import ElboEstimator, Objective
 from ddpm_lightning.ops import BatchGenerator, Generators, image_generators, rand
 from ddpm_lightning.process import (
     ClassifierFreeDenoiser,
@@ -81,8 +81,8 @@ class DiffusionModule(LightningModule):
     Noise is a pure function of (seed, number of batches done, place in the batch of all processes) in training and of
     (eval_seed, index of the image) in evaluation, so a resumed run draws what the uninterrupted one would have drawn,
     on any number of processes, and an image's bound does not depend on the batch or the process that it is in. Dropout
-    alone is drawn by each process for itself. What the batches of one optimiser step share (``BatchShare``) is a
-    function of (seed, number of batches done before them).
+    alone is drawn by each process for itself. What the batches of one optimiser step share
+    (``BatchGenerator.step_generator``) is a function of (seed, number of batches done before them).
 
     Args:
         network: ``network(x, c, **cond) -> [B, C, H, W]``, or ``[B, 2 C, H, W]`` where ``variance`` is learned.
@@ -183,7 +183,7 @@ class DiffusionModule(LightningModule):
         self.means = nn.ModuleDict(
             {stage: BoundMeans({e.name: e.term_names for e in estimators}) for stage, estimators in self.bounds.items()}
         )
-        self.bound_figures: dict[str, BoundFigures] = {}
+        self.bound_figures: dict[str, BoundScores] = {}
         self.images_evaluated: dict[str, int] = {}
         self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
         self._generator: Generators = None
@@ -353,10 +353,17 @@ class DiffusionModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step: noise and times from a generator of our own, dropout from torch's."""
         done = batches_done(self.trainer)
-        if not isinstance(self._generator, BatchGenerator) or self._generator.generator.device != self.device:
-            generator = torch.Generator(device=self.device)
-            self._generator = BatchGenerator(generator, self.global_rank, self.trainer.world_size)
-        self._generator.generator.manual_seed(self._key(done, 0))
+        batches = self.trainer.accumulate_grad_batches
+        place = batch_idx % batches
+        self._generator = BatchGenerator(
+            torch.Generator(device=self.device).manual_seed(self._key(done, 0)),
+            self.global_rank,
+            self.trainer.world_size,
+            # three numbers, so that it is not the key of any batch's noise
+            torch.Generator(device=self.device).manual_seed(self._key(done - place, 0, 0)),
+            place,
+            batches,
+        )
         key = self._key(done, self.global_rank)
         torch.default_generator.manual_seed(key)
         if self.device.type == "cuda":
@@ -364,14 +371,6 @@ class DiffusionModule(LightningModule):
 
     def _key(self, *numbers: int) -> int:
         return int(np.random.SeedSequence(self.seed, spawn_key=numbers).generate_state(1)[0])
-
-    def _batch_share(self, batch_idx: int) -> BatchShare:
-        """The place of a batch, that of all processes together, among those that one optimiser step accumulates."""
-        batches = self.trainer.accumulate_grad_batches
-        place = batch_idx % batches
-        # three numbers, so that it is not the key of any batch's noise
-        key = self._key(batches_done(self.trainer) - place, 0, 0)
-        return BatchShare(place, batches, torch.Generator(device=self.device).manual_seed(key))
 
     def _with_dropped(self, label: Tensor) -> Tensor:
         """Each label ``[B]`` replaced by "no class" with probability ``label_dropout``; else nothing is drawn."""
@@ -382,9 +381,8 @@ class DiffusionModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's mean over the batch, logged as ``train/loss`` every ``log_every_n_steps`` steps."""
         x0 = levels_to_model(batch.image, self.levels)
-        share = self._batch_share(batch_idx)
         label = self._with_dropped(batch.label)
-        loss = self.objective(self.model, x0, self._generator, share=share, **self._condition(label)).mean()
+        loss = self.objective(self.model, x0, self._generator, **self._condition(label)).mean()
         # logging costs as much as a step of a tiny network: only where the logger will write
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
         if interval and (self.trainer.global_step + 1) % interval == 0:

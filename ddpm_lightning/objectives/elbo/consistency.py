@@ -1,11 +1,12 @@
 """The bound by matching each forward step to the reverse step that lands on the same state."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ChainWalk, ElboEstimator
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -13,10 +14,13 @@ __all__ = ["ConsistencyElbo"]
 
 
 class ConsistencyElbo(ElboEstimator):
-    """``reconstruction - prior_matching - consistency`` (Luo 2022, arXiv 2208.11970, equations 36 to 45).
+    r"""``reconstruction - prior_matching - consistency`` (Luo 2022, arXiv 2208.11970, equations 36 to 45).
 
-        prior_matching = E_{q(x_{T-1}|x_0)} KL(q(x_T|x_{T-1}) || p(x_T))
-        consistency    = sum_{t=1..T-1} E_{q(x_{t-1}, x_t, x_{t+1}|x_0)} [log q(x_t|x_{t-1}) - log p(x_t|x_{t+1})]
+    .. math::
+
+        \text{prior\_matching} &= E_{q(x_{T-1}|x_0)} \, \mathrm{KL}(q(x_T|x_{T-1}) \| p(x_T)) \\
+        \text{consistency} &= \sum_{t=1}^{T-1}
+            E_{q(x_{t-1}, x_t, x_{t+1}|x_0)} [\log q(x_t|x_{t-1}) - \log p(x_t|x_{t+1})]
 
     The expectation is over the joint triple, because in the bound x_t lies on the path between its neighbours. The
     often printed E_{q(x_{t-1}, x_{t+1}|x_0)} KL(q(x_t|x_{t-1}) || p(x_t|x_{t+1})) averages over a fresh x_t that knows
@@ -25,10 +29,15 @@ class ConsistencyElbo(ElboEstimator):
     """
 
     name = "consistency"
-    term_names = ("reconstruction", "prior_matching", "consistency", "elbo", "consistency_literal_kl")
+    term_kinds: Mapping[str, TermKind] = {
+        "reconstruction": "log_prob",
+        "prior_matching": "cost",
+        "consistency": "cost",
+        "elbo": "log_prob",
+        "consistency_literal_kl": "diagnostic",
+    }
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """See the class."""
         process, reverse = model.forward_process, model.reverse_process
         walk = ChainWalk(model, x0, self.steps, generators)
         step_costs, literal_kls = [], []

@@ -1,13 +1,14 @@
 """The bound of a chain of infinitely many steps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
-from ddpm_lightning.ops import Generators, rand, randn_like, sum_per_image
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
+from ddpm_lightning.ops import Generators, rand, sum_per_image
 from ddpm_lightning.process import Denoiser, DiffusionModel
 
 __all__ = ["ContinuousElbo", "diffusion_cost"]
@@ -26,19 +27,22 @@ def diffusion_cost(
         generators: source of the noise.
         cond: conditions, passed on to the network.
     """
-    eps = randn_like(x0, generators)
-    marginal = model.forward_process.marginal(x0, t)
-    prediction = denoiser(marginal.mean + marginal.std * eps, t, **cond)
+    x_t, eps = model.forward_process.noised(x0, t, generators)
+    prediction = denoiser(x_t, t, **cond)
     return 0.5 * model.schedule.gamma_slope(t) * sum_per_image((eps - prediction.eps).square())
 
 
 class ContinuousElbo(ElboEstimator):
-    """``reconstruction - prior_matching - diffusion`` for T -> infinity (Kingma et al. 2021, equation 18).
+    r"""``reconstruction - prior_matching - diffusion`` for T -> infinity (Kingma et al. 2021, equation 18).
 
-        diffusion = 1/2 E_{t, eps} [ gamma'(t) |eps - eps_theta(x_t, t)|^2 ],  t uniform between the first state and 1
+    .. math::
 
-    Every reverse variance has this limit that lies between beta and beta-tilde, which agree to first order in the step,
-    as has AnalyticVariance. The decoder stands where the model's own chain has it, at the chain's first state.
+        \text{diffusion} = \tfrac12 E_{t, \epsilon} \left[ \gamma'(t) \, |\epsilon - \epsilon_\theta(x_t, t)|^2 \right],
+        \quad t \text{ uniform between the first state and } 1
+
+    The limit is the same for every reverse variance between beta and beta-tilde, because the two agree to first order
+    in the step. It is the same for AnalyticVariance. The decoder stands where the model's own chain has it, at the
+    chain's first state.
 
     Args:
         steps: number of times, one in each of that many equal parts of the time axis.
@@ -48,13 +52,18 @@ class ContinuousElbo(ElboEstimator):
     """
 
     name = "continuous"
-    term_names = ("reconstruction", "prior_matching", "diffusion", "elbo")
+    term_kinds: Mapping[str, TermKind] = {
+        "reconstruction": "log_prob",
+        "prior_matching": "cost",
+        "diffusion": "cost",
+        "elbo": "log_prob",
+    }
 
     def __init__(self, steps: int = 10) -> None:
         super().__init__(steps)
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """See the class. ``step_indices`` count the parts of the time axis."""
+        """The form itself. ``step_indices`` count the parts of the time axis."""
         process, denoiser, steps = model.forward_process, model.reverse_process.denoiser, self.steps or 1
         first = model.grid_on(x0.device)[1]
         span = 1 - first

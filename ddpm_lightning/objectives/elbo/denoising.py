@@ -1,11 +1,12 @@
 """The bound by matching each reverse step to the posterior that knows x_0."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.objectives.times import stratified_steps
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
@@ -14,19 +15,25 @@ __all__ = ["DenoisingElbo"]
 
 
 class DenoisingElbo(ElboEstimator):
-    """``reconstruction - prior_matching - denoising_matching`` (Ho et al. 2020, equation 5).
+    r"""``reconstruction - prior_matching - denoising_matching`` (Ho et al. 2020, equation 5).
 
-        prior_matching     = KL(q(x_T|x_0) || p(x_T))
-        denoising_matching = sum_{t=2..T} E_{q(x_t|x_0)} KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))
+    .. math::
+
+        \text{prior\_matching} &= \mathrm{KL}(q(x_T|x_0) \| p(x_T)) \\
+        \text{denoising\_matching} &= \sum_{t=2}^T E_{q(x_t|x_0)} \, \mathrm{KL}(q(x_{t-1}|x_t, x_0) \| p(x_{t-1}|x_t))
 
     Each term averages over one random variable only, x_t, drawn afresh for each step.
     """
 
     name = "denoising"
-    term_names = ("reconstruction", "prior_matching", "denoising_matching", "elbo")
+    term_kinds: Mapping[str, TermKind] = {
+        "reconstruction": "log_prob",
+        "prior_matching": "cost",
+        "denoising_matching": "cost",
+        "elbo": "log_prob",
+    }
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """See the class."""
         process, reverse, grid = model.forward_process, model.reverse_process, model.grid_on(x0.device)
         indices, weights = stratified_steps(model.T - 1, self.steps, x0, generators)
         x1 = process.marginal(x0, grid[1]).sample(generators)

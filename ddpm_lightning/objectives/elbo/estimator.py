@@ -1,4 +1,4 @@
-r"""What the three forms of the bound share: a walk through the chain and one sum over its reverse steps.
+r"""The common part of the three forms of the bound: states of the chain, and one sum over its reverse steps.
 
 Every form sums over the reverse steps p(x_n | x_{n+1}), n = 1..T-1, and adds the decoder p(x_0 | x_1) and the end x_T.
 Each step costs one evaluation of the network, the decoder one more. Of what a step computes only its ``[B]`` costs are
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.errors import at_least
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.objectives.times import stratified_steps
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
@@ -34,11 +34,11 @@ class Window:
 
 
 class ChainWalk:
-    """A walk along q(x_1, ..., x_T | x_0) that shows a window (x_{n-1}, x_n, x_{n+1}) at each chosen n.
+    """Draws from q(x_1, ..., x_T | x_0): a window (x_{n-1}, x_n, x_{n+1}) for each chosen n.
 
-    Over all n the windows slide along one draw of the whole path, so the log ratios that a form adds up belong to one
-    path and most of their noise cancels. Over a stratified choice of n each window is a draw of its own.
-    One iteration only; after it ``x_last_but_one`` and ``x_last`` hold the end of the chain.
+    If all n are chosen, the windows belong to one draw of the whole path. The log ratios that a form adds up are then
+    those of one path, and most of their noise cancels. If some n are chosen, each window is a draw of its own. Iterate
+    once; then ``x_last_but_one`` and ``x_last`` hold the end of the chain.
 
     Attributes:
         indices: int64 ``[K, B]``, the n of each window.
@@ -96,13 +96,17 @@ class ElboEstimator:
 
     name: str
     """The form's name in logs and tables."""
-    term_names: tuple[str, ...]
-    """The keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
+    term_kinds: Mapping[str, TermKind]
+    """The kind of each term, by the keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
 
     def __init__(self, steps: int | None = None, T: int | None = None) -> None:
-        if steps is not None and steps < 1:
-            raise InputError(f"steps = {steps} must be 1 or more, or null for all of the reverse steps")
+        if steps is not None:
+            at_least(1, "None stands for all of the reverse steps", steps=steps)
         self.steps, self.T = steps, T
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return tuple(self.term_kinds)
 
     def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
         """Estimate the bound of each image.

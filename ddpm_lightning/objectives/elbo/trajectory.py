@@ -1,11 +1,12 @@
 """The bound as the log ratio of one path."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ChainWalk, ElboEstimator
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -13,19 +14,20 @@ __all__ = ["TrajectoryElbo"]
 
 
 class TrajectoryElbo(ElboEstimator):
-    """The Markovian hierarchical VAE's log ratio (Luo 2022, arXiv 2208.11970, equation 34).
+    r"""The Markovian hierarchical VAE's log ratio (Luo 2022, arXiv 2208.11970, equation 34).
 
-        log p(x_0|x_1) - path_log_ratio
-        path_log_ratio = sum_{t=1..T} log q(x_t|x_{t-1}) - sum_{t=2..T} log p(x_{t-1}|x_t) - log p(x_T)
+    .. math::
+
+        \log p(x_0|x_1) - \text{path\_log\_ratio}, \quad \text{path\_log\_ratio} = \sum_{t=1}^T \log q(x_t|x_{t-1})
+            - \sum_{t=2}^T \log p(x_{t-1}|x_t) - \log p(x_T)
 
     With ``steps=None`` it is evaluated on one path of all T states.
     """
 
     name = "trajectory"
-    term_names = ("reconstruction", "path_log_ratio", "elbo")
+    term_kinds: Mapping[str, TermKind] = {"reconstruction": "log_prob", "path_log_ratio": "cost", "elbo": "log_prob"}
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """See the class."""
         process, reverse = model.forward_process, model.reverse_process
         walk = ChainWalk(model, x0, self.steps, generators)
         step_costs = []
