@@ -110,13 +110,14 @@ def _check_optimizer(module: nn.Module, optimizer: Optimizer, state: Any, weight
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = {parameter: name for name, parameter in module.named_parameters()}
     examples = {dim: _state_after_a_step(optimizer, dim) for dim in {parameter.dim() for parameter in parameters}}
-    settings = [{**group, "params": [0] * len(group["params"])} for group in optimizer.param_groups]
-    _check_form(place, {"state": {}, "param_groups": settings}, state)
-    for mine, theirs in zip(settings, state["param_groups"], strict=True):
-        _check_form(f"{place}.param_groups", {"params": mine["params"]}, theirs)
+    lengths = [{"params": [0] * len(group["params"])} for group in optimizer.param_groups]
+    settings = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
+    _check_form(place, {"state": {}, "param_groups": lengths}, state)
+    for number, mine in enumerate(lengths):
+        _check_form(f"{place}.param_groups", mine, state["param_groups"][number])
     _restore(place, optimizer.load_state_dict, state)
-    for mine, theirs in zip(settings, optimizer.param_groups, strict=True):
-        _check_form(f"{place}.param_groups", mine, theirs)
+    for number, mine in enumerate(settings):
+        _check_form(f"{place}.param_groups", mine, optimizer.param_groups[number])
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     if len(set(numbers)) < len(numbers) or not state["state"].keys() <= set(numbers):
         raise _unfit(place, "numbers other weights than it has")
