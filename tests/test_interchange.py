@@ -112,7 +112,7 @@ def test_foreign_classes_are_refused(class_path: Any, tmp_path: Path) -> None:
     description = json.loads(_metadata(path))
     description["decoder"] = {"class_path": class_path, "init_args": {"command": f"touch {tmp_path}/executed"}}
     save_file(load_file(path), path, metadata={"ddpm_lightning": json.dumps(description)})
-    with pytest.raises(InputError, match=r"made of|no class that a model is made of|holds no model"):
+    with pytest.raises(InputError, match=r"which is refused"):
         load_model(path)
     assert not (tmp_path / "executed").exists()
 
@@ -154,7 +154,7 @@ def test_a_part_of_ones_own_is_refused_when_it_is_written(tmp_path: Path) -> Non
     model = DiffusionModel(
         Own(), LinearChain(5), EpsParameterization(), TimeConditioning(), FixedLargeVariance(), PlainGaussian(17)
     )
-    with pytest.raises(InputError, match=r"made of test_interchange\.Own"):
+    with pytest.raises(InputError, match=r"the model names test_interchange\.Own, which is refused"):
         save_model(model, tmp_path / "model.safetensors")
 
 

@@ -16,7 +16,6 @@ from test_module import build
 from ddpm_lightning.callbacks import LastCheckpoint, StopOnNonFinite
 from ddpm_lightning.checkpoints.files import (
     AtomicCheckpointIO,
-    check_hyperparameters,
     last_good,
     read_checkpoint,
 )
@@ -324,23 +323,9 @@ def test_a_checkpoint_that_names_a_foreign_class_is_refused(
     monkeypatch.syspath_prepend(tmp_path)
     hyper = {"_instantiator": "lightning.pytorch.cli.instantiate_module", **FOREIGN[name]}
     torch.save({"state_dict": {}, "hyper_parameters": hyper}, tmp_path / "foreign.ckpt")
-    with pytest.raises(InputError, match=r"evil(_|\\\\x5f)part.*which is refused"):
+    with pytest.raises(InputError, match=r"hyper_parameters.* refused"):
         DiffusionModule.load_from_checkpoint(tmp_path / "foreign.ckpt")
     assert not (tmp_path / "proof").exists()
-
-
-def test_hyperparameters_that_name_a_file_are_refused_and_trusted_packages_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "net").write_text("class_path: evil_part.Net")
-    with pytest.raises(InputError, match="is refused"):
-        check_hyperparameters({"hyper_parameters": {"network": str(tmp_path / "net")}})
-    foreign = {"hyper_parameters": {"network": {"class_path": "my_package.nets.Net"}}}
-    with pytest.raises(InputError, match=r"name my_package\.nets\.Net, .*DDPM_TRUSTED=my_package"):
-        check_hyperparameters(foreign)
-    monkeypatch.setenv("DDPM_TRUSTED", "other,my_package")
-    check_hyperparameters(foreign)
-    check_hyperparameters({"hyper_parameters": {"lr": 1e-3, "name": "a-word", "version": "2.14", "none": None}})
 
 
 # --- finite

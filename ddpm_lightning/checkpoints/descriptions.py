@@ -1,12 +1,39 @@
-"""Plain-data descriptions of parts, so that a checkpoint can name what it was made of without pickling it."""
+"""Plain-data descriptions of parts: a checkpoint names what it was made of without pickling it, and loading it makes
+these parts again without running code that the checkpoint holds or names.
+"""
 
-from collections.abc import Mapping
+import importlib
+import os
+import sys
+from collections import abc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-__all__ = ["describe"]
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ddpm_lightning.errors import InputError
+
+__all__ = ["describe", "instantiate", "instantiate_arguments", "limited_weights", "trusted_class"]
+
+# where a class must be defined; DDPM_TRUSTED adds to it
+_TRUSTED = (
+    "ddpm_lightning.networks",
+    "ddpm_lightning.schedules",
+    "ddpm_lightning.process",
+    "ddpm_lightning.objectives",
+    "torch.nn.modules",
+    "torch.optim",
+)
+_COLLECTIONS = (list, tuple, abc.Sequence, abc.Iterable, abc.Collection)
+_DEEPEST = 32
+_LARGEST = 10**7  # of a whole number that a part is made with: sizes beyond would fill the memory
+_HUGE = 10**300  # less than the largest float
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -58,3 +85,254 @@ def _argument(value: object, name: str) -> Any:
         raise TypeError(
             f"cannot describe {type(value).__qualname__}: it does not keep its argument {name!r} as an attribute"
         ) from None
+
+
+def instantiate(description: Any, expected: Any, place: str) -> Any:
+    """The value that a description stands for.
+
+    Args:
+        description: plain data, of :func:`describe` or of the command line.
+        expected: the annotation of the place that the value is for. A class takes ``{"class_path": ..., "init_args":
+            {...}}`` of a subclass that :func:`trusted_class` finds. ``Callable[[...], C]`` takes the same for a
+            subclass of C, and becomes a partial of it.
+        place: name of the place, for messages.
+
+    Raises:
+        InputError: a class that is not trusted or does not fit its place, an unknown or missing argument, a value of
+            another type. Nothing is imported but trusted modules.
+    """
+    return _value(description, expected, place, 0)
+
+
+def instantiate_arguments(
+    function: Callable[..., Any], descriptions: Any, place: str, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The named arguments of a function or class, each made by :func:`instantiate` as its annotation says.
+
+    Args:
+        function: the function or class.
+        descriptions: a description by name.
+        place: name of the place, for messages.
+        given: arguments that need no description, and beat those that have one.
+
+    Raises:
+        InputError: as in :func:`instantiate`.
+    """
+    return _arguments(function, descriptions, place, 0, 0, given or {})
+
+
+def trusted_class(class_path: Any, place: str) -> type:
+    """The class of that name, if a trusted package defines it.
+
+    Trusted are this package's networks, schedules, process and objectives, ``torch.nn``, ``torch.optim``, and what the
+    variable ``DDPM_TRUSTED`` names: packages or modules, separated by commas.
+
+    Raises:
+        InputError: there is no such class, or its package is not trusted.
+    """
+    own = tuple(name.strip() for name in os.environ.get("DDPM_TRUSTED", "").split(",") if name.strip())
+    refused = f"{place} names {_shown(class_path)}, which is refused"
+    if not isinstance(class_path, str) or not all(part.isidentifier() for part in class_path.split(".")):
+        raise InputError(f"{refused}: it is no name of a class")
+    module, _, name = class_path.rpartition(".")
+    # a __main__ would run
+    if not _within(module, (*_TRUSTED, "torch.nn", *own)) or ("__" in module and module not in own):
+        raise InputError(f"{refused}, since importing it runs its code; if you trust it: {_trust(class_path)}")
+    try:
+        found = vars(importlib.import_module(module)).get(name)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{refused}: {module} cannot be imported ({_first_line(error)})") from error
+    if not isinstance(found, type):
+        raise InputError(f"{refused}: it is no class")
+    # a module also holds what it has imported from elsewhere
+    if not _within(found.__module__, (*_TRUSTED, *own)):
+        raise InputError(f"{refused}: {found.__module__} defines it; if you trust that: {_trust(found.__module__)}")
+    if getattr(sys.modules.get(found.__module__), found.__qualname__, None) is not found:
+        raise InputError(f"{refused}: it is not what {found.__module__} defines")
+    return cast(type, found)
+
+
+@contextmanager
+def limited_weights(state: Mapping[Any, Any]) -> Iterator[None]:
+    """Refuse to make more weights than a file holds: a wrong size could fill the memory.
+
+    Args:
+        state: the file's tensors.
+
+    Raises:
+        InputError: a parameter beyond them is registered; its memory has not been written to.
+    """
+    tensors = (value for value in state.values() if isinstance(value, Tensor) and value.layout == torch.strided)
+    storages = {value.untyped_storage()._cdata: value for value in tensors if not value.is_meta}
+    left = sum(value.untyped_storage().nbytes() // value.element_size() for value in storages.values())
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= 0 if parameter is None else max(1, parameter.numel())
+        if left < 0:
+            raise InputError("it has more weights than the file holds")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(f"{module}.".startswith(f"{package}.") for package in packages)
+
+
+def _trust(class_path: str) -> str:
+    return f"DDPM_TRUSTED={class_path.partition('.')[0]}"
+
+
+def _shown(value: Any) -> str:
+    """A short form of any value, for messages."""
+    if isinstance(value, str):
+        return value if value.isprintable() and 0 < len(value) <= 80 else repr(value[:80])
+    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and value.bit_length() < 64):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def _name(expected: Any) -> str:
+    return expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+
+
+def _value(value: Any, expected: Any, place: str, depth: int) -> Any:
+    """``depth``: in how many others the value lies."""
+    origin, options = get_origin(expected), get_args(expected)
+    collection = origin or expected
+    if depth > _DEEPEST:
+        raise InputError(f"{place} is refused: it is nested too deeply")
+    if expected in (Any, object) or isinstance(expected, TypeVar):
+        return _plain(value, place, depth)
+    if collection in (Union, UnionType):
+        return _one_of(value, options, place, depth)
+    if origin is Literal:
+        if any(type(value) is type(option) and value == option for option in options):
+            return value
+    elif expected in (bool, int, str, NoneType):
+        if type(value) is expected:
+            return _plain(value, place, depth)
+    elif expected is float:
+        if type(value) is float or (type(value) is int and abs(value) < _HUGE):
+            return float(value)
+    elif collection is abc.Callable:
+        if isinstance(value, Mapping) and len(options) == 2 and isinstance(options[0], list):
+            return _part(value, options[1], place, depth, len(options[0]))
+    elif collection in _COLLECTIONS:
+        if isinstance(value, list | tuple):
+            return _items(value, collection, options, place, depth)
+    elif collection in (dict, abc.Mapping):
+        if isinstance(value, Mapping) and not options:
+            return _plain(value, place, depth)
+        if isinstance(value, Mapping):
+            kinds = zip(*value.items(), strict=True) if value else ((), ())
+            keys, items = ([_value(v, o, place, depth + 1) for v in vs] for vs, o in zip(kinds, options, strict=True))
+            return dict(zip(keys, items, strict=True))
+    elif isinstance(expected, type) and isinstance(value, Mapping):
+        return _part(value, expected, place, depth, None)
+    raise InputError(f"{place} is refused: {_shown(value)} is no {_name(expected)}")
+
+
+def _one_of(value: Any, options: tuple[Any, ...], place: str, depth: int) -> Any:
+    """A value for a union of types: the first that it fits, its own before others."""
+    if value is None and NoneType in options:
+        return None
+    options = tuple(sorted((o for o in options if o is not NoneType), key=lambda option: option is not type(value)))
+    for option in options[:-1]:
+        with suppress(InputError):
+            return _value(value, option, place, depth)
+    return _value(value, options[-1], place, depth)
+
+
+def _items(value: Any, collection: Any, options: tuple[Any, ...], place: str, depth: int) -> Any:
+    kinds = options
+    if collection is not tuple or not options or options[-1] is Ellipsis:
+        kinds = (options[0] if options else Any,) * len(value)
+    if len(value) != len(kinds):
+        raise InputError(f"{place} is refused: it has {len(value)} values instead of {len(kinds)}")
+    places = (f"{place}[{i}]" for i in range(len(value)))
+    items = [_value(item, kind, name, depth + 1) for item, kind, name in zip(value, kinds, places, strict=True)]
+    return tuple(items) if collection is tuple else items
+
+
+def _plain(value: Any, place: str, depth: int) -> Any:
+    """Numbers, words, and lists and mappings of them, as they are."""
+    if depth > _DEEPEST:
+        raise InputError(f"{place} is refused: it is nested too deeply")
+    if type(value) is int and depth > 0 and abs(value) > _LARGEST:
+        raise InputError(f"{place} is refused: {_shown(value)} is larger than any size of a part")
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, list | tuple):
+        items = [_plain(item, place, depth + 1) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, Mapping) and "class_path" not in value:
+        return {_plain(key, place, depth + 1): _plain(item, place, depth + 1) for key, item in value.items()}
+    raise InputError(f"{place} is refused: {_shown(value)} is no plain data")
+
+
+def _part(description: Mapping[Any, Any], expected: Any, place: str, depth: int, left_open: int | None) -> Any:
+    """The object that a description names; with so many arguments left open, a partial."""
+    strange = [key for key in description if key not in ("class_path", "init_args", "dict_kwargs")]
+    if strange or "class_path" not in description:
+        lack = f"{_shown(strange[0])} does not belong there" if strange else "it names no class_path"
+        raise InputError(f"{place} is refused: {lack}")
+    cls = trusted_class(description["class_path"], place)
+    if not isinstance(expected, type) or not issubclass(cls, expected):
+        raise InputError(f"{place} is refused: {cls.__name__} is no {_name(expected)}")
+    described: dict[Any, Any] = {}
+    for key in ("init_args", "dict_kwargs"):
+        arguments = description.get(key) or {}
+        if not isinstance(arguments, Mapping):
+            raise InputError(f"{place} is refused: its {key} are {_shown(arguments)}")
+        described.update(arguments)
+    if left_open is not None:
+        return partial(cls, **_arguments(cls, described, place, depth, left_open))
+    made = _arguments(cls, described, place, depth + 1)
+    try:
+        return cls(**made)
+    except Exception as error:
+        raise InputError(f"{place} cannot be made: {cls.__name__}: {_first_line(error)}") from error
+
+
+def _arguments(
+    function: Any, descriptions: Any, place: str, depth: int, left_open: int = 0, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    made = dict(given or {})
+    known = dict(list(_parameters(function).items())[left_open:])
+    for name in (*descriptions, *made):
+        if name not in known:
+            raise InputError(f"{place} is refused: {_name(function)} has no argument {_shown(name)}")
+        if name not in made:
+            made[name] = _value(descriptions[name], known[name].annotation, f"{place}.{name}", depth)
+    missing = [name for name, parameter in known.items() if parameter.default is Parameter.empty and name not in made]
+    if missing:
+        raise InputError(f"{place}.{missing[0]} is missing: {_name(function)} needs it")
+    return made
+
+
+def _parameters(function: Any) -> dict[str, Parameter]:
+    """The named parameters with their annotations; of a class also those that its ``**kwargs`` hand on."""
+    is_class = isinstance(function, type)
+    makers = [vars(c)["__init__"] for c in function.__mro__ if "__init__" in vars(c)] if is_class else [function]
+    known: dict[str, Parameter] = {}
+    for maker in makers:
+        parameters = list(signature(maker).parameters.values())[is_class:]
+        try:
+            hints = get_type_hints(maker)
+        except (NameError, TypeError):
+            hints = {}
+        for p in parameters:
+            if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
+                known.setdefault(p.name, p.replace(annotation=hints.get(p.name, Any)))
+        if all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return known

@@ -4,14 +4,20 @@ import io
 import os
 import pickle
 import re
+import stat
+import struct
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from packaging.version import InvalidVersion, Version
+from torch import Tensor
 
 from ddpm_lightning.errors import InputError, RunError
 
@@ -19,16 +25,13 @@ __all__ = [
     "LAST",
     "PREVIOUS",
     "AtomicCheckpointIO",
-    "check_hyperparameters",
     "last_good",
     "read_checkpoint",
-    "read_last_good",
 ]
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
-# what hyper-parameters may name; DDPM_TRUSTED adds to it
-_TRUSTED = ("ddpm_lightning", "torch.nn", "torch.optim", "lightning.pytorch.cli")
+_VERSION = "pytorch-lightning_version"
 
 
 class _DamagedError(Exception):
@@ -46,8 +49,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write ``path``, or leave everything as it was.
 
+        What is in the way is replaced where that loses nothing (a link, a pipe, an empty folder), and not written to.
+
         Raises:
-            RunError: the file cannot be written: no space left, for example.
+            RunError: the file cannot be written: no space left, for example, or a folder in its place.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -59,20 +64,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            for place in (path, part, path.with_name(PREVIOUS)):
+                _remove_folder(place)
+            # whatever a file of this name is: through a link, another file would be written to
+            part.unlink(missing_ok=True)
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            if path.name == LAST and zipfile.is_zipfile(path):
+            if path.name == LAST and not path.is_symlink() and path.is_file() and zipfile.is_zipfile(path):
                 _keep(path)
             os.replace(part, path)
             _synchronise(path.parent)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             good = last_good(path.parent)
+            remedy = "go on with --ckpt_path last" if good else "start again"
             raise RunError(
                 f"{path} cannot be saved ({error.strerror}); the last good checkpoint is {good or 'none'}: once "
-                "that is mended, go on with --ckpt_path last"
+                f"that is mended, {remedy}"
             ) from error
 
     def load_checkpoint(
@@ -82,7 +93,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only = weights_only is not False
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        return read_checkpoint(path, map_location, weights_only)
+        checkpoint = read_checkpoint(path, map_location, weights_only)
+        version = checkpoint.setdefault(_VERSION, lightning.__version__)
+        try:
+            is_known = Version(str(version)) >= Version("2")
+        except InvalidVersion:
+            is_known = False
+        if not is_known:  # Lightning would rewrite it
+            raise InputError(f"--ckpt_path {path} is refused: its {_VERSION} is {str(version)[:40]!r}")
+        return checkpoint
+
+
+def _remove_folder(path: Path) -> None:
+    """Make way for a file, if the folder in its place is empty."""
+    if path.is_dir() and not path.is_symlink():
+        try:
+            path.rmdir()
+        except OSError as error:
+            raise OSError(error.errno, f"{path} is a folder: {error.strerror}") from error
 
 
 def _keep(last: Path) -> None:
@@ -109,41 +137,34 @@ def _synchronise(folder: Path) -> None:
 
 def last_good(folder: Path) -> Path | None:
     """``last.ckpt`` of a folder, or the one before where it is not there; None where both are missing."""
-    return next((folder / name for name in (LAST, PREVIOUS) if (folder / name).is_file()), None)
+    return next((folder / name for name in (LAST, PREVIOUS) if os.path.isfile(folder / name)), None)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
     """The checkpoint in a file, without running code that it holds.
 
     Args:
-        path: the file. A ``last.ckpt`` that is missing, empty or torn is replaced by the ``previous.ckpt`` beside it,
-            and a line says so.
+        path: the file. A ``last.ckpt`` that is missing, empty or damaged is replaced by the ``previous.ckpt`` beside
+            it, and a line says so.
         map_location: torch's.
         weights_only: False lets the file run any code; for files of your own only.
 
     Raises:
         InputError: no such file, a damaged one, one that would run code, one that is no checkpoint of training.
     """
-    return read_last_good(path, map_location, weights_only)[1]
-
-
-def read_last_good(
-    path: str | Path, map_location: Any = "cpu", weights_only: bool = True
-) -> tuple[Path, dict[str, Any]]:
-    """As :func:`read_checkpoint`, with the name of the file that was read."""
     path = Path(path)
     try:
-        return path, _read(path, map_location, weights_only)
+        return _read(path, map_location, weights_only)
     except _DamagedError as damage:
         previous = path.with_name(PREVIOUS)
-        if path.name != LAST or not previous.is_file():
+        if path.name != LAST or not os.path.isfile(previous):
             raise InputError(f"--ckpt_path {path} {damage}{_others(path)}") from damage
         try:
             checkpoint = _read(previous, map_location, weights_only)
         except _DamagedError as second:
             raise InputError(f"--ckpt_path {path} {damage}, and {previous} {second}{_others(path)}") from second
         _say(f"{path} {damage}: the checkpoint before it is used, {previous} of step {checkpoint.get('global_step')}")
-        return previous, checkpoint
+        return checkpoint
 
 
 def _others(path: Path) -> str:
@@ -158,65 +179,106 @@ def _say(line: str) -> None:
 
 
 def _read(path: Path, map_location: Any, weights_only: bool) -> dict[str, Any]:
-    if not path.is_file():
-        raise _DamagedError("does not exist")
-    if path.stat().st_size == 0:
-        raise _DamagedError("is empty")
-    if not zipfile.is_zipfile(path):
-        raise _DamagedError("is torn, or no checkpoint")
     try:
-        # torch itself does not look at the sums of what it reads
-        with zipfile.ZipFile(path) as archive:
-            spoilt = archive.testzip()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise _DamagedError(f"is damaged ({error})") from error
-    if spoilt is not None:
-        raise _DamagedError(f"is damaged (the sum of {spoilt} is wrong)")
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise _DamagedError(f"is damaged ({str(error).partition(chr(10))[0][:80]})") from error
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _DamagedError("is no file")  # to open a pipe is to wait for what never comes
+        with path.open("rb") as file:
+            _check_archive(file, weights_only)
+            file.seek(0)
+            checkpoint = torch.load(file, map_location=map_location, weights_only=weights_only)
+    except _DamagedError:
+        raise
+    except FileNotFoundError as error:
+        raise _DamagedError("does not exist") from error
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise InputError(
             f"--ckpt_path {path} is refused: it holds {named[1] if named else 'objects'}, and loading that could run "
             "any code; --weights_only false loads it nevertheless, if you trust whoever wrote it"
         ) from error
+    except OSError as error:
+        raise _DamagedError(f"cannot be read ({error.strerror})") from error
+    except Exception as error:
+        raise _DamagedError(f"is damaged ({str(error).partition(chr(10))[0][:80]})") from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), Mapping)):
         raise InputError(f"--ckpt_path {path} is no checkpoint of a training run: it has no state_dict")
+    state = checkpoint["state_dict"]
+    strange = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    strange += [name for name in ("epoch", "global_step") if type(checkpoint.get(name, 0)) is not int]
+    if strange or min(checkpoint.get("epoch", 0), checkpoint.get("global_step", 0)) < 0:
+        raise InputError(
+            f"--ckpt_path {path} is no checkpoint of a training run: {str(strange)[:60]} in it are none of its"
+        )
     return checkpoint
 
 
-def check_hyperparameters(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse hyper-parameters that would import a module, and so run its code, of a package that is not trusted.
+def _check_archive(file: IO[bytes], weights_only: bool) -> None:
+    """Refuse an archive that is not, to the last byte that matters, as ``torch.save`` writes it.
 
-    Trusted are this package, ``torch.nn``, ``torch.optim``, and what the variable ``DDPM_TRUSTED`` names: packages or
-    modules, separated by commas. Only plain words are let through, since jsonargparse would read configurations, and
-    files of them, out of other strings.
-
-    Args:
-        checkpoint: a checkpoint that has been read, and not yet been used.
-
-    Raises:
-        InputError: naming the class.
+    torch itself looks neither at the sums of what it reads nor at the sizes: a storage that claims to be larger than
+    its record would be read from the memory beyond it.
     """
-    _check_value(checkpoint.get("hyper_parameters", {}), (*_TRUSTED, *os.environ.get("DDPM_TRUSTED", "").split(",")))
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        raise _DamagedError("is empty")
+    file.seek(max(0, size - _END.size))
+    end = file.read()
+    if len(end) < _END.size or (_END.unpack(end)[0], _END.unpack(end)[-1]) != (b"PK\5\6", 0):
+        raise _DamagedError("is torn, or no checkpoint")
+    try:
+        archive = zipfile.ZipFile(file)
+        entries = archive.infolist()
+        sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
+        if len(sizes) < len(entries) or len({entry.filename.partition("/")[0] for entry in entries}) != 1:
+            raise _DamagedError("is damaged (two of its records have one name)")
+        if sum(sizes.values()) > size or any(
+            entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries
+        ):
+            raise _DamagedError("is damaged (the sizes of its records are wrong)")
+        if (spoilt := archive.testzip()) is not None:
+            raise _DamagedError(f"is damaged (the sum of {spoilt} is wrong)")
+        if weights_only:
+            name = next(entry.filename for entry in entries if entry.filename.endswith("/data.pkl"))
+            _Storages(io.BytesIO(archive.read(name)), sizes).load()
+    except (StopIteration, zipfile.BadZipFile, struct.error) as error:
+        raise _DamagedError(f"is damaged ({error or 'it has no data.pkl'})") from error
 
 
-def _check_value(value: Any, trusted: tuple[str, ...]) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_value(key, ())
-            _check_value(item, trusted)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_value(item, trusted)
-    elif isinstance(value, str):
-        if not re.fullmatch(r"[\w.+\-/]*", value) or Path(value).is_file():
-            raise InputError(f"the checkpoint's hyper-parameters hold {value[:80]!r}, which is refused: no plain word")
-        dotted = re.fullmatch(r"\w+(\.\w+)+", value) and not re.fullmatch(r"[\d.]+", value)
-        if dotted and not any(name and f"{value}.".startswith(f"{name}.") for name in trusted):
-            raise InputError(
-                f"the checkpoint's hyper-parameters name {value}, which is refused, since importing it runs its code; "
-                f"if you trust it: DDPM_TRUSTED={value.partition('.')[0]}"
-            )
+_END = struct.Struct("<4s4H2LH")
+_ITEMSIZES = {
+    **dict.fromkeys(("ComplexDoubleStorage",), 16),
+    **dict.fromkeys(("ComplexFloatStorage", "DoubleStorage", "LongStorage"), 8),
+    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
+    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
+    **dict.fromkeys(("CharStorage", "ByteStorage", "BoolStorage", "UntypedStorage"), 1),
+}
+
+
+class _Anything:
+    """Stands for every object that a pickle makes, and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Anything":
+        return object.__new__(cls)
+
+    def ignore(self, *args: Any) -> None:
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = ignore
+
+
+class _Storages(pickle._Unpickler):  # the one in C fills the memory if a pickle says so
+    """Goes through a pickle, makes nothing of it, and compares the storages that it names with the file's records."""
+
+    def __init__(self, file: IO[bytes], sizes: Mapping[str, int]) -> None:
+        super().__init__(file)
+        self._sizes = sizes
+
+    def find_class(self, module: str, name: str) -> type:
+        return type(name, (_Anything,), {})
+
+    def persistent_load(self, pid: Any) -> _Anything:
+        kind, storage, key, _, count = pid
+        itemsize = _ITEMSIZES[storage.__name__]
+        if kind != "storage" or type(count) is not int or count * itemsize != self._sizes[f"data/{key}"]:
+            raise _DamagedError(f"is damaged (data/{key} is not of the size that is claimed)")
+        return _Anything()

@@ -11,7 +11,16 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.process import DiffusionModel, ReverseVariance, TimeConditioning
 
-__all__ = ["check_bounds", "check_network", "check_schedule", "check_state", "schedule_marks"]
+__all__ = [
+    "check_bounds",
+    "check_finite",
+    "check_network",
+    "check_schedule",
+    "check_state",
+    "is_finite",
+    "is_plain_tensor",
+    "schedule_marks",
+]
 
 
 def check_network(
@@ -76,30 +85,68 @@ def check_bounds(model: DiffusionModel, bounds: Mapping[str, Sequence[ElboEstima
                 raise InputError(f"--model.{option}, the {estimator.name} form: {error}") from error
 
 
-def check_state(network: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+def check_state(network: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any], strict: bool = True) -> None:
     """Compare a module's tensors with a checkpoint's.
 
     Args:
         network: the network's name, for the message.
         mine: the module's state dict.
         theirs: the checkpoint's.
+        strict: False lets tensors be missing or left over.
 
     Raises:
-        InputError: a tensor is missing, left over or of another shape.
+        InputError: a tensor is of another shape or type or, if ``strict``, missing or left over.
     """
-    for name in [*mine, *theirs]:
+    for name in [*mine, *theirs] if strict else [name for name in mine if name in theirs]:
         if name not in theirs:
             difference = f"it lacks {name}"
         elif name not in mine:
             difference = f"it has {name}, which this model lacks"
+        elif not is_plain_tensor(theirs[name]):
+            difference = f"{name} is no plain tensor there"
         elif theirs[name].shape != mine[name].shape:
             difference = f"{name} is {list(theirs[name].shape)} there and {list(mine[name].shape)} here"
+        elif _kind_of_number(theirs[name]) != _kind_of_number(mine[name]):
+            difference = f"{name} is {theirs[name].dtype} there and {mine[name].dtype} here"
         else:
             continue
         raise InputError(
             f"the checkpoint is of another architecture than this {network}: "
             f"{difference}. Use the configuration that was saved beside it: -c RUN/config.yaml"
         )
+
+
+def check_finite(mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
+    """Refuse weights of a training that diverged.
+
+    Args:
+        mine: the module's state dict.
+        theirs: the checkpoint's; what does not fit is left to :func:`check_state`.
+
+    Raises:
+        InputError: a tensor holds a NaN or an infinity, and the module's own does not.
+    """
+    for name, value in theirs.items():
+        fits = name in mine and is_plain_tensor(value) and value.shape == mine[name].shape
+        if fits and not is_finite(value) and is_finite(mine[name]):
+            raise InputError(
+                f"the checkpoint's weights are not finite (NaN or infinity, in {name}): take another checkpoint"
+            )
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all of a tensor's values are numbers, and finite."""
+    return bool(value.isfinite().all())
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Whether a checkpoint's value is a tensor like a model's: dense, with its values in memory."""
+    # a sparse, quantised or "meta" tensor could be copied into weights, and would leave nonsense there
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+
+
+def _kind_of_number(value: Tensor) -> tuple[bool, bool, bool]:
+    return value.is_floating_point(), value.is_complex(), value.dtype == torch.bool
 
 
 def schedule_marks(model: DiffusionModel) -> dict[str, Any]:
@@ -124,6 +171,10 @@ def check_schedule(model: DiffusionModel, theirs: Mapping[str, Any]) -> None:
     if model.schedule.is_learned or not isinstance(model.denoiser.conditioning, TimeConditioning):
         return
     mine = schedule_marks(model)
+    gamma: Any = theirs.get("gamma") if isinstance(theirs, Mapping) else None
+    numbers = isinstance(gamma, list) and all(type(value) is float for value in gamma)
+    if not numbers or np.shape(gamma) != np.shape(mine["gamma"]) or not {"name", "T"} <= theirs.keys():
+        raise InputError("the checkpoint's note of its schedule is damaged: take another checkpoint")
     if not np.allclose(mine["gamma"], theirs["gamma"], rtol=1e-6, atol=1e-6):
         raise InputError(
             f"the checkpoint was trained under another schedule, {theirs['name']} of T = {theirs['T']}, than this "

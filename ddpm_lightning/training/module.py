@@ -1,8 +1,8 @@
 """The LightningModule: it composes a generative model from parts, trains it, averages it and measures its bound."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any, Self, cast
@@ -10,12 +10,13 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.saving import _default_map_location
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ddpm_lightning.checkpoints.descriptions import describe
-from ddpm_lightning.checkpoints.files import check_hyperparameters, read_last_good
+from ddpm_lightning.checkpoints.descriptions import describe, instantiate_arguments, limited_weights
+from ddpm_lightning.checkpoints.files import read_checkpoint
 from ddpm_lightning.data import Batch, levels_to_model, model_to_levels
 from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
@@ -34,6 +35,7 @@ from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.schedules import Schedule, StridedGrid, TimeGrid
 from ddpm_lightning.training.checks import (
     check_bounds,
+    check_finite,
     check_network,
     check_schedule,
     check_state,
@@ -64,6 +66,7 @@ from ddpm_lightning.training.sharding import (
     shard_network,
     synchronise,
 )
+from ddpm_lightning.training.training_state import check_training_state
 
 __all__ = ["DiffusionModule"]
 
@@ -212,41 +215,79 @@ class DiffusionModule(LightningModule):
         self.hparams.update(plain)
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Lightning's, for a file on disk, without running code that the file holds or names.
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """The module that a checkpoint was written for, with its weights, without running code that the file names.
 
         Args:
             checkpoint_path: the file, a string or a Path; a damaged ``last.ckpt`` is replaced by the
                 ``previous.ckpt`` beside it.
-            args: Lightning's other arguments.
-            kwargs: those, and arguments of the module to use instead of the checkpoint's.
+            map_location: where the weights go, as in ``torch.load``; None for the devices that they were saved from.
+            hparams_file: not supported.
+            strict: False lets tensors be missing or left over.
+            weights_only: False lets the file run code.
+            kwargs: arguments of the module to use instead of the checkpoint's.
 
         Raises:
-            InputError: the file is missing, damaged or refused (``training/checkpoint_io.py``).
+            InputError: the file is missing, damaged or refused; what it describes is not trusted, or does not fit.
         """
-        kwargs["weights_only"] = kwargs.get("weights_only") is not False
-        path, checkpoint = read_last_good(checkpoint_path, weights_only=kwargs["weights_only"])
-        check_hyperparameters(checkpoint)
-        return super().load_from_checkpoint(path, *args, **kwargs)
+        if hparams_file is not None:
+            raise InputError("hparams_file is not supported: give the module's arguments by name")
+        checkpoint = read_checkpoint(checkpoint_path, map_location or _default_map_location, weights_only is not False)
+        described = checkpoint.get("hyper_parameters", {})
+        if not isinstance(described, Mapping):
+            raise InputError(f"{checkpoint_path}: its hyper_parameters are no mapping of names to descriptions")
+        described = {name: value for name, value in described.items() if not str(name).startswith("_")}
+        try:
+            with limited_weights(checkpoint["state_dict"]) if strict is not False else nullcontext():
+                module = cls(**instantiate_arguments(cls, described, "hyper_parameters", kwargs))
+        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{checkpoint_path} cannot be used: {error}") from error
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
+        return module.to(next((value.device for value in checkpoint["state_dict"].values()), module.device))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture in one sentence, and remember how long it was trained.
+        """Refuse a checkpoint that does not fit, in one sentence, and remember how long it was trained.
 
         Raises:
-            InputError: a tensor is missing, left over or of another shape; another schedule, for a network that is told
-                the time.
+            InputError: weights that are not finite; another schedule, for a network that is told the time; where
+                training goes on, a training state that is incomplete or of another optimiser.
         """
+        check_finite(self.state_dict(), checkpoint["state_dict"])
         self._changes = changed_options(self.hparams, checkpoint.get("hyper_parameters", {}))
         refuse_changed_weights(self._changes)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            refuse_another_optimizer(self._changes)
-            keep_callback_options(self.trainer, checkpoint)
-            if any(path.startswith("lr_scheduler") for path in self._changes):
-                checkpoint["lr_schedulers"] = []  # apply_optimization brings it to where it would be
-        check_state(type(self.model.network).__name__, self.state_dict(), checkpoint["state_dict"])
         if "schedule" in checkpoint:
             check_schedule(self.model, checkpoint["schedule"])
-        self.steps_trained = checkpoint["global_step"]
+        if self._trainer is not None and self.trainer.training:
+            refuse_another_optimizer(self._changes)
+            another_scheduler = any(path.startswith("lr_scheduler") for path in self._changes)
+            check_training_state(self, self.trainer, checkpoint, another_scheduler)
+            if another_scheduler:
+                checkpoint["lr_schedulers"] = []  # apply_optimization brings the new one to where it would be
+            keep_callback_options(self.trainer, checkpoint)
+        else:
+            # Lightning would restore them for an evaluation, too
+            for name in ("loops", "callbacks"):
+                checkpoint.pop(name, None)
+        self.steps_trained = checkpoint.get("global_step", 0)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Lightning's; a tensor that does not fit is named.
+
+        Raises:
+            InputError: a tensor is of another shape or type, or, if ``strict``, missing or left over.
+        """
+        check_state(type(self.model.network).__name__, self.state_dict(), state_dict, strict)
+        return super().load_state_dict(dict(state_dict), strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which schedule the weights belong to, and how many batches they have seen."""

@@ -31,6 +31,8 @@ __all__ = [
 # what the weights mean; a network may be given another dropout
 _MEANING = ("network", "parameterization", "conditioning", "class_conditional", "num_classes", "shape", "levels")
 _FREE = {"dropout"}
+# switched on or off, an optimiser has other moments
+_MOMENTS = ("optimizer.amsgrad", "optimizer.centered", "optimizer.momentum")
 _MISSING = object()
 
 Changes = dict[str, tuple[Any, Any]]
@@ -66,17 +68,18 @@ def refuse_changed_weights(changes: Changes) -> None:
 
 
 def refuse_another_optimizer(changes: Changes) -> None:
-    """Refuse to go on with an optimiser that cannot use the saved moments.
+    """Refuse to go on with an optimiser that cannot use the saved moments, or needs others.
 
     Raises:
         InputError: naming the option.
     """
-    if "optimizer" in changes:
-        before, now = map(_short, changes["optimizer"])
-        raise InputError(
-            f"--model.optimizer {now}: the checkpoint was trained with {before}, whose state {now} cannot go on from. "
-            "Leave the option out, or train another run"
-        )
+    for path, (before, now) in changes.items():
+        switched = path in _MOMENTS and bool(before) != bool(now)
+        if path == "optimizer" or switched:
+            raise InputError(
+                f"--model.{path} {_short(now)}: the checkpoint was trained with {_short(before)}, and training cannot "
+                "go on from its moments. Leave the option out, or train another run"
+            )
 
 
 def keep_callback_options(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
