@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -46,7 +46,7 @@ from ddpm_lightning.training.memory_format import (
     state_like_parameters,
     wants_channels_last,
 )
-from ddpm_lightning.training.resume import begin_next_epoch, rewind_to_step
+from ddpm_lightning.training.resume import ExactResume
 from ddpm_lightning.training.sharding import (
     ShardedStrategy,
     ShardedWeights,
@@ -232,9 +232,12 @@ class DiffusionModule(LightningModule):
         self.steps_trained = checkpoint["global_step"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which schedule the weights belong to, and how many batches they have seen."""
+        """Note which schedule the weights belong to."""
         checkpoint["schedule"] = schedule_marks(self.model)
-        rewind_to_step(self.trainer, checkpoint)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every Trainer needs, so that a run can go on from its checkpoints."""
+        return [ExactResume()]
 
     # ---------------------------------------------------------------- training
 
@@ -320,7 +323,6 @@ class DiffusionModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Make what belongs to weights that are restored and on their device."""
-        begin_next_epoch(self.trainer)
         for optimizer in self.trainer.optimizers:
             state_like_parameters(optimizer)
         self._put_average_away()
