@@ -117,7 +117,7 @@ def test_epochs_are_counted_right_after_resumptions_at_their_ends(tmp_path: Path
         seen, broken = fit_until(tmp_path / "broken", end, last, **options)
         validated += seen
         last = tmp_path / "broken" / "checkpoints" / "last.ckpt"
-    assert straight["epoch"] == broken["epoch"] == 3 and straight["global_step"] == 40
+    assert straight["epoch"] == broken["epoch"] == 4 and straight["global_step"] == 40
     progress = [c["loops"]["fit_loop"]["epoch_progress"]["total"] for c in (straight, broken)]
     assert progress[0] == progress[1]
     assert validated == steps == list(range(10 * every, 41, 10 * every))

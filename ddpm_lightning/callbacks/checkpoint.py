@@ -106,6 +106,8 @@ class LastCheckpoint(Checkpoint):
         path = Run.of(trainer).checkpoints / LAST
         moved_on = number and trainer.global_step != self._saved_at[0]
         if (self._is_due or moved_on) and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by connectors
+            for logger in trainer.loggers:
+                logger.save()  # what was logged before the checkpoint is not logged again after it
             trainer.save_checkpoint(path)
             self._is_due = False
             self._saved_at = trainer.global_step, time.monotonic()

@@ -49,6 +49,7 @@ class ExactResume(Callback):
         due = bool(ends_batch and not unused and _validation_follows(trainer))
         saved = checkpoint["loops"]["fit_loop"]
         _settle(saved, due)
+        checkpoint["epoch"] = saved["epoch_progress"]["current"]["completed"]
         if unused:
             for part in ("total", "current"):
                 _add(saved["epoch_loop.batch_progress"][part], -unused)
