@@ -61,16 +61,24 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = trainer.global_step, time.monotonic()
         self._signals.install()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save what fell due with the batch before, now that its loss is logged."""
+        if self._is_due:
+            self._save_what_is_due(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save what is due, unless a validation, or the end of an epoch or of training, comes first."""
+        """Look at the clock and for signals. On one do not wait for a validation, which would take long."""
         fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
         self._is_due |= self._is_time(trainer)
         validates = loop._should_check_val_fx(fit._data_fetcher)  # type: ignore[arg-type]
         if _ends(trainer) or (loop.batch_progress.is_last_batch and not validates):
             return
-        if not validates or self._signals.received(trainer):
+        if self._signals.received(trainer):
+            # Lightning logs the loss after this hook
+            trainer._logger_connector.on_batch_end()
+            trainer._logger_connector.update_train_step_metrics()
             self._save_what_is_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

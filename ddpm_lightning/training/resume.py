@@ -35,6 +35,7 @@ class ExactResume(Callback):
         self._buffers: dict[str, Tensor] = {}  # as the last optimiser step left them
         self._validated = list[int]()  # numbers of batches done at the validations since
         self._validation_due = False
+        self._metrics: dict[str, Tensor] = {}  # of the last validation, which other callbacks may look at
         self._trained = False
         self._schedule_end: int | None = None
 
@@ -42,21 +43,26 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save where the run goes on."""
-        loop = trainer.fit_loop.epoch_loop
-        counts = loop.batch_progress.current
-        unused = counts.ready % trainer.accumulate_grad_batches if loop._should_accumulate() else 0
-        ends_batch = counts.completed < counts.processed  # type: ignore[attr-defined]  # typed too widely
-        due = bool(ends_batch and not unused and _validation_follows(trainer))
         saved = checkpoint["loops"]["fit_loop"]
+        batches = saved["epoch_loop.batch_progress"]
+        counts = batches["current"]
+        batches["is_last_batch"] &= counts["ready"] == counts["processed"]  # the next batch may be in progress
+        unused = 0 if batches["is_last_batch"] else counts["processed"] % trainer.accumulate_grad_batches
+        ends_batch = counts["completed"] < counts["processed"]
+        due = ends_batch and not unused and _validation_follows(trainer)
         _settle(saved, due)
         checkpoint["epoch"] = saved["epoch_progress"]["current"]["completed"]
         if unused:
             for part in ("total", "current"):
-                _add(saved["epoch_loop.batch_progress"][part], -unused)
+                _add(batches[part], -unused)
                 _add(saved["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["zero_grad"][part], -1)
             known = checkpoint["state_dict"]
             known.update({name: value for name, value in self._buffers.items() if name in known})
-        checkpoint["resume"] = {"validation_due": due, "validated": self._validated if unused else []}
+        checkpoint["resume"] = {
+            "validation_due": due,
+            "validated": self._validated if unused else [],
+            "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
+        }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up what was noted; a checkpoint of an older version lacks it."""
@@ -65,6 +71,7 @@ class ExactResume(Callback):
         noted = checkpoint.get("resume", {})
         self._validation_due = noted.get("validation_due", False)
         self._validated = list(noted.get("validated", []))
+        self._metrics = noted.get("metrics", {})
         if not noted and "fit_loop" in checkpoint.get("loops", {}):
             _settle(checkpoint["loops"]["fit_loop"], False)
 
@@ -97,6 +104,8 @@ class ExactResume(Callback):
         # the axis of the loggers. Lightning adds 1 before the first batch, or after the validation that is due
         loop._batches_that_stepped = trainer.global_step - int(within_epoch and not loop._should_accumulate())
         self._validation_due = False
+        trainer._logger_connector._callback_metrics.update(self._metrics)
+        self._metrics = {}
         self._end_with_schedule(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
