@@ -1,17 +1,16 @@
 """Training stops where the loss is no longer a number."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ddpm_lightning.checkpoints.files import last_good
 from ddpm_lightning.errors import RunError
 from ddpm_lightning.objectives import TimeDraw, TimeSampler
+from ddpm_lightning.runs.run import Run
 
 __all__ = ["StopOnNonFinite"]
 
@@ -71,8 +70,7 @@ class StopOnNonFinite(Callback):
             where = f"is {float(loss)} at step {step}"
             if position is not None:
                 where += f", for times from {float(position.min()):.4f} to {float(position.max()):.4f} of 1"
-        folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        good = last_good(Path(folders[0])) if folders else None
+        good = last_good(Run.of(trainer).checkpoints)
         raise RunError(
             f"the loss {where}; the last good checkpoint is {good or 'none'}: try a smaller learning rate, "
             "or --trainer.gradient_clip_val 1"

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.saving import _default_map_location
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -57,7 +57,7 @@ from ddpm_lightning.training.restored import (
     refuse_another_optimizer,
     refuse_changed_weights,
 )
-from ddpm_lightning.training.resume import begin_next_epoch, rewind_to_step
+from ddpm_lightning.training.resume import ExactResume
 from ddpm_lightning.training.sharding import (
     ShardedStrategy,
     ShardedWeights,
@@ -290,9 +290,12 @@ class DiffusionModule(LightningModule):
         return super().load_state_dict(dict(state_dict), strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which schedule the weights belong to, and how many batches they have seen."""
+        """Note which schedule the weights belong to."""
         checkpoint["schedule"] = schedule_marks(self.model)
-        rewind_to_step(self.trainer, checkpoint)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every Trainer needs, so that a run can go on from its checkpoints."""
+        return [ExactResume()]
 
     # ---------------------------------------------------------------- training
 
@@ -378,7 +381,6 @@ class DiffusionModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Make what belongs to weights that are restored and on their device."""
-        begin_next_epoch(self.trainer)
         apply_optimization(self, self.trainer, self._changes)
         if self._changes and self.trainer.is_global_zero:
             print(f"changed since the checkpoint: {in_words(self._changes)}", flush=True)
