@@ -23,9 +23,10 @@ from ddpm_lightning.samplers import (
     MomentMatchingSampler,
     Sampler,
 )
-from ddpm_lightning.sampling import output as files
+from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.sampling import progress as sampling_progress
-from ddpm_lightning.sampling.output import ImageFile, read_images, read_mask, write_npz
+from ddpm_lightning.sampling.known import read_images, read_mask
+from ddpm_lightning.sampling.output import ImageFile
 from ddpm_lightning.sampling.request import slerp
 from ddpm_lightning.schedules import KarrasGrid, LinearChain, LogSNRGrid, VarianceExploding
 from ddpm_lightning.trainer import DiffusionTrainer
@@ -58,6 +59,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Diffusi
     return {name: (module, folder / f"{name}.ckpt") for name, module in made.items()}
 
 
+LOCK = ".samples.lock"
 Modules = dict[str, tuple[DiffusionModule, Path]]
 
 
@@ -92,17 +94,8 @@ def test_image_k_is_the_same_in_any_batch_and_number(
     whole = drawn(modules, tmp_path / "a", name, n=9, seed=5, **options)
     assert torch.equal(drawn(modules, tmp_path / "b", name, n=5, seed=5, batch_size=2, **options), whole[:5])
     assert not torch.equal(drawn(modules, tmp_path / "c", name, n=5, seed=6, **options), whole[:5])
-    module = modules[name][0]
-    index = torch.arange(9)
-    label = (
-        None
-        if name == "plain"
-        else torch.tensor(options.get("labels", range(10)))[index % len(options.get("labels", range(10)))]
-    )
-    plain = {key: value for key, value in options.items() if key not in ("sampler", "labels")}
     with torch.inference_mode():
-        expected = module.sample(options["sampler"], index, seed=5, steps=4, label=label, **plain)
-    assert torch.equal(whole, expected)
+        assert torch.equal(SampleRequest(steps=4, seed=5, **options).on(modules[name][0])(range(9)), whole)
 
 
 def test_labels_are_taken_in_turn(modules: Modules, tmp_path: Path) -> None:
@@ -237,17 +230,15 @@ def test_a_file_that_is_filled_in_any_order_is_the_one_that_safetensors_writes(t
     assert length % 8 == 0
 
 
-def test_npz_is_the_same(modules: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npz_is_the_same(modules: Modules, tmp_path: Path) -> None:
     images = drawn(modules, tmp_path / "a", "classes", n=7)
-    monkeypatch.setattr(files, "_CHUNK", 3)
     module, checkpoint = modules["classes"]
     trainer(tmp_path).sample(module, ckpt_path=str(checkpoint), steps=4, n=7, out=f"{tmp_path}/b", format="npz")
-    assert {path.name for path in (tmp_path / "b").iterdir()} == {"samples.npz", "samples.png"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"samples.npz", "samples.png", LOCK}
     with np.load(tmp_path / "b" / "samples.npz") as arrays:
         assert np.array_equal(arrays["images"], images.numpy()) and arrays["labels"].tolist() == [*range(7)]
         assert json.loads(str(arrays["settings"]))["n"] == 7 and str(arrays["seed"]) == "0"
-    write_npz(tmp_path / "a" / "samples.safetensors", tmp_path / "c.npz")
-    assert torch.equal(read_images(tmp_path / "c.npz", (1, 8, 8), 17), images)
+    assert torch.equal(read_images(tmp_path / "b" / "samples.npz", (1, 8, 8), 17), images)
 
 
 def test_an_interrupted_sampling_leaves_no_file_that_looks_complete(
@@ -264,9 +255,9 @@ def test_an_interrupted_sampling_leaves_no_file_that_looks_complete(
         patch.setattr(ImageFile, "write", failing)
         with pytest.raises(RuntimeError, match="interrupted"):
             drawn(modules, tmp_path, n=4, batch_size=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["samples.safetensors.partial"]
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.safetensors.partial", LOCK}
     assert drawn(modules, tmp_path, n=3).shape[0] == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"samples.safetensors", "samples.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.safetensors", "samples.png", LOCK}
     module, checkpoint = modules["plain"]
     with pytest.raises(InputError, match="2 of 4 images were drawn"):
         trainer(tmp_path, limit_predict_batches=1).sample(
@@ -323,9 +314,7 @@ def test_animation_ends_with_the_images(modules: Modules, tmp_path: Path, steps:
     # levels of the data, and 0..255 of model range: to the nearest
     expected = tile(images[:4], 17)
     assert int((last.int() - expected.int()).abs().max()) <= 1
-    module = modules["plain"][0]
-    with torch.no_grad():
-        x_T = module.prior_draws([torch.Generator().manual_seed(i) for i in range(4)])
+    x_T = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)])
     shown = tile(((x_T.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), 256)
     assert np.array_equal(first, shown.permute(1, 2, 0).numpy())
 

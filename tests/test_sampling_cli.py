@@ -31,14 +31,14 @@ def guided(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return [*options, *CLASSES, f"--ckpt_path={tmp_path}/random.ckpt", f"--run_dir={tmp_path}/run"]
 
 
-WALK = [
+GUIDED = [
     "--guidance_scale=3", "--labels=[4,2]", "--sampler=DPMSolverSampler", "--sampler.sde=true", "--grid=KarrasGrid",
     "--grid.rho=3",
 ]  # fmt: skip
 
 
 def test_two_processes_draw_the_images_of_one(guided: list[str], tmp_path: Path) -> None:
-    common = [*guided, *WALK, "--n=7", "--steps=5", "--gif=true"]
+    common = [*guided, *GUIDED, "--n=7", "--steps=5", "--gif=true"]
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--batch_size=3"]
     outputs = [
         run_ddpm("sample", *common, f"--out={tmp_path}/{name}", *extra) for name, extra in (("one", []), ("two", two))
@@ -47,7 +47,7 @@ def test_two_processes_draw_the_images_of_one(guided: list[str], tmp_path: Path)
         # nothing but the one line, of one process
         line = f"7 images in {tmp_path}/{name}/samples.safetensors; all of them in "
         assert output.startswith(line) and len(output.splitlines()) == 1, output
-        assert {path.suffix for path in (tmp_path / name).iterdir()} == {".safetensors", ".png", ".gif"}
+        assert {path.suffix for path in (tmp_path / name).iterdir()} == {".safetensors", ".png", ".gif", ".lock"}
     one, two_ = (load_file(tmp_path / name / "samples.safetensors") for name in ("one", "two"))
     assert torch.equal(one["images"], two_["images"]) and torch.equal(one["labels"], two_["labels"])
     for picture in ("samples.png", "samples.gif"):
