@@ -2,7 +2,10 @@
 
 import gc
 import json
+import os
+import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +297,83 @@ def test_only_the_first_images_are_shown(modules: Modules, tmp_path: Path, capsy
         assert picture.size == (2 * 34 + 2, 2 * 34 + 2)
     drawn(modules, tmp_path, n=4, grid_images=4)
     assert "; all of them in " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what stands in the way
+
+
+def test_of_two_samplings_into_one_folder_the_second_is_refused(
+    modules: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = drawn(modules, tmp_path / "alone", n=4, seed=1)
+    write, refusals = ImageFile.write, list[str]()
+
+    def meanwhile(file: ImageFile, index: Tensor, *parts: Tensor | None) -> None:
+        write(file, index, *parts)
+        if int(index[0]) == 0:
+            with pytest.raises(InputError) as refusal:
+                drawn(modules, tmp_path / "a", n=4, seed=2)
+            refusals.append(str(refusal.value))
+
+    monkeypatch.setattr(ImageFile, "write", meanwhile)
+    assert torch.equal(drawn(modules, tmp_path / "a", n=4, seed=1, batch_size=2), expected)
+    assert settings(tmp_path / "a")["seed"] == 1
+    assert len(refusals) == 1 and f"process {os.getpid()} on " in refusals[0]
+    assert re.fullmatch(rf"{tmp_path}/a is being sampled into by another process \(.*\): wait for it, .*", refusals[0])
+    monkeypatch.undo()
+    assert not torch.equal(drawn(modules, tmp_path / "a", n=4, seed=2), expected)
+
+
+NAMES = ["samples.safetensors.partial", "samples.safetensors", "samples.png", "samples.gif"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "dangling", "link to a folder", "FIFO"])
+def test_links_and_pipes_are_replaced_and_what_they_lead_to_is_left_alone(
+    modules: Modules, tmp_path: Path, name: str, kind: str
+) -> None:
+    path, other = tmp_path / "a" / name, tmp_path / "other"
+    path.parent.mkdir()
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "link to a folder":
+        other.mkdir()
+        path.symlink_to(other)
+    else:
+        if kind != "dangling":
+            other.write_text("precious")
+        (path.hardlink_to if kind == "hard link" else path.symlink_to)(other)
+    assert len(drawn(modules, tmp_path / "a", n=2, steps=1, gif=True)) == 2
+    written = {path.name: path for path in (tmp_path / "a").iterdir()}
+    assert set(written) == {*NAMES[1:], LOCK} and all(file.is_file() for file in written.values())
+    assert not any(file.is_symlink() for file in written.values())
+    assert not other.exists() if kind in ("dangling", "FIFO") else other.is_dir() or other.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [*NAMES, LOCK])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_drawn(
+    modules: Modules, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name / "precious").mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{name} .*: remove it") as refusal:
+        drawn(modules, tmp_path, n=2, gif=True)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {name, LOCK} and (tmp_path / name / "precious").is_dir()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.with_name("other"))])
+def test_a_lock_that_is_no_file_is_refused(modules: Modules, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / LOCK)
+    with pytest.raises(InputError, match=rf"{LOCK} .*: remove it"):
+        drawn(modules, tmp_path, n=1)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_the_home_folder_is_that_of_the_user(modules: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    module, checkpoint = modules["plain"]
+    trainer(tmp_path).sample(module, ckpt_path=str(checkpoint), n=1, steps=1, out="~/images")
+    assert (tmp_path / "images" / "samples.safetensors").is_file()
 
 
 # ---------------------------------------------------------------- animation

@@ -1,5 +1,6 @@
 """``ddpm sample`` in processes of its own."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from conftest import ROOT, run_ddpm
 from safetensors.torch import load_file
 from test_cli import BuiltOnly, refused
+
+from ddpm_lightning.runs.lock import hold
 
 pytestmark = [pytest.mark.cli, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter.*")]
 
@@ -72,3 +75,12 @@ def test_mistakes(
 ) -> None:
     message = refused(capsys, "sample", *guided, f"--out={tmp_path}/out", *options)
     assert all(word in message for word in words) and not (tmp_path / "out").exists(), message
+
+
+def test_a_folder_that_another_process_samples_into(
+    capsys: pytest.CaptureFixture[str], guided: list[str], tmp_path: Path
+) -> None:
+    with hold(tmp_path / "out" / ".samples.lock", "is being sampled into"):
+        message = refused(capsys, "sample", *guided, f"--out={tmp_path}/out")
+    assert f"{tmp_path}/out is being sampled into by another process (process {os.getpid()} on " in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".samples.lock"]
