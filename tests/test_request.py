@@ -2,19 +2,24 @@
 
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_module import build, conditional
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.objectives import ContinuousNegativeElbo, StratifiedTimes
 from ddpm_lightning.ops import image_generators
+from ddpm_lightning.process import GammaConditioning
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, InpaintingFactory, ReplacementSampler
 from ddpm_lightning.sampling import Inpainting, SampleRequest
-from ddpm_lightning.schedules import LinearChain, LogSNRGrid, Schedule, StridedGrid, TimeGrid
+from ddpm_lightning.schedules import LearnedGamma, LinearChain, LogSNRGrid, Schedule, StridedGrid, TimeGrid
 from ddpm_lightning.trainer import DiffusionTrainer
+from ddpm_lightning.training import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*infer the batch indices.*", "ignore:.*does not have many workers.*")
 
@@ -48,17 +53,37 @@ def test_images_are_what_the_sampler_makes_of_the_draws_of_the_prior() -> None:
     assert torch.equal(request.on(module)([5, 0, 6]), ((x0 + 1) * 8).round().to(torch.uint8))
 
 
-def test_a_request_is_resolved_once_for_all_batches(tmp_path: object) -> None:
+def trainer(folder: Path) -> DiffusionTrainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return DiffusionTrainer(default_root_dir=folder, accelerator="cpu", **quiet)
+
+
+def test_a_request_is_resolved_once_for_all_batches(tmp_path: Path) -> None:
     grid, module = CountedGrid(), build()
     draw = SampleRequest(DDIMSampler(), 5, grid).on(module)
     whole = draw(range(6))
     assert torch.equal(torch.cat([draw([0, 1, 2]), draw(torch.tensor([3, 4, 5]))]), whole)
     assert draw.steps == draw.description()["steps"] == 5 and grid.calls == 1
-    torch.save({"state_dict": module.state_dict(), "global_step": 1}, f"{tmp_path}/a.ckpt")
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = DiffusionTrainer(default_root_dir=str(tmp_path), accelerator="cpu", **quiet)
-    trainer.sample(module, ckpt_path=f"{tmp_path}/a.ckpt", n=6, batch_size=2, steps=5, grid=grid)
+    torch.save({"state_dict": module.state_dict(), "global_step": 1}, tmp_path / "a.ckpt")
+    trainer(tmp_path).sample(module, ckpt_path=str(tmp_path / "a.ckpt"), n=6, batch_size=2, steps=5, grid=grid)
     assert grid.calls == 2
+
+
+def test_steps_of_a_learned_schedule_are_those_of_the_loaded_weights(tmp_path: Path) -> None:
+    def learned() -> DiffusionModule:
+        objective = ContinuousNegativeElbo(StratifiedTimes())
+        return build(schedule=LearnedGamma(-9.0, 5.0, T=10), objective=objective, conditioning=GammaConditioning())
+
+    trained, grid, generator = learned(), LogSNRGrid(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in trained.ema_model.schedule.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
+    torch.save({"state_dict": trained.state_dict(), "global_step": 1}, tmp_path / "a.ckpt")
+    request, other = SampleRequest(DDIMSampler(), 5, grid), learned()
+    assert not torch.allclose(request.on(other).times, request.on(trained).times, atol=1e-3)
+    options = {"ckpt_path": str(tmp_path / "a.ckpt"), "n": 2, "steps": 5}
+    trainer(tmp_path).sample(other, sampler=DDIMSampler(), grid=grid, **options)
+    assert torch.equal(load_file(tmp_path / "samples.safetensors")["images"], request.on(trained)(range(2)))
 
 
 def test_a_cap_serves_short_chains() -> None:

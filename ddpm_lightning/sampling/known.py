@@ -17,7 +17,7 @@ from ddpm_lightning.samplers import InpaintingFactory, ReplacementSampler, Sampl
 __all__ = ["Inpainting", "read_images", "read_inpainting", "read_mask"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inpainting:
     """Pixels that are known. One image or mask serves all images.
 
