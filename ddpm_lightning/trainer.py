@@ -1,8 +1,7 @@
 """Lightning's Trainer with one more thing to do: sample."""
 
 import json
-from dataclasses import asdict
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -12,10 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ddpm_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.runs import Run
+from ddpm_lightning.runs.lock import hold
 from ddpm_lightning.samplers import AncestralSampler, InpaintingFactory, Sampler
-from ddpm_lightning.sampling.output import ImageFile, check_space
-from ddpm_lightning.sampling.request import Starts, Walk, check_labels, known_pixels
-from ddpm_lightning.sampling.task import Sampling
+from ddpm_lightning.sampling import SampleRequest
+from ddpm_lightning.sampling.known import read_inpainting
+from ddpm_lightning.sampling.output import ImageFile, check_folder
+from ddpm_lightning.sampling.task import SamplingTask
 from ddpm_lightning.schedules import StridedGrid, TimeGrid
 from ddpm_lightning.training.module import DiffusionModule
 
@@ -97,30 +98,38 @@ class DiffusionTrainer(Trainer):
 
         Raises:
             InputError: a number out of its range, no checkpoint, guidance of a model that was not trained for it, files
-                that do not fit the model, a folder that is full or cannot be written to.
+                that do not fit the model, a folder that is full, cannot be written to, or is being sampled into.
         """
         for name, value in (("n", n), ("batch_size", batch_size), ("grid_images", grid_images)):
             if value < 1:
                 raise InputError(f"--{name} {value} must be 1 or more")
-        # everything is refused before anything is loaded
-        sampler, grid = sampler or AncestralSampler(), grid or StridedGrid()
-        model.guided(guidance_scale)
-        starts = Starts.of(seed, interpolate_to, interpolation_columns)
-        pixels = known_pixels(model, n, known, mask, inpainting, sampler)
-        walk = Walk(sampler, steps, grid, guidance_scale, check_labels(model, labels), pixels)
-        walk.check(model, starts)
+        request = SampleRequest(
+            sampler or AncestralSampler(),
+            steps,
+            grid or StridedGrid(),
+            seed,
+            labels,
+            guidance_scale,
+            read_inpainting(known, mask, inpainting, n, model.shape, model.levels),
+            interpolate_to,
+            interpolation_columns,
+        )
+        drawing = request.on(model)
         if ckpt_path is None:
             raise InputError("sample needs a trained model: give --ckpt_path FILE, or last for the run's last one")
-        folder = Path(out or self.default_root_dir)
-        settings = {"n": n, "ckpt_path": ckpt_path, "known": known, "mask": mask, **asdict(starts), **walk.settings()}
+        folder = (Run(out) if out else Run.of(self)).folder
+        settings = {"n": n, "ckpt_path": ckpt_path, "known": known, "mask": mask, **drawing.description()}
         metadata = {"seed": str(seed), "settings": json.dumps(settings)}
-        labelled = walk.labels is not None
-        file = ImageFile(folder / "samples.safetensors", n * starts.columns, model.shape, labelled, metadata)
-        check_space(folder, file.size * (2 if format == "npz" else 1), n)
-        self._restore(model, ckpt_path, weights_only is not False)
-        task = Sampling(model, file, starts, walk, batch_size, filmed=grid_images if gif else 0)
-        self.predict(task, return_predictions=False)
-        task.publish(format == "npz", grid_images)
+        labelled = drawing.labels is not None
+        file = ImageFile(folder / "samples.safetensors", n * drawing.columns, model.shape, labelled, metadata)
+        check_folder(folder, file.size * (2 if format == "npz" else 1), n)
+        with hold(folder / ".samples.lock", "is being sampled into") if self.is_global_zero else nullcontext():
+            self._restore(model, ckpt_path, weights_only is not False)
+            if model.ema_model.schedule.is_learned:
+                drawing = request.on(model)  # the weights decide where its steps are
+            task = SamplingTask(drawing, file, batch_size, filmed=grid_images if gif else 0)
+            self.predict(task, return_predictions=False)
+            task.publish(format == "npz", grid_images)
 
     def _restore(self, model: DiffusionModule, ckpt_path: str, weights_only: bool) -> None:
         checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only)

@@ -39,6 +39,7 @@ from ddpm_lightning.metrics import ClassifierFeatures, ClassMetrics, FrechetDist
 from ddpm_lightning.metrics.features import classifier_for, load_classifier
 from ddpm_lightning.runs import load_run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, DPMSolverSampler, HeunSampler, Sampler
+from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.schedules import KarrasGrid, LogSNRGrid, StridedGrid, TimeGrid
 from ddpm_lightning.training import DiffusionModule
 
@@ -125,7 +126,7 @@ class Table:
 def training_images(module: DiffusionModule, split: Split, count: int, seed: int) -> Batch:
     """A random choice of them, with the classes that the samples are asked to have."""
     shuffled = split.chosen(len(split), seed)
-    wanted = module.cycled_labels(torch.arange(count))
+    wanted = SampleRequest().on(module).label(torch.arange(count))
     if wanted is None:
         return Batch(*(column[:count] for column in shuffled))
     places = {k: iter(torch.nonzero(shuffled.label == k).flatten().tolist()) for k in range(int(wanted.max()) + 1)}
@@ -148,14 +149,11 @@ def draw(
     precision: AbstractContextManager[Any] = nullcontext()
     if arguments.precision == "bf16-mixed":
         precision = torch.autocast(module.device.type, dtype=torch.bfloat16)
-    parts, labels = [], []
-    for index in torch.arange(arguments.n).split(arguments.batch_size):
-        label = module.cycled_labels(index)
-        options: dict[str, Any] = {"label": label, "guidance_scale": scale, "grid": grid}
-        with torch.no_grad(), precision:
-            parts.append(module.sample(sampler, index, seed=arguments.seed, steps=steps, **options).cpu())
-        labels += [] if label is None else [label]
-    return torch.cat(parts), torch.cat(labels) if labels else None
+    drawing = SampleRequest(sampler, steps, grid, arguments.seed, guidance_scale=scale).on(module)
+    index = torch.arange(arguments.n)
+    with torch.no_grad(), precision:
+        images = torch.cat([drawing(part).cpu() for part in index.split(arguments.batch_size)])
+    return images, drawing.label(index)
 
 
 def curves(table: Table, path: Path) -> None:

@@ -37,7 +37,7 @@ from ddpm_lightning.process import (
     ReverseVariance,
     TimeConditioning,
 )
-from ddpm_lightning.samplers import AncestralSampler
+from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.schedules import LearnedGamma, LinearChain, LinearGamma, Schedule
 from ddpm_lightning.training import DiffusionModule
 
@@ -135,7 +135,7 @@ def test_evaluation_and_sampling_use_the_average(tmp_path: Path) -> None:
             parameter.fill_(float("nan"))
     trainer(tmp_path).test(module, Digits(limit_test=8), verbose=False)
     assert all(abs(mean) < 1e6 for mean, _ in module.bound_figures["test"]["denoising"].values())
-    assert module.sample(AncestralSampler(), [0, 1]).shape == (2, 1, 8, 8)
+    assert SampleRequest().on(module)([0, 1]).shape == (2, 1, 8, 8)
 
 
 def conditional(**changes: object) -> DiffusionModule:
@@ -183,16 +183,17 @@ def test_guided_samples() -> None:
             parameter.normal_(std=0.2, generator=generator)
 
     def sample(*label: int, scale: float = 1.0) -> torch.Tensor:
-        sampler = AncestralSampler()
-        return module.sample(sampler, [0, 1], label=torch.tensor(label), guidance_scale=scale)
+        return SampleRequest(labels=label, guidance_scale=scale).on(module)([0, 1])
 
     conditioned = sample(3, 4)
-    assert torch.equal(module.sample(AncestralSampler(), [0, 1], label=torch.tensor([3, 4])), conditioned)
+    assert torch.equal(SampleRequest(labels=[3, 4]).on(module)([0, 1]), conditioned)
     assert torch.equal(sample(3, 4, scale=0.0), sample(10, 10))
     assert not torch.equal(sample(3, 4, scale=3.0), conditioned)
     assert not torch.equal(sample(10, 10), conditioned)
     for wrong in (-1, 11):
-        with pytest.raises(InputError, match="label must lie between 0 and 10"):
+        with pytest.raises(
+            InputError, match=rf"\[3, {wrong}\]: classes must lie between 0 and 9, or be 10 for no class"
+        ):
             sample(3, wrong)
 
 
@@ -203,9 +204,9 @@ def test_guidance_and_label_dropout_errors() -> None:
     with pytest.raises(InputError, match=r"label_dropout 0\.1 needs --model\.class_conditional true"):
         build(label_dropout=0.1)
     with pytest.raises(InputError, match="needs a class-conditional model"):
-        build(num_classes=10).guided(2.0)
+        SampleRequest(guidance_scale=2.0).on(build(num_classes=10))
     with pytest.raises(InputError, match="guidance_scale 2: this model never saw an image without its class"):
-        conditional().guided(2.0)
+        SampleRequest(guidance_scale=2.0).on(conditional())
     with pytest.raises(InputError, match="with labels from 0 to 9"):
         conditional(network=UNet(1, width=8, multipliers=(1, 2), blocks=1, num_classes=5))
 
@@ -257,10 +258,10 @@ def test_class_conditional_model_sees_the_label() -> None:
     with torch.no_grad():
         for parameter in module.ema_model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    images = [module.sample(AncestralSampler(), [0], label=torch.tensor([label])) for label in (1, 7)]
+    images = [SampleRequest(labels=[label]).on(module)([0]) for label in (1, 7)]
     assert not torch.equal(*images)
-    assert module.cycled_labels(torch.arange(12)).tolist() == [*range(10), 0, 1]
-    assert build().cycled_labels(torch.arange(3)) is None
+    assert SampleRequest().on(module).label(torch.arange(12)).tolist() == [*range(10), 0, 1]
+    assert SampleRequest().on(build()).label(torch.arange(3)) is None
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_a_learned_variance_is_trained_stored_and_evaluated(tmp_path: Path) -> N
     assert isinstance(again.model.reverse_process.variance, LearnedRangeVariance)
     runner.test(again, Digits(limit_test=8), verbose=False)
     assert math.isfinite(again.bound_figures["test"]["denoising"]["elbo"][0])
-    assert again.sample(AncestralSampler(), [0, 1]).shape == (2, 1, 8, 8)
+    assert SampleRequest().on(again)([0, 1]).shape == (2, 1, 8, 8)
 
 
 def test_an_analytic_variance_is_stored_with_its_table(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ddpm_lightning.metrics import ClassifierFeatures, FrechetDistance, QualityM
 from ddpm_lightning.networks import UNet
 from ddpm_lightning.runs import load_run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler
+from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.training import DiffusionModule
 
 
@@ -76,7 +77,7 @@ def test_training_is_the_same_with_it_and_the_figure_is_that_of_the_samples(tmp_
     assert [value is None for value in logged.frechet] == [True, False, False, False]
     assert logged.frechet[1] == logged.frechet[2] != logged.frechet[3]
     real = Digits().split("val").chosen(30, 0).image
-    images = module.sample(AncestralSampler(), range(30), steps=4)
+    images = SampleRequest(steps=4).on(module)(range(30))
     assert logged.frechet[3] == pytest.approx(frechet_of(module, images, real), rel=1e-4)
 
 
@@ -88,7 +89,7 @@ def test_the_test_command_reports_samples_beside_the_floor(tmp_path: Path, capsy
     train, test = (Digits().split(name).chosen(400, 3) for name in ("train", "test"))
     assert len(test.image) == 297
     label = torch.arange(400) % 10
-    images = module.sample(DDIMSampler(), range(400), seed=3, label=label, guidance_scale=2.0)
+    images = SampleRequest(DDIMSampler(), seed=3, guidance_scale=2.0).on(module)(range(400))
     for name, shown, labels in (("samples", images, label), ("training images", train.image, train.label)):
         expected = QualityMetrics(load_classifier("digits"))
         expected.update(levels_to_model(test.image, 17), real=True)

@@ -2,7 +2,10 @@
 
 import gc
 import json
+import os
+import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +26,10 @@ from ddpm_lightning.samplers import (
     MomentMatchingSampler,
     Sampler,
 )
-from ddpm_lightning.sampling import output as files
+from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.sampling import progress as sampling_progress
-from ddpm_lightning.sampling.output import ImageFile, read_images, read_mask, write_npz
+from ddpm_lightning.sampling.known import read_images, read_mask
+from ddpm_lightning.sampling.output import ImageFile
 from ddpm_lightning.sampling.request import slerp
 from ddpm_lightning.schedules import KarrasGrid, LinearChain, LogSNRGrid, VarianceExploding
 from ddpm_lightning.trainer import DiffusionTrainer
@@ -58,6 +62,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Diffusi
     return {name: (module, folder / f"{name}.ckpt") for name, module in made.items()}
 
 
+LOCK = ".samples.lock"
 Modules = dict[str, tuple[DiffusionModule, Path]]
 
 
@@ -92,17 +97,8 @@ def test_image_k_is_the_same_in_any_batch_and_number(
     whole = drawn(modules, tmp_path / "a", name, n=9, seed=5, **options)
     assert torch.equal(drawn(modules, tmp_path / "b", name, n=5, seed=5, batch_size=2, **options), whole[:5])
     assert not torch.equal(drawn(modules, tmp_path / "c", name, n=5, seed=6, **options), whole[:5])
-    module = modules[name][0]
-    index = torch.arange(9)
-    label = (
-        None
-        if name == "plain"
-        else torch.tensor(options.get("labels", range(10)))[index % len(options.get("labels", range(10)))]
-    )
-    plain = {key: value for key, value in options.items() if key not in ("sampler", "labels")}
     with torch.inference_mode():
-        expected = module.sample(options["sampler"], index, seed=5, steps=4, label=label, **plain)
-    assert torch.equal(whole, expected)
+        assert torch.equal(SampleRequest(steps=4, seed=5, **options).on(modules[name][0])(range(9)), whole)
 
 
 def test_labels_are_taken_in_turn(modules: Modules, tmp_path: Path) -> None:
@@ -237,17 +233,15 @@ def test_a_file_that_is_filled_in_any_order_is_the_one_that_safetensors_writes(t
     assert length % 8 == 0
 
 
-def test_npz_is_the_same(modules: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npz_is_the_same(modules: Modules, tmp_path: Path) -> None:
     images = drawn(modules, tmp_path / "a", "classes", n=7)
-    monkeypatch.setattr(files, "_CHUNK", 3)
     module, checkpoint = modules["classes"]
     trainer(tmp_path).sample(module, ckpt_path=str(checkpoint), steps=4, n=7, out=f"{tmp_path}/b", format="npz")
-    assert {path.name for path in (tmp_path / "b").iterdir()} == {"samples.npz", "samples.png"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"samples.npz", "samples.png", LOCK}
     with np.load(tmp_path / "b" / "samples.npz") as arrays:
         assert np.array_equal(arrays["images"], images.numpy()) and arrays["labels"].tolist() == [*range(7)]
         assert json.loads(str(arrays["settings"]))["n"] == 7 and str(arrays["seed"]) == "0"
-    write_npz(tmp_path / "a" / "samples.safetensors", tmp_path / "c.npz")
-    assert torch.equal(read_images(tmp_path / "c.npz", (1, 8, 8), 17), images)
+    assert torch.equal(read_images(tmp_path / "b" / "samples.npz", (1, 8, 8), 17), images)
 
 
 def test_an_interrupted_sampling_leaves_no_file_that_looks_complete(
@@ -264,9 +258,9 @@ def test_an_interrupted_sampling_leaves_no_file_that_looks_complete(
         patch.setattr(ImageFile, "write", failing)
         with pytest.raises(RuntimeError, match="interrupted"):
             drawn(modules, tmp_path, n=4, batch_size=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["samples.safetensors.partial"]
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.safetensors.partial", LOCK}
     assert drawn(modules, tmp_path, n=3).shape[0] == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"samples.safetensors", "samples.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.safetensors", "samples.png", LOCK}
     module, checkpoint = modules["plain"]
     with pytest.raises(InputError, match="2 of 4 images were drawn"):
         trainer(tmp_path, limit_predict_batches=1).sample(
@@ -305,6 +299,83 @@ def test_only_the_first_images_are_shown(modules: Modules, tmp_path: Path, capsy
     assert "; all of them in " in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- what stands in the way
+
+
+def test_of_two_samplings_into_one_folder_the_second_is_refused(
+    modules: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = drawn(modules, tmp_path / "alone", n=4, seed=1)
+    write, refusals = ImageFile.write, list[str]()
+
+    def meanwhile(file: ImageFile, index: Tensor, *parts: Tensor | None) -> None:
+        write(file, index, *parts)
+        if int(index[0]) == 0:
+            with pytest.raises(InputError) as refusal:
+                drawn(modules, tmp_path / "a", n=4, seed=2)
+            refusals.append(str(refusal.value))
+
+    monkeypatch.setattr(ImageFile, "write", meanwhile)
+    assert torch.equal(drawn(modules, tmp_path / "a", n=4, seed=1, batch_size=2), expected)
+    assert settings(tmp_path / "a")["seed"] == 1
+    assert len(refusals) == 1 and f"process {os.getpid()} on " in refusals[0]
+    assert re.fullmatch(rf"{tmp_path}/a is being sampled into by another process \(.*\): wait for it, .*", refusals[0])
+    monkeypatch.undo()
+    assert not torch.equal(drawn(modules, tmp_path / "a", n=4, seed=2), expected)
+
+
+NAMES = ["samples.safetensors.partial", "samples.safetensors", "samples.png", "samples.gif"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "dangling", "link to a folder", "FIFO"])
+def test_links_and_pipes_are_replaced_and_what_they_lead_to_is_left_alone(
+    modules: Modules, tmp_path: Path, name: str, kind: str
+) -> None:
+    path, other = tmp_path / "a" / name, tmp_path / "other"
+    path.parent.mkdir()
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "link to a folder":
+        other.mkdir()
+        path.symlink_to(other)
+    else:
+        if kind != "dangling":
+            other.write_text("precious")
+        (path.hardlink_to if kind == "hard link" else path.symlink_to)(other)
+    assert len(drawn(modules, tmp_path / "a", n=2, steps=1, gif=True)) == 2
+    written = {path.name: path for path in (tmp_path / "a").iterdir()}
+    assert set(written) == {*NAMES[1:], LOCK} and all(file.is_file() for file in written.values())
+    assert not any(file.is_symlink() for file in written.values())
+    assert not other.exists() if kind in ("dangling", "FIFO") else other.is_dir() or other.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [*NAMES, LOCK])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_drawn(
+    modules: Modules, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name / "precious").mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{name} .*: remove it") as refusal:
+        drawn(modules, tmp_path, n=2, gif=True)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {name, LOCK} and (tmp_path / name / "precious").is_dir()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.with_name("other"))])
+def test_a_lock_that_is_no_file_is_refused(modules: Modules, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / LOCK)
+    with pytest.raises(InputError, match=rf"{LOCK} .*: remove it"):
+        drawn(modules, tmp_path, n=1)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_the_home_folder_is_that_of_the_user(modules: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    module, checkpoint = modules["plain"]
+    trainer(tmp_path).sample(module, ckpt_path=str(checkpoint), n=1, steps=1, out="~/images")
+    assert (tmp_path / "images" / "samples.safetensors").is_file()
+
+
 # ---------------------------------------------------------------- animation
 
 
@@ -323,9 +394,7 @@ def test_animation_ends_with_the_images(modules: Modules, tmp_path: Path, steps:
     # levels of the data, and 0..255 of model range: to the nearest
     expected = tile(images[:4], 17)
     assert int((last.int() - expected.int()).abs().max()) <= 1
-    module = modules["plain"][0]
-    with torch.no_grad():
-        x_T = module.prior_draws([torch.Generator().manual_seed(i) for i in range(4)])
+    x_T = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)])
     shown = tile(((x_T.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), 256)
     assert np.array_equal(first, shown.permute(1, 2, 0).numpy())
 

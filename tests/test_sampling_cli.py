@@ -1,5 +1,6 @@
 """``ddpm sample`` in processes of its own."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from conftest import ROOT, run_ddpm
 from safetensors.torch import load_file
 from test_cli import BuiltOnly, refused
+
+from ddpm_lightning.runs.lock import hold
 
 pytestmark = [pytest.mark.cli, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter.*")]
 
@@ -31,14 +34,14 @@ def guided(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return [*options, *CLASSES, f"--ckpt_path={tmp_path}/random.ckpt", f"--run_dir={tmp_path}/run"]
 
 
-WALK = [
+GUIDED = [
     "--guidance_scale=3", "--labels=[4,2]", "--sampler=DPMSolverSampler", "--sampler.sde=true", "--grid=KarrasGrid",
     "--grid.rho=3",
 ]  # fmt: skip
 
 
 def test_two_processes_draw_the_images_of_one(guided: list[str], tmp_path: Path) -> None:
-    common = [*guided, *WALK, "--n=7", "--steps=5", "--gif=true"]
+    common = [*guided, *GUIDED, "--n=7", "--steps=5", "--gif=true"]
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--batch_size=3"]
     outputs = [
         run_ddpm("sample", *common, f"--out={tmp_path}/{name}", *extra) for name, extra in (("one", []), ("two", two))
@@ -47,7 +50,7 @@ def test_two_processes_draw_the_images_of_one(guided: list[str], tmp_path: Path)
         # nothing but the one line, of one process
         line = f"7 images in {tmp_path}/{name}/samples.safetensors; all of them in "
         assert output.startswith(line) and len(output.splitlines()) == 1, output
-        assert {path.suffix for path in (tmp_path / name).iterdir()} == {".safetensors", ".png", ".gif"}
+        assert {path.suffix for path in (tmp_path / name).iterdir()} == {".safetensors", ".png", ".gif", ".lock"}
     one, two_ = (load_file(tmp_path / name / "samples.safetensors") for name in ("one", "two"))
     assert torch.equal(one["images"], two_["images"]) and torch.equal(one["labels"], two_["labels"])
     for picture in ("samples.png", "samples.gif"):
@@ -72,3 +75,12 @@ def test_mistakes(
 ) -> None:
     message = refused(capsys, "sample", *guided, f"--out={tmp_path}/out", *options)
     assert all(word in message for word in words) and not (tmp_path / "out").exists(), message
+
+
+def test_a_folder_that_another_process_samples_into(
+    capsys: pytest.CaptureFixture[str], guided: list[str], tmp_path: Path
+) -> None:
+    with hold(tmp_path / "out" / ".samples.lock", "is being sampled into"):
+        message = refused(capsys, "sample", *guided, f"--out={tmp_path}/out")
+    assert f"{tmp_path}/out is being sampled into by another process (process {os.getpid()} on " in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".samples.lock"]

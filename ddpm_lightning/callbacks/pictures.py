@@ -1,7 +1,6 @@
 """Callbacks that decide when a picture is made."""
 
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,17 +9,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ddpm_lightning.data import ImageDataModule, levels_to_model
-from ddpm_lightning.figures import forward_strip, save_png, schedule_curves, tile
+from ddpm_lightning.figures import forward_strip, schedule_curves, tile
 from ddpm_lightning.ops import image_generators
+from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import Sampler
+from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.schedules import Schedule, strided_grid
 from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = ["ForwardStrip", "SampleGrid", "ScheduleCurves"]
 
 
-def _publish(trainer: Trainer, tag: str, picture: Tensor, path: Path) -> None:
-    save_png(picture, path)
+def _publish(trainer: Trainer, tag: str, picture: Tensor, name: str) -> None:
+    Run.of(trainer).write(name, picture)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(tag, picture, trainer.global_step)
@@ -32,7 +33,7 @@ class SampleGrid(Callback):
 
     Args:
         sampler: how to sample.
-        steps: evaluations of the network; None for all T, as for a chain that has fewer.
+        steps: steps of the sampler, cut to the T of a chain that has fewer; None for all T.
         n: number of images.
         seed: seed of the images.
     """
@@ -59,13 +60,10 @@ class SampleGrid(Callback):
         if self._last_step == trainer.global_step:
             return
         self._last_step = trainer.global_step
+        draw = SampleRequest(self.sampler, self.steps, seed=self.seed, cap_steps=True).on(module)
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            indices = torch.arange(self.n)
-            label = module.cycled_labels(indices)
-            steps = None if self.steps is None else min(self.steps, module.ema_model.T)
-            images = module.sample(self.sampler, indices, seed=self.seed, steps=steps, label=label)
-        folder = Path(trainer.default_root_dir) / "samples"
-        _publish(trainer, "samples", tile(images, module.levels), folder / f"step_{trainer.global_step:07d}.png")
+            images = draw(range(self.n))
+        _publish(trainer, "samples", tile(images, module.levels), f"samples/step_{trainer.global_step:07d}.png")
 
 
 class ForwardStrip(Callback):
@@ -93,7 +91,7 @@ class ForwardStrip(Callback):
         generators = image_generators(self.seed, range(len(x0)))
         with torch.no_grad():
             picture = forward_strip(model.forward_process, x0, times, generators)
-        _publish(trainer, "forward process", picture, Path(trainer.default_root_dir) / "forward.png")
+        _publish(trainer, "forward process", picture, "forward.png")
 
 
 class ScheduleCurves(Callback):
@@ -130,4 +128,4 @@ class ScheduleCurves(Callback):
             self._publish(trainer, curves)
 
     def _publish(self, trainer: Trainer, curves: dict[str, Schedule]) -> None:
-        _publish(trainer, "schedule", schedule_curves(curves), Path(trainer.default_root_dir) / "schedule.png")
+        _publish(trainer, "schedule", schedule_curves(curves), "schedule.png")

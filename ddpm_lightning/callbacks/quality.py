@@ -20,6 +20,7 @@ from ddpm_lightning.metrics import (
 )
 from ddpm_lightning.networks import FeatureClassifier
 from ddpm_lightning.samplers import DDIMSampler, Sampler
+from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = ["SampleQuality"]
@@ -77,7 +78,7 @@ class SampleQuality(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the classifier and refuse what cannot be measured, before anything is trained."""
         assert isinstance(pl_module, DiffusionModule)
-        pl_module.guided(self.guidance_scale)
+        self._request().on(pl_module)
         if self.n < trainer.world_size * 4:
             raise InputError(f"SampleQuality: n = {self.n} is too few for {trainer.world_size} processes")
         name = classifier_for(pl_module.shape, pl_module.levels) if self.classifier is None else self.classifier
@@ -117,7 +118,7 @@ class SampleQuality(Callback):
         module, classifier = self._parts(pl_module)
         real = len(self._chosen(trainer, "test").image)
         guidance = "" if self.guidance_scale == 1 else f", guidance scale {self.guidance_scale:g}"
-        steps = "all" if self.steps is None else str(min(self.steps, module.ema_model.T))
+        steps = "all" if self.steps is None else self._request().on(module).steps
         head = (
             f"Quality of {self.n} samples ({type(self.sampler).__name__}, {steps} steps{guidance}, seed {self.seed}; "
             f"averaged weights after {module.steps_trained} steps)\nand of {len(self._chosen(trainer, 'train').image)} "
@@ -140,6 +141,10 @@ class SampleQuality(Callback):
             "figures": self.figures,
         }
         (folder / "quality-test.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def _request(self) -> SampleRequest:
+        scale = self.guidance_scale
+        return SampleRequest(self.sampler, self.steps, seed=self.seed, guidance_scale=scale, cap_steps=True)
 
     def _parts(self, module: LightningModule) -> tuple[DiffusionModule, FeatureClassifier]:
         assert isinstance(module, DiffusionModule) and self._classifier is not None

@@ -10,6 +10,7 @@ from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.data.batches import EvalBatches, IndexBatches, Split
 from ddpm_lightning.metrics import FrechetDistance, QualityMetrics
 from ddpm_lightning.samplers import Sampler
+from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = ["Labelled", "add_images", "image_batches", "quality_table", "sample_batches"]
@@ -45,12 +46,12 @@ def sample_batches(
         world: number of processes.
         precision: context that the network is evaluated in.
     """
-    steps = None if steps is None else min(steps, module.ema_model.T)
+    request = SampleRequest(sampler, steps, seed=seed, guidance_scale=guidance_scale, cap_steps=True)
+    drawing = request.on(module)
     for indices in IndexBatches(n, batch_size, rank, world):
-        label = module.cycled_labels(indices)
         with torch.inference_mode(), precision():
-            images = module.sample(sampler, indices, seed=seed, steps=steps, label=label, guidance_scale=guidance_scale)
-        yield images, label
+            images = drawing(indices)
+        yield images, drawing.label(indices)
 
 
 def image_batches(images: Batch, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Labelled]:

@@ -24,15 +24,12 @@ class SamplingProgress:
     def __init__(self, n: int, share: int, steps: int, shown: bool = True) -> None:
         self.n, self.share, self.steps = n, share, steps
         self._images, self._moves = 0, 0
-        self._terminal = sys.stdout.isatty()
-        self._lines = shown and not self._terminal
+        terminal = sys.stdout.isatty()
+        self._lines = shown and not terminal
         columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
-        self._bar = Progress(*columns, disable=not shown or not self._terminal, transient=True)
+        self._bar = Progress(*columns, disable=not shown or not terminal, transient=True)
         self._task = self._bar.add_task("", total=share * steps, done=self._done())
         self._start = self._last = time.monotonic()
-
-    def start(self) -> None:
-        """Show the bar."""
         self._bar.start()
 
     def stop(self) -> None:

@@ -1,5 +1,7 @@
 """Sampling as a prediction over indices of images, so that the Trainer's devices and precision serve it."""
 
+from itertools import count
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -8,36 +10,32 @@ from ddpm_lightning.data import model_to_levels
 from ddpm_lightning.data.batches import IndexBatches
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import save_gif, save_png, tile
-from ddpm_lightning.sampling.output import ImageFile, read_first, write_npz
+from ddpm_lightning.sampling.output import ImageFile, whole
 from ddpm_lightning.sampling.progress import SamplingProgress
-from ddpm_lightning.sampling.request import Starts, Walk
+from ddpm_lightning.sampling.request import Drawing
 from ddpm_lightning.training.distributed import gather_to_all
-from ddpm_lightning.training.module import DiffusionModule
 
-__all__ = ["Sampling"]
+__all__ = ["SamplingTask"]
 
 # of an animation, beside the noise that it starts from
 _FRAMES = 30
 
 
-class Sampling(LightningModule):
-    """The task: every process draws its indices and puts the images into one file.
+class SamplingTask(LightningModule):
+    """Every process draws the images of its indices and puts them into one file.
 
     Args:
-        module: the trained module.
-        file: where the images go.
-        starts: where they start.
-        walk: how they are drawn.
+        drawing: draws the images.
+        file: where they go.
         batch_size: images drawn at a time on each process.
         filmed: so many of the first images have their states recorded.
     """
 
-    def __init__(
-        self, module: DiffusionModule, file: ImageFile, starts: Starts, walk: Walk, batch_size: int, filmed: int = 0
-    ) -> None:
+    def __init__(self, drawing: Drawing, file: ImageFile, batch_size: int, filmed: int = 0) -> None:
         super().__init__()
-        self.module, self.file, self.starts, self.walk = module, file, starts, walk
-        self.batch_size, self.filmed = batch_size, filmed
+        self.module = drawing.module  # here for the Trainer, which moves it to its device
+        self.drawing, self.file, self.batch_size, self.filmed = drawing, file, batch_size, filmed
+        self._shown = set(torch.linspace(0, drawing.steps, _FRAMES + 1).round().long().tolist())
         self._states: list[tuple[int, Tensor]] = []
         self._progress: SamplingProgress | None = None
 
@@ -52,52 +50,39 @@ class Sampling(LightningModule):
         """This process's indices, in batches."""
         return IndexBatches(self.file.n, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
 
-    def _times(self) -> Tensor:
-        model = self.module.ema_model
-        return self.walk.grid(model.schedule, model.grid, self.walk.steps)
-
     def on_predict_start(self) -> None:
         """Lay out the file before any process writes to it."""
         if self.trainer.is_global_zero:
             self.file.create()
         self.trainer.strategy.barrier()
         share = len(range(self.trainer.global_rank, self.file.n, self.trainer.world_size))
-        steps = len(self._times()) - 1
-        self._progress = SamplingProgress(self.file.n, max(share, 1), steps, self.trainer.is_global_zero)
-        self._progress.start()
+        shown = self.trainer.is_global_zero
+        self._progress = SamplingProgress(self.file.n, max(share, 1), self.drawing.steps, shown)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Draw the images of the given indices ``[B]`` and put them into the file."""
-        index = batch.cpu()
-        row = self.starts.row(index)
-        label, sampler = self.walk.label(row), self.walk.sampler
-        if self.walk.inpainting is not None:
-            sampler = self.walk.inpainting.sampler(sampler, row, self.module.levels)
-        x_T = self.starts.x_T(self.module, index)
-        film = _Film(self.module, len(self._times()) - 1, index < self.filmed)
-        film.record(x_T, torch.ones((), dtype=torch.float64, device=x_T.device))
-        progress = self._progress
+        index, progress = batch.cpu(), self._progress
         assert progress is not None
+        filmed, frames, states = index < self.filmed, list[Tensor](), count()
 
-        def stepped(x: Tensor, s: Tensor) -> None:
-            film.record(x, s)
-            progress.stepped(len(index))
+        def seen(x: Tensor, t: Tensor) -> None:
+            done = next(states)
+            if done in self._shown and bool(filmed.any()):
+                # in units in which the data and the noise have variance 1
+                unit = torch.exp(-0.5 * self.module.ema_model.schedule.log_unit_var(t))
+                frames.append(model_to_levels(x[filmed.to(x.device)] * unit.to(x), 256).cpu())
+            if done:
+                progress.stepped(len(index))
 
-        images = self.module.sample(
-            sampler, row, seed=self.starts.seed, steps=self.walk.steps, grid=self.walk.grid, x_T=x_T, label=label,
-            guidance_scale=self.walk.guidance_scale, callback=stepped,
-        )  # fmt: skip
-        self.file.write(index, images.cpu(), label)
+        images = self.drawing(index, seen)
+        self.file.write(index, images, self.drawing.label(index))
         progress.drawn(len(index))
-        self._states += zip(index[index < self.filmed].tolist(), film.states(), strict=True)
+        if frames:
+            self._states += zip(index[filmed].tolist(), torch.stack(frames, 1), strict=True)
         return batch
 
-    def on_predict_end(self) -> None:
-        """Take the bar away."""
-        self.teardown("predict")
-
     def teardown(self, stage: str) -> None:
-        """The same after an error."""
+        """Take the bar away."""
         if self._progress is not None:
             self._progress.stop()
 
@@ -109,7 +94,7 @@ class Sampling(LightningModule):
             grid_images: so many at most are shown, in whole rows where there are any.
 
         Raises:
-            InputError: not all images were drawn.
+            InputError: not all images were drawn, or the files cannot be written.
         """
         parts = gather_to_all((self.file.written, self._states))
         written = sum(count for count, _ in parts)
@@ -120,48 +105,18 @@ class Sampling(LightningModule):
             )
         if not self.trainer.is_global_zero:
             return
-        columns = self.starts.columns
-        images = read_first(self.file.partial, max(grid_images // columns, 1) * columns)
+        folder, columns = self.file.path.parent, self.drawing.columns
         row = columns if columns > 1 else None
-        folder, path = self.file.path.parent, self.file.path
-        save_png(tile(images, self.module.levels, row), folder / "samples.png")
+        images = torch.from_numpy(self.file.arrays()["images"][: max(grid_images // columns, 1) * columns].copy())
         pictures = [folder / "samples.png"]
+        with whole(pictures[0]) as path:
+            save_png(tile(images, self.module.levels, row), path)
         states = sorted(((index, state) for _, part in parts for index, state in part), key=lambda item: item[0])
         if states:
             frames = torch.stack([state for _, state in states], 1)
-            save_gif([tile(frame, 256, row) for frame in frames], folder / "samples.gif")
             pictures.append(folder / "samples.gif")
-        if npz:
-            path = path.with_suffix(".npz")
-            write_npz(self.file.partial, path)
-            self.file.partial.unlink()
-        else:
-            self.file.finish()
+            with whole(pictures[1]) as path:
+                save_gif([tile(frame, 256, row) for frame in frames], path)
+        path = self.file.finish(npz)
         which = "all of them" if len(images) == self.file.n else f"the first {len(images)}"
         print(f"{self.file.n} images in {path}; {which} in {' and '.join(map(str, pictures))}", flush=True)
-
-
-class _Film:
-    """Some images of a batch on their way, in units in which the data and the noise have variance 1.
-
-    Args:
-        module: gives the schedule.
-        moves: steps of the walk, the decoder's among them.
-        filmed: bool ``[B]``.
-    """
-
-    def __init__(self, module: DiffusionModule, moves: int, filmed: Tensor) -> None:
-        self._schedule, self._filmed = module.ema_model.schedule, filmed
-        self._shown = set(torch.linspace(0, moves, _FRAMES + 1).round().long().tolist())
-        self._moves, self._frames = 0, list[Tensor]()
-
-    def record(self, x: Tensor, s: Tensor) -> None:
-        """Keep x_s ``[B, C, H, W]`` clipped to [-1, 1], if it is one of those that are shown: x_T is the first."""
-        if self._moves in self._shown and bool(self._filmed.any()):
-            unit = torch.exp(-0.5 * self._schedule.log_unit_var(s))
-            self._frames.append(model_to_levels(x[self._filmed.to(x.device)] * unit.to(x), 256).cpu())
-        self._moves += 1
-
-    def states(self) -> Tensor:
-        """uint8 ``[filmed, frames, C, H, W]``, 0..255; nothing where none is filmed."""
-        return torch.stack(self._frames, 1) if self._frames else torch.empty(0)

@@ -17,22 +17,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ddpm_lightning.checkpoints.descriptions import describe, instantiate_arguments, limited_weights
 from ddpm_lightning.checkpoints.files import read_checkpoint
-from ddpm_lightning.data import Batch, levels_to_model, model_to_levels
+from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.data.datamodule import batches_done
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundMeans, BoundScores
 from ddpm_lightning.objectives import ElboEstimator, Objective
 from ddpm_lightning.ops import BatchGenerator, Generators, image_generators, rand
 from ddpm_lightning.process import (
-    ClassifierFreeDenoiser,
     Decoder,
     DiffusionModel,
     NoiseConditioning,
     Parameterization,
     ReverseVariance,
 )
-from ddpm_lightning.samplers import Sampler
-from ddpm_lightning.schedules import Schedule, StridedGrid, TimeGrid
+from ddpm_lightning.schedules import Schedule
 from ddpm_lightning.training.checks import (
     check_bounds,
     check_finite,
@@ -504,78 +502,3 @@ class DiffusionModule(LightningModule):
         for estimator in self.bounds["test"]:
             columns |= {f"{estimator.name}/{name}": v for name, v in self.bound(estimator, batch).items()}
         return columns
-
-    # ---------------------------------------------------------------- samples
-
-    def cycled_labels(self, indices: Tensor) -> Tensor | None:
-        """Classes 0, 1, ... in turn for images ``[n]`` by index; None for a model that is not class-conditional."""
-        return indices % self.num_classes if self.class_conditional and self.num_classes else None
-
-    def guided(self, scale: float) -> DiffusionModel:
-        """The averaged model under classifier-free guidance, which then needs a ``label``; itself at scale 1.
-
-        Raises:
-            InputError: a model that was trained without classes, or never without.
-        """
-        if scale == 1:
-            return self.ema_model
-        wrap = partial(
-            ClassifierFreeDenoiser, scale=scale, num_classes=self.num_classes if self.class_conditional else None
-        )
-        guided = self.ema_model.with_denoiser(wrap)
-        if self.label_dropout == 0:
-            raise InputError(
-                f"guidance_scale {scale:g}: this model never saw an image without its class; train it with "
-                "--model.label_dropout 0.1"
-            )
-        return guided
-
-    def prior_draws(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """x_T of the averaged model, ``[n, C, H, W]``, one for each generator."""
-        prior = self.ema_model.prior(torch.zeros(len(generators), *self.shape, device=self.device))
-        return prior.sample(generators)
-
-    def sample(
-        self,
-        sampler: Sampler,
-        indices: Sequence[int] | Tensor,
-        *,
-        seed: int = 0,
-        steps: int | None = None,
-        grid: TimeGrid | None = None,
-        x_T: Tensor | None = None,
-        label: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        callback: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Images of the averaged model.
-
-        Args:
-            sampler: how to walk from noise to data.
-            indices: the images to draw; image k of a seed is the same in any selection.
-            seed: the seed.
-            steps: steps of the sampler (see ``Sampler.evaluations``); None for all T.
-            grid: where these steps are; None for ``StridedGrid``.
-            x_T: ``[n, C, H, W]``, where to start from; None for the seed's draws from the prior. The noise of the steps
-                is the same with both.
-            label: classes ``[n]`` of a class-conditional model.
-            guidance_scale: of classifier-free guidance; 1 is the model itself, which costs half as much.
-            callback: called with (x_s, s) after each step.
-
-        Returns:
-            uint8 ``[n, C, H, W]``, grey levels.
-
-        Raises:
-            InputError: ``steps`` that the grid cannot make, a class that there is not, guidance of a model that was
-                trained without ``label_dropout`` or without classes.
-        """
-        model = self.guided(guidance_scale)
-        last = self.num_classes
-        if label is not None and last is not None and not bool(((label >= 0) & (label <= last)).all()):
-            raise InputError(f"label must lie between 0 and {last} (no class), got {label.tolist()}")
-        generators = image_generators(seed, indices)
-        drawn = self.prior_draws(generators)
-        times = (grid or StridedGrid())(model.schedule, model.grid, steps)
-        cond = {} if label is None else {"label": label.to(self.device)}
-        x0 = sampler(model, drawn if x_T is None else x_T, grid=times, generators=generators, callback=callback, **cond)
-        return model_to_levels(x0, self.levels)
