@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.plugins import TorchCheckpointIO

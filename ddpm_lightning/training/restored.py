@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -92,8 +91,6 @@ def keep_callback_options(trainer: Trainer, checkpoint: Mapping[str, Any]) -> No
 
 class _Optimized(Protocol):
     """What is asked of a module."""
-
-    model: nn.Module
 
     def make_optimizer(self) -> Optimizer: ...
 

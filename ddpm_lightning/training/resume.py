@@ -174,7 +174,7 @@ class ExactResume(Callback):
         step, steps, epochs = trainer.global_step, trainer.max_steps, trainer.max_epochs
         if steps != -1 and step >= steps:
             _say(trainer, f"nothing left to train: step {step} of {steps}")
-        elif epochs not in (-1, None) and trainer.current_epoch >= epochs:  # type: ignore[operator]
+        elif epochs not in (-1, None) and trainer.current_epoch >= epochs:
             _say(trainer, f"nothing left to train: epoch {trainer.current_epoch} of {epochs}, step {step}")
         for timer in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's connectors set it
             if isinstance(timer, Timer) and trainer.should_stop and timer._duration is not None:
