@@ -1,4 +1,4 @@
-"""The command line, end to end, on the embedded digits and in processes of their own."""
+"""The command line, end to end, on the embedded digits."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_ddpm
+from conftest import ROOT, run_ddpm, run_ddpm_pair, run_ddpm_process
 from mnist_files import DATA_DIR, real_mnist
 from PIL import Image
 from safetensors.torch import load_file
@@ -215,10 +215,10 @@ def test_two_processes_give_the_bound_and_the_samples_of_one(trained: Path, tmp_
     common = ["-c", f"{trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt"]
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
     figures = []
-    for folder, extra in ((tmp_path / "one", []), (tmp_path / "two", two)):
-        run_ddpm("test", *common, f"--run_dir={folder}", *extra)
-        run_ddpm("predict", *common, f"--run_dir={folder}", *extra)
-        run_ddpm("sample", *common, f"--run_dir={folder}", "--n=7", *extra)
+    for folder, run, extra in ((tmp_path / "one", run_ddpm, []), (tmp_path / "two", run_ddpm_pair, two)):
+        run("test", *common, f"--run_dir={folder}", *extra)
+        run("predict", *common, f"--run_dir={folder}", *extra)
+        run("sample", *common, f"--run_dir={folder}", "--n=7", *extra)
         figures.append(json.loads((folder / "bound-test.json").read_text()))
     one, two_ = figures
     assert one["images"] == two_["images"] == 297
@@ -266,7 +266,9 @@ def test_two_processes_train_as_one_does(
     common = [*parts, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
     if "VarianceExploding" in "".join(parts):
         tiny = [option for option in tiny if "schedule" not in option]
-    output = run_ddpm("fit", *tiny, f"--run_dir={tmp_path}/two", *common, *two)
+    # one of them with the processes that Lightning starts
+    run = run_ddpm_pair if parts else run_ddpm_process
+    output = run("fit", *tiny, f"--run_dir={tmp_path}/two", *common, *two)
     # the batch of 128 is shared, so an epoch has the steps that it has on one process
     assert output.count("epoch 0 | step 10 ") == 1
     monkeypatch.chdir(ROOT)
