@@ -40,7 +40,7 @@ def _as_in_a_process_of_its_own(arguments: list[str], cwd: Path, out: IO[str], e
         for handler in logger.handlers
         if type(handler) is logging.StreamHandler
     ]
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     backends = (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
     settings = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -71,7 +71,7 @@ def _as_in_a_process_of_its_own(arguments: list[str], cwd: Path, out: IO[str], e
         for handler, stream in streams:
             handler.setStream(stream)
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = backends
         torch.set_default_dtype(settings[0])
