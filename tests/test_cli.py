@@ -9,30 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from builders import BuiltOnly, losses, refused, weights
 from conftest import ROOT, run_ddpm, run_ddpm_pair, run_ddpm_process
 from mnist_files import DATA_DIR, real_mnist
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_lightning.cli import DiffusionCLI, main
+from ddpm_lightning.cli import main
 
 pytestmark = pytest.mark.cli
 OVERLAYS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if path.name != "base.yaml")
-
-
-class BuiltOnly(DiffusionCLI):
-    """Parses and instantiates, and runs nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a command that ends with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -177,17 +163,6 @@ def test_image_k_of_a_seed_is_the_same_in_any_batch(trained: Path, tmp_path: Pat
         assert picture.size == (3 * 34 + 2, 3 * 34 + 2)
     run_ddpm("sample", *common, "--n=5", "--sampler=DDIMSampler", "--steps=4", f"--out={tmp_path}/c")
     assert not torch.equal(load_file(tmp_path / "c" / "samples.safetensors")["images"], b)
-
-
-def losses(run_dir: Path) -> list[float]:
-    """train/loss of each step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return [event.value for event in EventAccumulator(str(run_dir)).Reload().Scalars("train/loss")]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["state_dict"]
 
 
 def test_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(tiny: list[str], tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from types import ModuleType
 import lightning.pytorch as pl
 import pytest
 import torch
+from builders import build, conditional, equal, state, trainer
 from conftest import ROOT, run_ddpm_pair
-from test_module import build, conditional, equal, state, trainer
 
 from ddpm_lightning.callbacks import SampleQuality
 from ddpm_lightning.data import Digits, levels_to_model

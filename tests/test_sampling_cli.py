@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import BuiltOnly, refused
 from conftest import ROOT, run_ddpm, run_ddpm_pair
 from safetensors.torch import load_file
-from test_cli import BuiltOnly, refused
 
 pytestmark = [pytest.mark.cli, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter.*")]
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import compared, differences, losses, torn, weights
 from conftest import ROOT, run_pair
 from safetensors.torch import load_file
-from test_cli import losses, weights
-from test_resume import compared, differences, torn
 from torch import nn
 from torch.distributed.tensor import DTensor
 

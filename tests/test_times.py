@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import build, equal, state, trainer
 from conftest import run_ddpm_pair
 from oracles import assert_mean
 from recorded_times import RecordedTimes
-from test_module import build, equal, state, trainer
 from torch import Tensor, nn
 
 from ddpm_lightning.data import Digits
