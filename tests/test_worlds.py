@@ -15,6 +15,7 @@ import torch
 from oracles import ScalarGaussianWorld, linear_betas
 from scipy.integrate import quad
 from torch import Tensor
+from worlds_cases import BETAS, CORRELATED, IMAGES, PIXELS
 from worlds_chain import (
     OUTPUTS,
     Chain,
@@ -57,9 +58,6 @@ from ddpm_lightning.schedules import (
     VarianceExploding,
 )
 
-MEAN = [0.3, -0.6, 0.8, 0.1]
-COV = [[0.5, 0.3, -0.2, 0.1], [0.3, 0.6, -0.1, 0.2], [-0.2, -0.1, 0.4, 0.1], [0.1, 0.2, 0.1, 0.3]]
-
 
 class ScalarWorld(CorrelatedGaussianWorld):
     """One dimension, whose exact terms come from ``ScalarGaussianWorld``."""
@@ -73,18 +71,14 @@ class ScalarWorld(CorrelatedGaussianWorld):
         return {**terms, "trajectory_form": {"path_log_ratio": terms["reconstruction"] - elbo, "elbo": elbo}}
 
 
-PIXELS = MixtureWorld([0.3, 0.5, 0.2], [-1.5, 0.2, 1.2], [0.2, 0.4, 0.3])
-IMAGES = MixtureWorld([0.4, 0.6], [[-0.9, 0.8, 0.5, -0.7], [0.6, -0.9, 0.3, 0.9]], 0.4)
-
 WORLDS: dict[str, tuple[World, tuple[int, int, int]]] = {
     "scalar": (ScalarWorld([0.3], [[0.6]]), (1, 4, 4)),
-    "correlated": (CorrelatedGaussianWorld(MEAN, COV), (1, 2, 2)),
+    "correlated": (CORRELATED, (1, 2, 2)),
     "mixture of pixels": (PIXELS, (1, 4, 4)),
     "mixture of images": (IMAGES, (1, 2, 2)),
 }
 """Worlds, and the shape of the images that the package is given."""
 
-BETAS = [0.02, 0.1, 0.05, 0.3, 0.2, 0.6, 0.5, 0.4]
 _COSINES = [math.cos((i / 8 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(9)]
 
 SCHEDULES: dict[str, tuple[Schedule, list[float]]] = {
@@ -316,7 +310,7 @@ def test_unequal_variances_add_up() -> None:
 def test_rotation_changes_nothing() -> None:
     """Isotropic noise sees the eigenvalues and the length of the mean along each eigenvector only."""
     chain = chain_of(SCHEDULES["cosine"][1])
-    world = CorrelatedGaussianWorld(MEAN, COV)
+    world = CORRELATED
     turned = CorrelatedGaussianWorld(world.mean @ world.vectors, torch.diag(world.values))
     for form, terms in floats(world.terms(chain, "posterior")).items():
         assert floats(turned.terms(chain, "posterior"))[form] == pytest.approx(terms, abs=1e-10)
@@ -396,7 +390,7 @@ def test_log_prob_of_the_mixture_is_normalised() -> None:
 
 
 def test_posterior_given_measurements() -> None:
-    world = CorrelatedGaussianWorld(MEAN, COV)
+    world = CORRELATED
     eye = torch.eye(4, dtype=torch.float64)
     x = torch.tensor([[0.2, -0.1, 0.5, 1.0]], dtype=torch.float64)
     # x_t is a measurement of x_0: two routes to E[x_0 | x_t]
@@ -423,7 +417,7 @@ def test_posterior_given_measurements() -> None:
 
 
 def test_diffusion_of_a_gaussian_is_elementary() -> None:
-    world = CorrelatedGaussianWorld(MEAN, COV)
+    world = CORRELATED
     for first, last in ((-5.0, 4.0), (-13.0, 5.0), (-0.3, 0.1)):
         expected = 0.5 * float(
             (torch.log1p(world.values * math.exp(-first)) - torch.log1p(world.values * math.exp(-last))).sum()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from oracles import by_form
 from torch import Tensor, nn
 
 from ddpm_lightning.process import (
@@ -175,21 +176,8 @@ class World:
             reverse = near0**2 * hh + 2 * near0 * neart * hy + neart**2 * yy
             apart = a**2 * energy[:-2] - 2 * a * cross + reverse
             literal = expected_kl(dims, apart, var[:-1], reverse_var[1:]).sum()
-        return {
-            "reconstruction": reconstruction,
-            "consistency_form": {
-                "prior_matching": prior_consistency,
-                "consistency": consistency,
-                "elbo": reconstruction - prior_consistency - consistency,
-                "consistency_literal_kl": literal,
-            },
-            "denoising_form": {
-                "prior_matching": prior_denoising,
-                "denoising_matching": denoising,
-                "elbo": reconstruction - prior_denoising - denoising,
-            },
-            "trajectory_form": {"path_log_ratio": path, "elbo": reconstruction - path},
-        }
+        forms = by_form(reconstruction, prior_consistency, consistency, literal, prior_denoising, denoising)
+        return {**forms, "trajectory_form": {"path_log_ratio": path, "elbo": reconstruction - path}}
 
     def exact_bound(self, gammas: Sequence[float] | Tensor, variance: Variances = "beta") -> Tensor:
         """The bound of the variance-preserving chain whose states have -log SNR ``gammas``; differentiable in them."""
