@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_script
 from oracles import (
     ScalarGaussianWorld,
     assert_mean,
@@ -364,20 +366,12 @@ def case(T: int, variance: str = "beta", *, known: bool = False, **changes: Any)
     return inputs
 
 
-def check_bound(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--cases", str(path), "--max_se", "0.02", *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_check_bound_accepts_right_values(tmp_path: Path) -> None:
     path = tmp_path / "cases.json"
     path.write_text(json.dumps([case(4), case(10, "posterior", known=True)]))
-    done = check_bound(path)
+    # as it is called, since it starts processes of its own
+    command = [sys.executable, str(SCRIPT), "--cases", str(path), "--max_se", "0.02"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert len(results) == 2
@@ -397,22 +391,26 @@ def test_check_bound_accepts_right_values(tmp_path: Path) -> None:
                 assert abs(figure["mean"] - value) <= 4 * figure["se"]
 
 
-def test_check_bound_rejects_a_wrong_value(tmp_path: Path) -> None:
+def test_check_bound_rejects_a_wrong_value(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = case(4, known=True)
     wrong["consistency_form"]["consistency"] += 0.3
     path = tmp_path / "cases.json"
     path.write_text(json.dumps([wrong]))
-    done = check_bound(path)
-    assert done.returncode == 1, done.stderr
-    assert "consistency_form.consistency" in done.stderr
-    assert "denoising_form" not in done.stderr
-    assert len(json.loads(done.stdout)) == 1
+    monkeypatch.setattr(script, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sys, "argv", ["check_bound.py", "--cases", str(path), "--max_se", "0.02"])
+    assert script.main() == 1
+    captured = capsys.readouterr()
+    assert "consistency_form.consistency" in captured.err
+    assert "denoising_form" not in captured.err
+    assert len(json.loads(captured.out)) == 1
 
 
 def test_check_bound_exits_with_2_on_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "cases.json"
     path.write_text(json.dumps([case(4), case(0)]))
-    done = check_bound(path)
+    done = run_script("check_bound.py", "--cases", str(path), "--max_se", "0.02")
     assert done.returncode == 2
     assert "T = 0" in done.stderr and "Traceback" not in done.stderr
     assert not done.stdout
