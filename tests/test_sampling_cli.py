@@ -8,7 +8,7 @@ from builders import BuiltOnly, refused
 from conftest import ROOT, run_ddpm, run_ddpm_pair
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.cli, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter.*")]
+pytestmark = pytest.mark.cli
 
 CLASSES = [
     "--model.class_conditional=true",
