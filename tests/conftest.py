@@ -1,37 +1,18 @@
 """What several test files share."""
 
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from processes import ROOT, run_ddpm, run_ddpm_pair, run_ddpm_process, run_pair, run_script
+
+__all__ = ["ROOT", "run_ddpm", "run_ddpm_pair", "run_ddpm_process", "run_pair", "run_script"]
 
 # several test processes share the cores; and sums then do not depend on how many cores there are
 torch.set_num_threads(1)
-
-ROOT = Path(__file__).parents[1]
-
-
-def run_ddpm(*arguments: str, expect: int = 0, cwd: Path = ROOT, **environment: str) -> str:
-    """Run the command line in a process of its own and return all it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ddpm_lightning", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == expect, done.stdout[-4000:]
-    return done.stdout
-
-
-def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the scripts in a process of its own."""
-    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +31,16 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
-    """The folder of a run of two epochs."""
-    run_dir = tmp_path_factory.mktemp("run")
-    output = run_ddpm("fit", *tiny, f"--run_dir={run_dir}", "--trainer.max_epochs=2")
-    (run_dir / "stdout.txt").write_text(output)
-    return run_dir
+    """The folder of a run of two epochs. It is trained once, and each test process has a copy of it."""
+    own = tmp_path_factory.getbasetemp()
+    session = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    shared, copy = session / "shared-run", own / "run"
+    with FileLock(session / "shared-run.lock"):
+        if not (shared / "stdout.txt").is_file():
+            output = run_ddpm("fit", *tiny, f"--run_dir={shared}", "--trainer.max_epochs=2")
+            (shared / "stdout.txt").write_text(output)
+    shutil.copytree(shared, copy)
+    # the copy is a run where it lies
+    for name in ("config.yaml", "stdout.txt"):
+        (copy / name).write_text((copy / name).read_text().replace(str(shared), str(copy)))
+    return copy

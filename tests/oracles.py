@@ -24,6 +24,8 @@ from ddpm_lightning.process import (
 )
 from ddpm_lightning.schedules import BetaChain
 
+Number = float | Tensor
+
 
 @dataclass(frozen=True)
 class ScalarGaussianWorld:
@@ -124,20 +126,28 @@ class ScalarGaussianWorld:
             error = self.var - abar[t + 1] * self.var**2 / v[t + 1]
             ratio = self.beta_tilde(t + 1) / var_p
             denoising += 0.5 * (ratio - 1 - math.log(ratio) + c0**2 * error / var_p)
-        return {
-            "reconstruction": reconstruction,
-            "consistency_form": {
-                "prior_matching": prior_consistency,
-                "consistency": consistency,
-                "elbo": reconstruction - prior_consistency - consistency,
-                "consistency_literal_kl": literal,
-            },
-            "denoising_form": {
-                "prior_matching": prior_denoising,
-                "denoising_matching": denoising,
-                "elbo": reconstruction - prior_denoising - denoising,
-            },
-        }
+        return by_form(reconstruction, prior_consistency, consistency, literal, prior_denoising, denoising)
+
+
+def by_form(
+    reconstruction: Number, prior_consistency: Number, consistency: Number, literal: Number,
+    prior_denoising: Number, denoising: Number,
+) -> dict:  # fmt: skip
+    """The layout of the case files."""
+    return {
+        "reconstruction": reconstruction,
+        "consistency_form": {
+            "prior_matching": prior_consistency,
+            "consistency": consistency,
+            "elbo": reconstruction - prior_consistency - consistency,
+            "consistency_literal_kl": literal,
+        },
+        "denoising_form": {
+            "prior_matching": prior_denoising,
+            "denoising_matching": denoising,
+            "elbo": reconstruction - prior_denoising - denoising,
+        },
+    }
 
 
 class OptimalEps(nn.Module):
@@ -245,6 +255,15 @@ def assert_moments(values: Tensor, mean: float, var: float, *, k: float = 4.0) -
     n = len(values)
     assert abs(float(values.mean()) - mean) <= k * math.sqrt(var / n) + 1e-9, f"mean {float(values.mean())}, not {mean}"
     assert abs(float(values.var()) - var) <= k * var * math.sqrt(2 / n) + 1e-9, f"var {float(values.var())}, not {var}"
+
+
+def assert_covariance(x: Tensor, mean: Tensor, cov: Tensor, allowance: float = 0.0) -> None:
+    """Gaussian events ``[N, D]`` have this mean and covariance within 4 standard errors and an absolute allowance."""
+    n, variances = len(x), cov.diagonal()
+    mean_se = torch.sqrt(variances / n)
+    cov_se = torch.sqrt((variances[:, None] * variances + cov**2) / n)
+    assert bool(((x.mean(0) - mean).abs() <= 4 * mean_se + allowance).all()), (x.mean(0), mean, mean_se)
+    assert bool(((x.T.cov() - cov).abs() <= 4 * cov_se + allowance).all()), (x.T.cov(), cov, cov_se)
 
 
 def state_bound_mean(world: ScalarGaussianWorld, n: int, x: float) -> float:

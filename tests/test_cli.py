@@ -1,4 +1,4 @@
-"""The command line, end to end, on the embedded digits and in processes of their own."""
+"""The command line, end to end, on the embedded digits."""
 
 import csv
 import json
@@ -9,30 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_ddpm
+from builders import BuiltOnly, losses, refused, weights
+from conftest import ROOT, run_ddpm, run_ddpm_pair, run_ddpm_process
 from mnist_files import DATA_DIR, real_mnist
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_lightning.cli import DiffusionCLI, main
+from ddpm_lightning.cli import main
 
 pytestmark = pytest.mark.cli
 OVERLAYS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if path.name != "base.yaml")
-
-
-class BuiltOnly(DiffusionCLI):
-    """Parses and instantiates, and runs nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a command that ends with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -179,17 +165,6 @@ def test_image_k_of_a_seed_is_the_same_in_any_batch(trained: Path, tmp_path: Pat
     assert not torch.equal(load_file(tmp_path / "c" / "samples.safetensors")["images"], b)
 
 
-def losses(run_dir: Path) -> list[float]:
-    """train/loss of each step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return [event.value for event in EventAccumulator(str(run_dir)).Reload().Scalars("train/loss")]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
 def test_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(tiny: list[str], tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     run_ddpm("fit", *tiny, f"--run_dir={straight}", "--trainer.max_epochs=3")
@@ -215,10 +190,10 @@ def test_two_processes_give_the_bound_and_the_samples_of_one(trained: Path, tmp_
     common = ["-c", f"{trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt"]
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
     figures = []
-    for folder, extra in ((tmp_path / "one", []), (tmp_path / "two", two)):
-        run_ddpm("test", *common, f"--run_dir={folder}", *extra)
-        run_ddpm("predict", *common, f"--run_dir={folder}", *extra)
-        run_ddpm("sample", *common, f"--run_dir={folder}", "--n=7", *extra)
+    for folder, run, extra in ((tmp_path / "one", run_ddpm, []), (tmp_path / "two", run_ddpm_pair, two)):
+        run("test", *common, f"--run_dir={folder}", *extra)
+        run("predict", *common, f"--run_dir={folder}", *extra)
+        run("sample", *common, f"--run_dir={folder}", "--n=7", *extra)
         figures.append(json.loads((folder / "bound-test.json").read_text()))
     one, two_ = figures
     assert one["images"] == two_["images"] == 297
@@ -266,7 +241,9 @@ def test_two_processes_train_as_one_does(
     common = [*parts, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
     if "VarianceExploding" in "".join(parts):
         tiny = [option for option in tiny if "schedule" not in option]
-    output = run_ddpm("fit", *tiny, f"--run_dir={tmp_path}/two", *common, *two)
+    # one of them with the processes that Lightning starts
+    run = run_ddpm_pair if parts else run_ddpm_process
+    output = run("fit", *tiny, f"--run_dir={tmp_path}/two", *common, *two)
     # the batch of 128 is shared, so an epoch has the steps that it has on one process
     assert output.count("epoch 0 | step 10 ") == 1
     monkeypatch.chdir(ROOT)

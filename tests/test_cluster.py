@@ -12,21 +12,14 @@ from shutil import copytree
 
 import pytest
 import torch
+from builders import Evil, compared, differences, refused, torn
 from conftest import ROOT, run_script
-from test_resume import Evil, compared, differences, torn
 
 from ddpm_lightning.cli import main
 from ddpm_lightning.runs import Run
 
 pytestmark = pytest.mark.cli
 SLURM = ROOT / "scripts" / "slurm"
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 def found(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_script
 from oracles import (
     ScalarGaussianWorld,
     assert_mean,
@@ -143,16 +145,16 @@ def test_literal_kl_is_another_number(name: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_batch_equal_to_width(form: type[ElboEstimator]) -> None:
-    """[8, 1, 8, 8]: coefficients [B] must not meet the width, with shared times and with times of each image."""
+    """[32, 1, 32, 32]: coefficients [B] must not meet the width, with shared times and with times of each image."""
     expected = exact(TWENTY)[form]
     for steps in (None, 3):
         generator = torch.Generator().manual_seed(0)
         model = oracle_model(TWENTY)
         values: dict[str, list[Tensor]] = {name: [] for name in expected}
-        for _ in range(60 if steps is None else 150):
-            named = form(steps)(model, draw_data(TWENTY, (8, 1, 8, 8), generator), generator).named()
+        for _ in range(2 if steps is None else 38):
+            named = form(steps)(model, draw_data(TWENTY, (32, 1, 32, 32), generator), generator).named()
             for name in expected:
-                values[name].append(named[name] / 64)
+                values[name].append(named[name] / 1024)
         for name, value in expected.items():
             bound = 0.02 if steps is None else 0.05
             assert_mean(torch.cat(values[name]), value, max_se=bound * max(1.0, abs(value)))
@@ -249,12 +251,11 @@ def test_one_path_cancels_most_of_its_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     x0 = draw_data(world, (400, 1, 4, 4), generator)
     for form in (TrajectoryElbo, ConsistencyElbo):
-        path = form()(oracle_model(world), x0, generator).total
+        path = form()(oracle_model(world), x0, generator)
         apart = form(98)(oracle_model(world), x0, generator).total
-        assert path.var() < 0.1 * apart.var()
+        assert path.total.var() < 0.1 * apart.var()
         # the step costs of one path hardly vary in their sum
-        steps = form()(oracle_model(world), x0, generator).step_costs
-        assert steps.sum(1).var() < 0.5 * steps.var(0).sum()
+        assert path.step_costs.sum(1).var() < 0.5 * path.step_costs.var(0).sum()
 
 
 # --- any model, not only the optimal one
@@ -366,20 +367,12 @@ def case(T: int, variance: str = "beta", *, known: bool = False, **changes: Any)
     return inputs
 
 
-def check_bound(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--cases", str(path), "--max_se", "0.02", *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_check_bound_accepts_right_values(tmp_path: Path) -> None:
     path = tmp_path / "cases.json"
     path.write_text(json.dumps([case(4), case(10, "posterior", known=True)]))
-    done = check_bound(path)
+    # as it is called, since it starts processes of its own
+    command = [sys.executable, str(SCRIPT), "--cases", str(path), "--max_se", "0.02"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert len(results) == 2
@@ -399,22 +392,26 @@ def test_check_bound_accepts_right_values(tmp_path: Path) -> None:
                 assert abs(figure["mean"] - value) <= 4 * figure["se"]
 
 
-def test_check_bound_rejects_a_wrong_value(tmp_path: Path) -> None:
+def test_check_bound_rejects_a_wrong_value(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = case(4, known=True)
     wrong["consistency_form"]["consistency"] += 0.3
     path = tmp_path / "cases.json"
     path.write_text(json.dumps([wrong]))
-    done = check_bound(path)
-    assert done.returncode == 1, done.stderr
-    assert "consistency_form.consistency" in done.stderr
-    assert "denoising_form" not in done.stderr
-    assert len(json.loads(done.stdout)) == 1
+    monkeypatch.setattr(script, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sys, "argv", ["check_bound.py", "--cases", str(path), "--max_se", "0.02"])
+    assert script.main() == 1
+    captured = capsys.readouterr()
+    assert "consistency_form.consistency" in captured.err
+    assert "denoising_form" not in captured.err
+    assert len(json.loads(captured.out)) == 1
 
 
 def test_check_bound_exits_with_2_on_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "cases.json"
     path.write_text(json.dumps([case(4), case(0)]))
-    done = check_bound(path)
+    done = run_script("check_bound.py", "--cases", str(path), "--max_se", "0.02")
     assert done.returncode == 2
     assert "T = 0" in done.stderr and "Traceback" not in done.stderr
     assert not done.stdout

@@ -4,9 +4,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_worlds_samplers import COARSE, CORRELATED, IMAGES, VARIANCES, assert_covariance
-from torch import Tensor, nn
-from worlds_chain import World, chain_of, optimal_model, preserving
+from oracles import assert_covariance
+from torch import Tensor
+from worlds_cases import (
+    CORRELATED,
+    EYE,
+    GAMMAS,
+    IMAGES,
+    SCHEDULE,
+    TIMES,
+    VARIANCES,
+    exact,
+    network_model,
+    noise,
+    states_of,
+)
+from worlds_chain import chain_of, optimal_model, preserving
 from worlds_gaussian import CorrelatedGaussianWorld
 
 from ddpm_lightning.errors import InputError
@@ -15,35 +28,17 @@ from ddpm_lightning.process import (
     ClassifierDenoiser,
     ClassifierFreeDenoiser,
     Denoiser,
-    DiffusionModel,
-    EpsParameterization,
-    FixedLargeVariance,
     GammaConditioning,
     LogFactor,
-    PlainGaussian,
     Prediction,
     ProductDenoiser,
-    TimeConditioning,
 )
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, Sampler
 from ddpm_lightning.schedules import LinearGamma, Schedule
 
-EYE = torch.eye(4, dtype=torch.float64)
-SCHEDULE, GAMMAS = COARSE["linear gamma"]
-TIMES = [0.0, 0.3, 0.6, 1.0]
 POINT, VAR = torch.tensor([-0.5, 0.4, 0.2, 1.0], dtype=torch.float64), 0.3
 PRODUCT = CorrelatedGaussianWorld(*CORRELATED.posterior(EYE, POINT, VAR))
 CLASSES = [CorrelatedGaussianWorld(mean, var * EYE) for mean, var in zip(IMAGES.means, IMAGES.var, strict=True)]
-
-
-def noise(count: int, seed: int = 1, size: int = 2) -> Tensor:
-    return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def exact(world: World, x_t: Tensor, t: float, schedule: Schedule = SCHEDULE) -> Tensor:
-    """E[x_0 | x_t] in a world, of the shape of images."""
-    scales = preserving(schedule.gamma(torch.tensor(t, dtype=torch.float64)))
-    return world.x0_mean(x_t.reshape(-1, world.dims), *scales).reshape(x_t.shape)
 
 
 def gaussian_factor(world: CorrelatedGaussianWorld, point: Tensor, var: float, schedule: Schedule) -> LogFactor:
@@ -86,14 +81,6 @@ class ClassDenoiser(Denoiser):
             )
         alpha_t, sigma_t = self.scales(x_t, t)
         return Prediction(x0, (x_t - alpha_t * x0) / sigma_t, x0)
-
-
-def states_of(model: DiffusionModel, sampler: Sampler, count: int, **cond: Tensor) -> list[Tensor]:
-    """Events of x_T, ..., x_1 and of the image, ``[N, 4]`` each."""
-    states = [noise(count)]
-    generator = torch.Generator().manual_seed(2)
-    sampler(model, states[0], generators=generator, callback=lambda x, s: states.append(x), **cond)
-    return [state.reshape(count, 4) for state in states]
 
 
 # --- multiplying by a factor
@@ -211,30 +198,6 @@ def test_classifier_free_guidance_evaluates_what_it_needs() -> None:
 
 
 # --- the contract of wrappers
-
-
-class Network(nn.Module):
-    """Parameters, pixels that do not mix, large outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
-
-    def forward(self, x: Tensor, c: Tensor, *, label: Tensor | None = None) -> Tensor:
-        shift = c if label is None else c + label
-        return torch.sin(self.gain * x) + shift.reshape(-1, 1, 1, 1)
-
-
-def network_model(clip_x0: bool = True) -> DiffusionModel:
-    return DiffusionModel(
-        Network(),
-        SCHEDULE,
-        EpsParameterization(),
-        TimeConditioning(),
-        FixedLargeVariance(),
-        PlainGaussian(levels=256),
-        clip_x0,
-    )
 
 
 def pull(x_t: Tensor, x0_hat: Tensor, t: Tensor) -> Tensor:

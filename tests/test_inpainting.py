@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from test_guidance import GAMMAS, SCHEDULE, network_model, noise, states_of
-from test_worlds_samplers import CORRELATED, assert_covariance
+from oracles import assert_covariance
 from torch import Tensor
+from worlds_cases import CORRELATED, GAMMAS, SCHEDULE, network_model, noise, states_of
 from worlds_chain import Chain, chain_of, optimal_model
 from worlds_gaussian import _pushed
 

@@ -130,6 +130,11 @@ def test_the_rules_can_be_broken(unit: str, source: str, wrong: bool) -> None:
     assert bool(violations(unit, list(imports(source, package)))) == wrong
 
 
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_what_tests_share_is_in_no_test_file(path: Path) -> None:
+    assert not [name for name in imports(path.read_text(), "tests") if name.startswith("test_")]
+
+
 def test_layers_0_to_3_work_without_lightning() -> None:
     program = f"""
 import sys

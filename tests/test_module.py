@@ -7,13 +7,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from builders import build, conditional, equal, state, trainer
 from torch import nn
 
 from ddpm_lightning.data import Digits
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import (
-    ConsistencyElbo,
     ContinuousElbo,
     ContinuousNegativeElbo,
     DenoisingElbo,
@@ -29,8 +29,6 @@ from ddpm_lightning.process import (
     AnalyticVariance,
     CategoricalDecoder,
     DiscretizedGaussian,
-    EpsParameterization,
-    FixedLargeVariance,
     FixedSmallVariance,
     GammaConditioning,
     LearnedRangeVariance,
@@ -40,38 +38,6 @@ from ddpm_lightning.process import (
 from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.schedules import LearnedGamma, LinearChain, LinearGamma, Schedule
 from ddpm_lightning.training import DiffusionModule
-
-
-def build(**changes: object) -> DiffusionModule:
-    torch.manual_seed(0)
-    arguments: dict = {
-        "network": UNet(1, width=8, multipliers=(1, 2), blocks=1),
-        "schedule": LinearChain(T=10, beta_start=0.02, beta_end=0.5),
-        "parameterization": EpsParameterization(),
-        "conditioning": TimeConditioning(),
-        "variance": FixedLargeVariance(),
-        "decoder": DiscretizedGaussian(17),
-        "objective": NoiseMSE(UniformTimes()),
-        "validation_bounds": [DenoisingElbo(steps=2)],
-        "test_bounds": [DenoisingElbo(), ConsistencyElbo()],
-        "optimizer": partial(torch.optim.Adam, lr=1e-3),
-        "shape": (1, 8, 8),
-        "levels": 17,
-    }
-    return DiffusionModule(**{**arguments, **changes})
-
-
-def trainer(folder: Path, **options: object) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    return pl.Trainer(default_root_dir=folder, accelerator="cpu", **{**quiet, "max_epochs": 1, **options})
-
-
-def state(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_module_built_in_python_reloads_without_arguments(tmp_path: Path) -> None:
@@ -136,11 +102,6 @@ def test_evaluation_and_sampling_use_the_average(tmp_path: Path) -> None:
     trainer(tmp_path).test(module, Digits(limit_test=8), verbose=False)
     assert all(abs(mean) < 1e6 for mean, _ in module.bound_figures["test"]["denoising"].values())
     assert SampleRequest().on(module)([0, 1]).shape == (2, 1, 8, 8)
-
-
-def conditional(**changes: object) -> DiffusionModule:
-    network = UNet(1, width=8, multipliers=(1, 2), blocks=1, num_classes=10)
-    return build(**{"network": network, "class_conditional": True, "num_classes": 10, **changes})
 
 
 def test_labels_are_dropped_image_by_image_from_the_training_generator() -> None:

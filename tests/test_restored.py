@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders import OLD_RUN, refused
 from conftest import run_ddpm
-from test_runs import OLD_RUN, refused
 
 from ddpm_lightning.runs import Run
 from ddpm_lightning.training.restored import changed_options, in_words

@@ -15,6 +15,7 @@ from shutil import copytree
 import lightning.pytorch as pl
 import pytest
 import torch
+from builders import Evil, build, compared, differences, torn
 from lightning.pytorch.callbacks import (
     Checkpoint,
     EarlyStopping,
@@ -23,7 +24,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers.logger import Logger
-from test_module import build
 from torch import nn
 
 from ddpm_lightning.callbacks import LastCheckpoint, StopOnNonFinite
@@ -47,22 +47,6 @@ def trainer(folder: Path, *callbacks: pl.Callback, **options: object) -> Diffusi
     return DiffusionTrainer(
         default_root_dir=folder, accelerator="cpu", callbacks=list(callbacks), **{**quiet, "max_epochs": 2, **options}
     )
-
-
-def differences(a: object, b: object, name: str = "") -> list[str]:
-    """Names of what is not the same, to the bit."""
-    if isinstance(a, torch.Tensor):
-        return [] if isinstance(b, torch.Tensor) and torch.equal(a, b) and a.dtype == b.dtype else [name]
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [d for key in a.keys() | b.keys() for d in differences(a.get(key), b.get(key), f"{name}.{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{name}.{i}")]
-    return [] if a == b else [name]
-
-
-def compared(path: Path) -> dict[str, object]:
-    checkpoint = torch.load(path, weights_only=True)
-    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
 
 
 # --- exact
@@ -464,10 +448,6 @@ def test_without_hard_links(three: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [read_checkpoint(three / f"{name}.ckpt")["global_step"] for name in ("last", "previous")] == [4, 3]
 
 
-def torn(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:1000])
-
-
 def flipped(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         tensor = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -520,16 +500,6 @@ def test_no_space_left_keeps_the_last_good_checkpoint(three: Path) -> None:
 
 
 # --- safe
-
-
-class Evil:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple:
-        return os.system, (self.command,)
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])

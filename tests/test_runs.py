@@ -8,28 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_ddpm
+from builders import OLD_RUN, refused
+from conftest import run_ddpm
 from PIL import Image
 
-from ddpm_lightning.cli import main
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.lock import hold
-
-OLD_RUN = ROOT / "tests" / "data" / "run_of_0_1"
-"""A run that version 0.1 trained for two epochs of ten steps."""
 
 
 @pytest.fixture
 def old_run(tmp_path: Path) -> Run:
     return Run(shutil.copytree(OLD_RUN, tmp_path / "run"))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_a_folder_is_absolute_and_its_home_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from types import ModuleType
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import ROOT, run_ddpm
-from test_module import build, conditional, equal, state, trainer
+from builders import build, conditional, equal, state, trainer
+from conftest import ROOT, run_ddpm_pair
 
 from ddpm_lightning.callbacks import SampleQuality
 from ddpm_lightning.data import Digits, levels_to_model
@@ -121,7 +121,7 @@ def test_on_the_command_line_two_processes_give_the_figures_of_one(trained: Path
     common = ["-c", f"{trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", "--model.test_bounds=[]"]
     switch = ["--trainer.callbacks+=SampleQuality", "--trainer.callbacks.n=31", "--trainer.callbacks.batch_size=8"]
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
-    run_ddpm("test", *common, *switch, f"--run_dir={tmp_path}", *two)
+    run_ddpm_pair("test", *common, *switch, f"--run_dir={tmp_path}", *two)
     record = json.loads((tmp_path / "quality-test.json").read_text())
     module, data = load_run(trained / "config.yaml", trained / "checkpoints/last.ckpt")
     module.bounds["test"], one = [], SampleQuality(n=31)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import build, conditional
 from PIL import Image
 from safetensors.torch import load_file, safe_open, save_file
-from test_module import build, conditional
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError

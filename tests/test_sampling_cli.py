@@ -1,17 +1,17 @@
-"""``ddpm sample`` in processes of its own."""
+"""``ddpm sample``."""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_ddpm
+from builders import BuiltOnly, refused
+from conftest import ROOT, run_ddpm, run_ddpm_pair
 from safetensors.torch import load_file
-from test_cli import BuiltOnly, refused
 
 from ddpm_lightning.runs.lock import hold
 
-pytestmark = [pytest.mark.cli, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter.*")]
+pytestmark = pytest.mark.cli
 
 CLASSES = [
     "--model.class_conditional=true",
@@ -44,7 +44,8 @@ def test_two_processes_draw_the_images_of_one(guided: list[str], tmp_path: Path)
     common = [*guided, *GUIDED, "--n=7", "--steps=5", "--gif=true"]
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--batch_size=3"]
     outputs = [
-        run_ddpm("sample", *common, f"--out={tmp_path}/{name}", *extra) for name, extra in (("one", []), ("two", two))
+        run_ddpm("sample", *common, f"--out={tmp_path}/one"),
+        run_ddpm_pair("sample", *common, f"--out={tmp_path}/two", *two),
     ]
     for name, output in zip(("one", "two"), outputs, strict=True):
         # nothing but the one line, of one process

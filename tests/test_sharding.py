@@ -3,17 +3,13 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from builders import compared, differences, losses, torn, weights
+from conftest import ROOT, run_pair
 from safetensors.torch import load_file
-from test_cli import losses, weights
-from test_resume import compared, differences, torn
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -89,23 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> tuple[Pat
         # a checkpoint with tensors of another layout than sharded ones can have
         other_layout = ["--trainer.max_steps=13", "--model.channels_last=true"]
         main(["fit", *tiny, *TRAINING, f"--run_dir={folder}/handed_back", *other_layout])
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        place |= {"TORCHELASTIC_RUN_ID": "sharded", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(folder), *tiny],
-                env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in ("0", "1")
-        ]
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-8000:]
+        output = run_pair(two_processes, folder, tiny)
         main(["fit", *tiny, *TRAINING, f"--run_dir={folder}/handed_over", "--ckpt_path=last"])
         common = ["-c", f"{folder}/two/config.yaml", f"--ckpt_path={folder}/two/checkpoints/last.ckpt", *EVALUATION]
         alone = ["--trainer.devices=1", "--trainer.strategy=auto", f"--run_dir={folder}/one"]
@@ -113,7 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> tuple[Pat
             main([*command, *common, *alone])
     finally:
         os.chdir(before)
-    return folder, outputs[0]
+    return folder, output
 
 
 def test_each_process_has_half_of_every_weight(runs: tuple[Path, str]) -> None:
@@ -219,7 +199,3 @@ def test_blocks_are_parts_that_are_called_and_own_their_weights() -> None:
         "time_mlp", "stem", "down.0.0", "down.1.0", "shrink.0", "middle.0", "grow.0", "up.0.0", "up.1.0", "out_norm",
         "out_conv",
     ]  # fmt: skip
-
-
-if __name__ == "__main__":
-    two_processes(Path(sys.argv[1]), sys.argv[2:])

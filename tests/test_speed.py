@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_module import build, equal, state, trainer
+from builders import build, equal, state, trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_ddpm
+from builders import build, equal, state, trainer
+from conftest import run_ddpm_pair
 from oracles import assert_mean
 from recorded_times import RecordedTimes
-from test_module import build, equal, state, trainer
 from torch import Tensor, nn
 
 from ddpm_lightning.data import Digits
@@ -371,13 +371,12 @@ def test_accumulated_batches_share_their_offset(tmp_path: Path) -> None:
 def test_processes_and_accumulated_batches_share_their_offset(tiny: list[str], tmp_path: Path) -> None:
     draws = tmp_path / "draws"
     draws.mkdir()
-    run_ddpm(
+    run_ddpm_pair(
         "fit", *tiny, f"--run_dir={tmp_path}/run", "--trainer.accelerator=cpu", "--trainer.strategy=ddp",
         "--trainer.devices=2", "--trainer.accumulate_grad_batches=3", "--trainer.max_epochs=1",
         "--trainer.limit_val_batches=0", "--trainer.callbacks=[]", "--trainer.enable_checkpointing=false",
         "--model.objective.init_args.times=recorded_times.RecordedTimes",
         f"--model.objective.init_args.times.init_args.folder={draws}",
-        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
     )  # fmt: skip
     steps = optimiser_steps(draws, epochs=1, batches=10, accumulated=3)
     assert [len(step) for step in steps] == [6, 6, 6, 2] and len(steps[0][0]["position"]) == 64

@@ -6,7 +6,7 @@ from statistics import NormalDist
 import pytest
 import torch
 from oracles import assert_mean
-from test_continuous import ENDS, VAR, continuous_terms, data, model_of
+from worlds_continuous import ENDS, VAR, continuous_terms, data, model_of
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives import (

@@ -5,27 +5,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from oracles import assert_covariance
 from torch import Tensor
-from worlds_chain import World, chain_of, gammas_of_betas, optimal_model, preserving
-from worlds_gaussian import CorrelatedGaussianWorld
-from worlds_mixture import MixtureWorld
+from worlds_cases import COARSE, CORRELATED, IMAGES, PIXELS, VARIANCES
+from worlds_chain import World, chain_of, optimal_model, preserving
 
-from ddpm_lightning.process import FixedLargeVariance, FixedSmallVariance, ReverseVariance
+from ddpm_lightning.process import ReverseVariance
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, Sampler
-from ddpm_lightning.schedules import BetaChain, LinearGamma, Schedule
+from ddpm_lightning.schedules import LinearGamma, Schedule
 
-MEAN = [0.3, -0.6, 0.8, 0.1]
-COV = [[0.5, 0.3, -0.2, 0.1], [0.3, 0.6, -0.1, 0.2], [-0.2, -0.1, 0.4, 0.1], [0.1, 0.2, 0.1, 0.3]]
-CORRELATED = CorrelatedGaussianWorld(MEAN, COV)
-PIXELS = MixtureWorld([0.3, 0.5, 0.2], [-1.5, 0.2, 1.2], [0.2, 0.4, 0.3])
-IMAGES = MixtureWorld([0.4, 0.6], [[-0.9, 0.8, 0.5, -0.7], [0.6, -0.9, 0.3, 0.9]], 0.4)
-
-BETAS = [0.02, 0.1, 0.05, 0.3, 0.2, 0.6, 0.5, 0.4]
-COARSE: dict[str, tuple[Schedule, list[float]]] = {
-    "betas": (BetaChain(BETAS), gammas_of_betas(BETAS)),
-    "linear gamma": (LinearGamma(-5.0, 4.0, T=8), [-5 + 9 * i / 7 for i in range(8)]),
-}
-VARIANCES: dict[str, ReverseVariance] = {"beta": FixedLargeVariance(), "posterior": FixedSmallVariance()}
 FINE = LinearGamma(-9.0, 9.0, T=400)
 
 
@@ -48,15 +36,6 @@ def states_of(
         callback=lambda x, s: states.append(x.clone()),
     )
     return [state.reshape(-1, world.dims) for state in states]
-
-
-def assert_covariance(x: Tensor, mean: Tensor, cov: Tensor, allowance: float = 0.0) -> None:
-    """Gaussian events ``[N, D]`` have this mean and covariance within 4 standard errors and an absolute allowance."""
-    n, variances = len(x), cov.diagonal()
-    mean_se = torch.sqrt(variances / n)
-    cov_se = torch.sqrt((variances[:, None] * variances + cov**2) / n)
-    assert bool(((x.mean(0) - mean).abs() <= 4 * mean_se + allowance).all()), (x.mean(0), mean, mean_se)
-    assert bool(((x.T.cov() - cov).abs() <= 4 * cov_se + allowance).all()), (x.T.cov(), cov, cov_se)
 
 
 # --- coarse grids: the discrete chain's own output, exactly

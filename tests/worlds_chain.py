@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from numpy.polynomial.legendre import leggauss
+from oracles import by_form
 from torch import Tensor, nn
 
 from ddpm_lightning.process import (
@@ -175,21 +177,8 @@ class World:
             reverse = near0**2 * hh + 2 * near0 * neart * hy + neart**2 * yy
             apart = a**2 * energy[:-2] - 2 * a * cross + reverse
             literal = expected_kl(dims, apart, var[:-1], reverse_var[1:]).sum()
-        return {
-            "reconstruction": reconstruction,
-            "consistency_form": {
-                "prior_matching": prior_consistency,
-                "consistency": consistency,
-                "elbo": reconstruction - prior_consistency - consistency,
-                "consistency_literal_kl": literal,
-            },
-            "denoising_form": {
-                "prior_matching": prior_denoising,
-                "denoising_matching": denoising,
-                "elbo": reconstruction - prior_denoising - denoising,
-            },
-            "trajectory_form": {"path_log_ratio": path, "elbo": reconstruction - path},
-        }
+        forms = by_form(reconstruction, prior_consistency, consistency, literal, prior_denoising, denoising)
+        return {**forms, "trajectory_form": {"path_log_ratio": path, "elbo": reconstruction - path}}
 
     def exact_bound(self, gammas: Sequence[float] | Tensor, variance: Variances = "beta") -> Tensor:
         """The bound of the variance-preserving chain whose states have -log SNR ``gammas``; differentiable in them."""
@@ -199,20 +188,12 @@ class World:
 
     def diffusion(self, first: float, last: float, nodes: int = 20, parts: int = 10) -> float:
         """1/2 int exp(-gamma) error(gamma) d gamma, the cost of infinitely many steps, by Gauss-Legendre."""
-        points, weights = gauss_legendre(nodes)
+        points, weights = (torch.from_numpy(values) for values in leggauss(nodes))
         width = (last - first) / parts
         starts = first + width * torch.arange(parts, dtype=torch.float64)
         gamma = (starts[:, None] + 0.5 * width * (points + 1)).flatten()
         values = 0.5 * torch.exp(-gamma) * self.error(*preserving(gamma))
         return float((values.reshape(parts, nodes) @ weights).sum() * 0.5 * width)
-
-
-def gauss_legendre(nodes: int) -> tuple[Tensor, Tensor]:
-    """Points and weights on [-1, 1], from the eigenvectors of Legendre's Jacobi matrix (Golub & Welsch 1969)."""
-    k = torch.arange(1, nodes, dtype=torch.float64)
-    off = k / torch.sqrt(4 * k**2 - 1)
-    points, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return points, 2 * vectors[0] ** 2
 
 
 OUTPUTS: dict[type[Parameterization], Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {

@@ -6,6 +6,7 @@ Written from the joint covariances of (x_0, ..., x_T), without the shortcuts of 
 import math
 
 import torch
+from oracles import by_form
 from torch import Tensor
 from worlds_chain import Chain, Terms, Variances, World, expected_kl, expected_log_normal
 
@@ -95,21 +96,8 @@ class CorrelatedGaussianWorld(World):
             literal = literal + expected_kl(dims, spread, var[n - 1], reverse_var[n])
             error = square(one, 0, *self.x0_map(chain, n + 1), n + 1)
             denoising = denoising + expected_kl(dims, c0[n] ** 2 * error, posterior_var[n], reverse_var[n])
-        return {
-            "reconstruction": reconstruction,
-            "consistency_form": {
-                "prior_matching": prior_consistency,
-                "consistency": consistency,
-                "elbo": reconstruction - prior_consistency - consistency,
-                "consistency_literal_kl": literal,
-            },
-            "denoising_form": {
-                "prior_matching": prior_denoising,
-                "denoising_matching": denoising,
-                "elbo": reconstruction - prior_denoising - denoising,
-            },
-            "trajectory_form": {"path_log_ratio": path, "elbo": reconstruction - path},
-        }
+        forms = by_form(reconstruction, prior_consistency, consistency, literal, prior_denoising, denoising)
+        return {**forms, "trajectory_form": {"path_log_ratio": path, "elbo": reconstruction - path}}
 
     def ancestral_moments(self, chain: Chain, variance: Variances) -> list[tuple[Tensor, Tensor]]:
         """Mean and covariance of the ancestral sampler's x_T, ..., x_1 and image, exact at any T."""
