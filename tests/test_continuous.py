@@ -104,7 +104,7 @@ def test_a_model_with_other_steps_shares_its_weights_and_leaves_it_alone() -> No
     model = model_of(LinearGamma(*ENDS, T=5))
     other = model.with_steps(9)
     assert (model.T, other.T) == (5, 9) and other.network is model.network
-    with pytest.raises(InputError, match="T = 1 is too few"):
+    with pytest.raises(InputError, match="T = 1 must be 2 or more"):
         model.with_steps(1)
     with pytest.raises(InputError, match="T = 0"):
         model_of(LinearChain(4, 0.1, 0.5)).with_steps(0)

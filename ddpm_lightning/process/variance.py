@@ -137,9 +137,9 @@ class AnalyticVariance(ReverseVariance):
                 "level, and at least one"
             )
         if not all(map(math.isfinite, gammas)) or not all(a < b for a, b in pairwise(gammas)):
-            raise InputError(f"gammas = {list(gammas)} must be finite and increase: sort the table by gamma")
+            raise InputError("gammas must be finite and increase: sort the table by gamma")
         if not all(math.isfinite(value) and value > 0 for value in eps_mse):
-            raise InputError(f"eps_mse = {list(eps_mse)} must be finite and above 0: each is a mean squared error")
+            raise InputError("eps_mse must be finite and above 0: each is a mean squared error")
         self.gammas, self.eps_mse = list(gammas), list(eps_mse)
         # one more point beyond each end, so that the lines through the end points are constant and one point is enough
         points = [gammas[0] - 1, *gammas, gammas[-1] + 1], [eps_mse[0], *eps_mse, eps_mse[-1]]
