@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from test_module import build
+from builders import build
 from test_resume import LastCheckpoint, checkpoint, differences, trainer
 
 from ddpm_lightning.checkpoints.descriptions import instantiate_arguments

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_module import build, conditional
+from builders import build, conditional
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError

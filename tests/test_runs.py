@@ -119,7 +119,7 @@ def test_home_in_a_configuration_is_one_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text("run_dir: ~/here\n")
-    run_ddpm("fit", *tiny, "-c", str(tmp_path / "mine.yaml"), "--trainer.max_steps=10", HOME=str(tmp_path))
+    run_ddpm("fit", *tiny, "-c", str(tmp_path / "mine.yaml"), "--trainer.max_steps=10")
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "here"}
     names = {path.name for path in (tmp_path / "here").iterdir()}
     assert names >= {"config.yaml", "checkpoints", "forward.png", "samples"}
