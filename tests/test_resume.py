@@ -181,6 +181,9 @@ def test_resume_is_exact_from_every_moment(name: str, tmp_path: Path) -> None:
         name, options.get("max_steps", 10)
     )
     for path, before in save.all_logged()[::2]:
+        saved = everything(path)
+        if saved["global_step"] == straight["global_step"] and not saved["resume"]["validation_due"]:
+            continue  # nothing is left to do
         again, after = run(ckpt_path=path)
         assert differences(straight, again) == [], path.name
         assert {*points[:before], *after} == {*points}, path.name

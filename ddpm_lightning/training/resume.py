@@ -51,6 +51,7 @@ class ExactResume(Callback):
         ends_batch = counts["completed"] < counts["processed"]
         due = ends_batch and not unused and _validation_follows(trainer)
         _settle(saved, due)
+        saved["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step
         checkpoint["epoch"] = saved["epoch_progress"]["current"]["completed"]
         if unused:
             for part in ("total", "current"):
@@ -174,7 +175,7 @@ class ExactResume(Callback):
         step, steps, epochs = trainer.global_step, trainer.max_steps, trainer.max_epochs
         if steps != -1 and step >= steps:
             _say(trainer, f"nothing left to train: step {step} of {steps}")
-        elif epochs not in (-1, None) and trainer.current_epoch >= epochs:  # type: ignore[operator]
+        elif epochs not in (-1, None) and trainer.current_epoch >= epochs:
             _say(trainer, f"nothing left to train: epoch {trainer.current_epoch} of {epochs}, step {step}")
         for timer in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's connectors set it
             if isinstance(timer, Timer) and trainer.should_stop and timer._duration is not None:
