@@ -47,14 +47,17 @@ UNCOUNTED = "epoch_loop.val_loop"
 _OBJECTIVE = "--model.objective"
 _TIMES = f"{_OBJECTIVE}.init_args.times"
 _PARTS = "ddpm_lightning.objectives"
+_BATCH_NORM = {"--model.network": "{class_path: kill_resume.BatchNormNet, init_args: {width: 8}}"}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "importance_times": {
+        **_BATCH_NORM,
         _TIMES: f"{{class_path: {_PARTS}.ImportanceTimes, init_args: {{bins: 4, history: 4}}}}",
         "--trainer.accumulate_grad_batches": 2,
     },
     "accumulation": {"--trainer.accumulate_grad_batches": 3, "--trainer.val_check_interval": 4},
-    "mid_epoch_validation": {"--trainer.val_check_interval": 0.5},
+    "mid_epoch_validation": {**_BATCH_NORM, "--trainer.val_check_interval": 0.5},
     "sample_quality": {
+        **_BATCH_NORM,
         "--trainer.callbacks+": "{class_path: ddpm_lightning.callbacks.SampleQuality, init_args: {n: 8, steps: 2}}",
     },
     "learned_schedule": {
@@ -69,10 +72,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "--model.network.init_args.num_classes": 10,
         "--model.label_dropout": 0.3,
     },
-    "batch_norm": {
-        "--model.network": "{class_path: kill_resume.BatchNormNet, init_args: {width: 8}}",
-        "--trainer.accumulate_grad_batches": 3,
-    },
+    "batch_norm": {**_BATCH_NORM, "--trainer.accumulate_grad_batches": 3},
 }
 
 
