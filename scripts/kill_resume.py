@@ -331,7 +331,7 @@ class Case:
             command = ["test", *self.options, "--run_dir", str(run_dir), "--ckpt_path", "best"]
             Process(command, run_dir / "test.txt", self.forks).finish(0)
             bounds.append(json.loads((run_dir / "bound-test.json").read_text()))
-        found += differences(*bounds, "bound-test.json")
+        found += differences(bounds[0], bounds[1], "bound-test.json")
         best = [c["callbacks"] for c in (checkpoint(straight, "best"), checkpoint(broken, "best"))]
         score = next(float(state["best_model_score"]) for key, state in best[0].items() if "ModelCheckpoint" in key)
         verdict = f"{len(found)} DIFFER" if found else "EQUAL"
@@ -340,6 +340,8 @@ class Case:
             f"{tensors(a)} tensors, {len(shown[0])} points of TensorBoard, {verdict}",
             flush=True,
         )
+        for difference in found[:10]:
+            print(f"differs: {difference}", flush=True)
         return found
 
 
@@ -369,8 +371,6 @@ def main() -> int:
     print(f"{done} kills of {len(names)} configurations, {devices} processes, seed {options.seed}; lost: {lost}")
     # what one resumption gets wrong, those after it do not put right
     print("all runs are equal to those left alone" if not found else f"{len(found)} differences")
-    for difference in found[:20]:
-        print(f"differs: {difference}")
     return int(bool(found) or lost > 0)
 
 
