@@ -47,14 +47,17 @@ UNCOUNTED = "epoch_loop.val_loop"
 _OBJECTIVE = "--model.objective"
 _TIMES = f"{_OBJECTIVE}.init_args.times"
 _PARTS = "ddpm_lightning.objectives"
+_BATCH_NORM = {"--model.network": "{class_path: kill_resume.BatchNormNet, init_args: {width: 8}}"}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "importance_times": {
+        **_BATCH_NORM,
         _TIMES: f"{{class_path: {_PARTS}.ImportanceTimes, init_args: {{bins: 4, history: 4}}}}",
         "--trainer.accumulate_grad_batches": 2,
     },
     "accumulation": {"--trainer.accumulate_grad_batches": 3, "--trainer.val_check_interval": 4},
-    "mid_epoch_validation": {"--trainer.val_check_interval": 0.5},
+    "mid_epoch_validation": {**_BATCH_NORM, "--trainer.val_check_interval": 0.5},
     "sample_quality": {
+        **_BATCH_NORM,
         "--trainer.callbacks+": "{class_path: ddpm_lightning.callbacks.SampleQuality, init_args: {n: 8, steps: 2}}",
     },
     "learned_schedule": {
@@ -69,10 +72,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "--model.network.init_args.num_classes": 10,
         "--model.label_dropout": 0.3,
     },
-    "batch_norm": {
-        "--model.network": "{class_path: kill_resume.BatchNormNet, init_args: {width: 8}}",
-        "--trainer.accumulate_grad_batches": 3,
-    },
+    "batch_norm": {**_BATCH_NORM, "--trainer.accumulate_grad_batches": 3},
 }
 
 
@@ -331,7 +331,7 @@ class Case:
             command = ["test", *self.options, "--run_dir", str(run_dir), "--ckpt_path", "best"]
             Process(command, run_dir / "test.txt", self.forks).finish(0)
             bounds.append(json.loads((run_dir / "bound-test.json").read_text()))
-        found += differences(*bounds, "bound-test.json")
+        found += differences(bounds[0], bounds[1], "bound-test.json")
         best = [c["callbacks"] for c in (checkpoint(straight, "best"), checkpoint(broken, "best"))]
         score = next(float(state["best_model_score"]) for key, state in best[0].items() if "ModelCheckpoint" in key)
         verdict = f"{len(found)} DIFFER" if found else "EQUAL"
@@ -340,6 +340,8 @@ class Case:
             f"{tensors(a)} tensors, {len(shown[0])} points of TensorBoard, {verdict}",
             flush=True,
         )
+        for difference in found[:10]:
+            print(f"differs: {difference}", flush=True)
         return found
 
 
@@ -369,8 +371,6 @@ def main() -> int:
     print(f"{done} kills of {len(names)} configurations, {devices} processes, seed {options.seed}; lost: {lost}")
     # what one resumption gets wrong, those after it do not put right
     print("all runs are equal to those left alone" if not found else f"{len(found)} differences")
-    for difference in found[:20]:
-        print(f"differs: {difference}")
     return int(bool(found) or lost > 0)
 
 

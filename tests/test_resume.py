@@ -164,6 +164,9 @@ def test_resume_is_exact_from_every_moment(name: str, tmp_path: Path) -> None:
         name, options.get("max_steps", 10)
     )
     for path, before in save.all_logged()[::2]:
+        saved = everything(path)
+        if saved["global_step"] == straight["global_step"] and not saved["resume"]["validation_due"]:
+            continue  # nothing is left to do
         again, after = run(ckpt_path=path)
         assert differences(straight, again) == [], path.name
         assert {*points[:before], *after} == {*points}, path.name
@@ -563,9 +566,9 @@ class Spoil(pl.Callback):
 @pytest.mark.parametrize("every", [50, 2])
 def test_a_loss_that_is_no_number_stops_training_and_spoils_no_checkpoint(every: int, tmp_path: Path) -> None:
     """Whether it is the next look at the losses that finds it, or the next checkpoint."""
-    callbacks = [StopOnNonFinite(), Spoil(8), LastCheckpoint(every_n_train_steps=4)]
+    callbacks = [StopOnNonFinite(), Spoil(9), LastCheckpoint(every_n_train_steps=4)]
     last = tmp_path / "checkpoints/last.ckpt"
-    words = rf"the loss is nan at step 9, for times from 0\.\d+ to 0\.\d+ of 1; the last good checkpoint is {last}"
+    words = rf"the loss is nan at step 10, for times from 0\.\d+ to 0\.\d+ of 1; the last good checkpoint is {last}"
     with pytest.raises(RunError, match=words):
         trainer(tmp_path, *callbacks, log_every_n_steps=every, limit_val_batches=0).fit(build(), Digits())
     state = torch.load(last, weights_only=True)

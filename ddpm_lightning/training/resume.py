@@ -51,6 +51,7 @@ class ExactResume(Callback):
         ends_batch = counts["completed"] < counts["processed"]
         due = ends_batch and not unused and _validation_follows(trainer)
         _settle(saved, due)
+        saved["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step
         checkpoint["epoch"] = saved["epoch_progress"]["current"]["completed"]
         if unused:
             for part in ("total", "current"):
@@ -61,7 +62,7 @@ class ExactResume(Callback):
         checkpoint["resume"] = {
             "validation_due": due,
             "validated": self._validated if unused else [],
-            "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
+            "metrics": self._metrics,
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -76,11 +77,6 @@ class ExactResume(Callback):
             _settle(checkpoint["loops"]["fit_loop"], False)
 
     # ---------------------------------------------------------------- training
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier call of ``fit``."""
-        self._trained = False
-        self._buffers = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put Lightning's loops where the run goes on.
@@ -105,7 +101,6 @@ class ExactResume(Callback):
         loop._batches_that_stepped = trainer.global_step - int(within_epoch and not loop._should_accumulate())
         self._validation_due = False
         trainer._logger_connector._callback_metrics.update(self._metrics)
-        self._metrics = {}
         self._end_with_schedule(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -133,9 +128,13 @@ class ExactResume(Callback):
             loop._skip_next_val = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note a validation between accumulated batches."""
+        """Note what was measured, and that it was, where this is between accumulated batches."""
         loop = trainer.fit_loop.epoch_loop
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and loop._should_accumulate():
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        measured = loop.val_loop._results.metrics(on_step=False)["callback"]
+        self._metrics = {name: value.detach().cpu() for name, value in measured.items()}
+        if loop._should_accumulate():
             self._validated.append(loop.batch_progress.total.ready)
 
     # ---------------------------------------------------------------- the end of training
