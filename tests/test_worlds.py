@@ -145,7 +145,6 @@ FORMS: dict[str, ElboEstimator] = {
     "trajectory_form": TrajectoryElbo(),
     "continuous_form": ContinuousElbo(8),
 }
-PIXELS_A_RUN = 24_000
 
 
 def floats(terms: Terms) -> dict[str, dict[str, float]]:
@@ -202,9 +201,11 @@ def test_every_term_of_every_form(world: str, schedule: str, variance: str) -> N
     events = math.prod(shape) // source.dims
     seed = list(product(WORLDS, SCHEDULES, VARIANCES)).index((world, schedule, variance))
     generator = torch.Generator().manual_seed(seed)
+    # what the limit on the standard errors needs: the reconstruction is small for the cosine chain
+    pixels = 48_000 if schedule == "cosine" else 24_000
     found, totals = [], {}
     for form, estimator in FORMS.items():
-        x0 = source.draw((PIXELS_A_RUN // math.prod(shape), *shape), generator)
+        x0 = source.draw((pixels // math.prod(shape), *shape), generator)
         values = {name: value / events for name, value in estimator(model, x0, generator).named().items()}
         assert set(values) == set(exact[form]) == set(estimator.term_names)
         for name, value in values.items():
