@@ -184,7 +184,7 @@ def _within(module: str, packages: tuple[str, ...]) -> bool:
 
 
 def _trust(class_path: str) -> str:
-    return f"DDPM_TRUSTED={class_path.partition('.')[0]}"
+    return f"DDPM_TRUSTED={_shown(class_path.partition('.')[0])}"
 
 
 def _shown(value: Any) -> str:

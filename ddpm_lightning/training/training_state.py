@@ -208,7 +208,7 @@ def _check_form(place: str, mine: Mapping[Any, Any], theirs: Any, recurse: bool 
                 raise _unfit(place, f"has {name} of type {type(other).__name__} instead of {type(value).__name__}")
             if isinstance(value, list | tuple) and len(value) != len(other):
                 raise _unfit(place, f"has {len(other)} {name} instead of {len(value)}")
-            if _form(other) == "number" and (other != other or (recurse and (type(other) is not int or other < 0))):
+            if _form(other) == "number" and (other != other or (recurse and type(other) is not int)):
                 raise _unfit(place, f"has {name} {other}")
             if isinstance(value, list | tuple):
                 _check_form(f"{place}.{name}", dict(enumerate(value)), dict(enumerate(other)))
