@@ -32,7 +32,7 @@ from ddpm_lightning.data import MNIST, levels_to_model
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.evaluation.quality import Labelled, add_images, image_batches, quality_table, sample_batches
 from ddpm_lightning.figures import nearest_neighbours, save_png
-from ddpm_lightning.metrics import QualityFigures, classifier_for, load_classifier, nearest
+from ddpm_lightning.metrics import QualityMetrics, classifier_for, load_classifier, nearest
 from ddpm_lightning.networks import FeatureClassifier
 from ddpm_lightning.runs import load_run
 
@@ -111,7 +111,7 @@ def measured(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, Tensor
         sets[f"{len(images.image)} {what} images"] = image_batches(images, size)
     figures = {}
     for row, batches in sets.items():
-        metric = QualityFigures(classifier).to(arguments.device)
+        metric = QualityMetrics(classifier).to(arguments.device)
         add_images(metric, image_batches(test, size), True, module)
         add_images(metric, batches, False, module)
         figures[row] = metric.compute()

@@ -35,7 +35,7 @@ from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.data.batches import Split
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import save_png, tile
-from ddpm_lightning.metrics import ClassFigures, ClassifierFeatures, FrechetDistance, PrecisionRecall
+from ddpm_lightning.metrics import ClassMetrics, ClassifierFeatures, FrechetDistance, PrecisionRecall
 from ddpm_lightning.metrics.features import classifier_for, load_classifier
 from ddpm_lightning.runs import load_run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, DPMSolverSampler, HeunSampler, Sampler
@@ -67,7 +67,7 @@ class Judge:
         extractor, self.levels = ClassifierFeatures(classifier), module.levels
         self.frechet = FrechetDistance(extractor, reset_real_features=False)
         self.neighbours = PrecisionRecall(extractor)
-        self.classes = ClassFigures(classifier)
+        self.classes = ClassMetrics(classifier)
         for metric in (self.frechet, self.neighbours, self.classes):
             metric.to(module.device)
         self.test = test

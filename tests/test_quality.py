@@ -18,12 +18,12 @@ from torchmetrics import Metric
 from ddpm_lightning.data import MNIST, Digits, levels_to_model
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import (
-    ClassFigures,
+    ClassMetrics,
     ClassifierFeatures,
     FrechetDistance,
     KernelDistance,
     PrecisionRecall,
-    QualityFigures,
+    QualityMetrics,
     classifier_for,
     load_classifier,
     nearest,
@@ -206,7 +206,7 @@ class Signs(FeatureClassifier):
 def test_class_figures() -> None:
     pixels = torch.tensor([[1.0, 0], [3, 0], [1, 2], [-1, 5]])
     images = torch.cat([pixels, torch.zeros(4, 2)], 1).view(4, 1, 2, 2)
-    metric = ClassFigures(Signs())
+    metric = ClassMetrics(Signs())
     metric.update(images[:3], torch.tensor([1, 0, 1]))
     metric.update(images[3:], torch.tensor([0]))
     figures = {name: float(value) for name, value in metric.compute().items()}
@@ -214,14 +214,14 @@ def test_class_figures() -> None:
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     expected = {"accuracy": 0.75, "class_entropy": entropy, "spread": math.sqrt(16 / 3 / 4)}
     assert figures == pytest.approx(expected, rel=1e-6)
-    unlabelled = ClassFigures(Signs())
+    unlabelled = ClassMetrics(Signs())
     unlabelled.update(images)
     assert set(unlabelled.compute()) == {"class_entropy", "spread"}
-    collapsed = ClassFigures(Signs())
+    collapsed = ClassMetrics(Signs())
     collapsed.update(images[:1].expand(5, -1, -1, -1))
     assert [float(v) for v in collapsed.compute().values()] == [0, 0]
     with pytest.warns(UserWarning, match="before"), pytest.raises(InputError, match="at least 1 image"):
-        ClassFigures(Signs()).compute()
+        ClassMetrics(Signs()).compute()
 
 
 # --- classifiers
@@ -300,7 +300,7 @@ def test_noise_is_worse_than_data_in_every_figure() -> None:
     x, order = levels_to_model(split.images, 17), torch.randperm(64, generator=torch.Generator().manual_seed(0))
     rows = {}
     for name, images in (("data", x[650:]), ("shuffled", x[650:].flatten(2)[..., order].view(-1, 1, 8, 8))):
-        figures = QualityFigures(load_classifier("digits"))
+        figures = QualityMetrics(load_classifier("digits"))
         figures.update(x[:650], real=True)
         figures.update(images, real=False, label=split.labels[650:])
         rows[name] = figures.compute()

@@ -16,7 +16,7 @@ from ddpm_lightning.callbacks import SampleQuality
 from ddpm_lightning.data import Digits, levels_to_model
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import nearest_neighbours, tile
-from ddpm_lightning.metrics import ClassifierFeatures, FrechetDistance, QualityFigures, load_classifier
+from ddpm_lightning.metrics import ClassifierFeatures, FrechetDistance, QualityMetrics, load_classifier
 from ddpm_lightning.networks import UNet
 from ddpm_lightning.runs import load_run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler
@@ -90,7 +90,7 @@ def test_the_test_command_reports_samples_beside_the_floor(tmp_path: Path, capsy
     label = torch.arange(400) % 10
     images = module.sample(DDIMSampler(), range(400), seed=3, label=label, guidance_scale=2.0)
     for name, shown, labels in (("samples", images, label), ("training images", train.image, train.label)):
-        expected = QualityFigures(load_classifier("digits"))
+        expected = QualityMetrics(load_classifier("digits"))
         expected.update(levels_to_model(test.image, 17), real=True)
         expected.update(levels_to_model(shown, 17), real=False, label=labels)
         assert quality.figures[name] == pytest.approx(expected.compute(), rel=1e-4, abs=1e-4)

@@ -9,10 +9,10 @@ from torchmetrics import Metric
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import FeatureClassifier
 
-__all__ = ["ClassFigures"]
+__all__ = ["ClassMetrics"]
 
 
-class ClassFigures(Metric):
+class ClassMetrics(Metric):
     """Accuracy of a classifier on images of known class, and the diversity of images, on any number of processes.
 
     Args:

@@ -26,6 +26,7 @@ class ConsistencyElbo(ElboEstimator):
 
     name = "consistency"
     term_names = ("reconstruction", "prior_matching", "consistency", "elbo", "consistency_literal_kl")
+    diagnostic_names = ("consistency_literal_kl",)
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         """See the class."""

@@ -98,11 +98,28 @@ class ElboEstimator:
     """The form's name in logs and tables."""
     term_names: tuple[str, ...]
     """The keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
+    diagnostic_names: tuple[str, ...] = ()
+    """Those of them that are no part of the bound."""
 
     def __init__(self, steps: int | None = None, T: int | None = None) -> None:
         if steps is not None and steps < 1:
             raise InputError(f"steps = {steps} must be 1 or more, or null for all of the reverse steps")
         self.steps, self.T = steps, T
+
+    @property
+    def term_kinds(self) -> dict[str, str]:
+        """The kind of each term by its name: "log_prob", "cost", "bound" or "diagnostic"."""
+        kinds = {"reconstruction": "log_prob", "elbo": "bound", **dict.fromkeys(self.diagnostic_names, "diagnostic")}
+        return {name: kinds.get(name, "cost") for name in self.term_names}
+
+    def evaluated(self, own_T: int) -> tuple[int | None, int]:
+        """The number of states of the chain that is evaluated, None for infinitely many, and of the steps evaluated.
+
+        Args:
+            own_T: number of states of the model's own chain.
+        """
+        T = self.T or own_T
+        return T, T - 1 if self.steps is None else min(self.steps, T - 1)
 
     def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
         """Estimate the bound of each image.
