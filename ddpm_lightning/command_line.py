@@ -58,8 +58,10 @@ def call(function: Callable[..., int | None], args: list[str], prog: str, descri
         if kind is bool:
             options["action"] = "store_true"
             del options["type"]
-        elif get_origin(kind) is list:
-            options |= {"type": get_args(kind)[0], "nargs": "+"}
+        for each in (kind, *get_args(kind)):
+            if get_origin(each) is list:
+                types[name] = get_args(each)[0]
+                options |= {"type": types[name], "nargs": "+"}
         parser.add_argument(*(["run"] if name == "run" else [f"--{name}"]), **options)
     try:
         parsed = parser.instantiate(parser.parse_args(args))

@@ -275,7 +275,8 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
     else:
         from ddpm_lightning.export.diffusers import to_pipeline
 
-        to_pipeline(module.ema_model, module.shape).save_pretrained(path)
+        pipeline: Any = to_pipeline(module.ema_model, module.shape)
+        pipeline.save_pretrained(path)
     print(f"{to}: {path}")
 
 

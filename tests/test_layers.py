@@ -22,7 +22,7 @@ LAYERS = [
     ["runs"],
     ["sampling"],
     ["evaluation", "export"],
-    ["callbacks"],
+    ["callbacks", "interchange"],
     ["trainer", "commands"],
     ["cli", "__main__"],
 ]

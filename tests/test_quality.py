@@ -18,8 +18,8 @@ from torchmetrics import Metric
 from ddpm_lightning.data import MNIST, Digits, levels_to_model
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import (
-    ClassMetrics,
     ClassifierFeatures,
+    ClassMetrics,
     FrechetDistance,
     KernelDistance,
     PrecisionRecall,

@@ -122,4 +122,4 @@ class SampleQuality(Callback):
 
     def _sampled(self, trainer: Trainer, module: DiffusionModule) -> Iterator[Labelled]:
         forward = trainer.precision_plugin.forward_context
-        return self.samples.batches(module, trainer.global_rank, trainer.world_size, forward)
+        return self.samples.batches(module, trainer.global_rank, trainer.world_size, precision=forward)

@@ -19,6 +19,7 @@ from ddpm_lightning.figures import nearest_neighbours
 from ddpm_lightning.metrics import QualityMetrics, classifier_for, load_classifier, nearest
 from ddpm_lightning.networks import FeatureClassifier
 from ddpm_lightning.samplers import DDIMSampler, Sampler
+from ddpm_lightning.schedules import TimeGrid
 from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = [
@@ -77,6 +78,7 @@ class Samples:
         module: DiffusionModule,
         rank: int = 0,
         world: int = 1,
+        grid: TimeGrid | None = None,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Iterator[Labelled]:
         """This process's share of the images, the same images on any number of processes.
@@ -85,6 +87,7 @@ class Samples:
             module: the trained module.
             rank: this process, 0..world-1.
             world: number of processes.
+            grid: where the steps are; None for ``StridedGrid``.
             precision: context that the network is evaluated in.
         """
         for indices in IndexBatches(self.n, self.batch_size, rank, world):
@@ -95,6 +98,7 @@ class Samples:
                     indices,
                     seed=self.seed,
                     steps=self.steps_of(module),
+                    grid=grid,
                     label=label,
                     guidance_scale=self.guidance_scale,
                 )

@@ -70,7 +70,7 @@ def load_model(path: Path) -> DiffusionModel:
     except (OSError, ImportError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} holds no model of scripts/export.py: {error}") from None
+        raise InputError(f"{path} holds no model of ddpm export: {error}") from None
     return model.eval()
 
 

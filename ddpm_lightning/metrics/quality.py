@@ -1,6 +1,7 @@
 """All measures of samples' quality at once."""
 
 from collections.abc import Collection
+from typing import cast
 
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -33,9 +34,12 @@ class QualityMetrics(nn.Module):
         )
         self.classes = ClassMetrics(classifier) if "classes" in chosen else None
 
+    def _distances(self) -> dict[str, Metric]:
+        return cast(dict[str, Metric], self.distances)
+
     def update(self, images: Tensor, real: bool, label: Tensor | None = None) -> None:
         """Add a batch of images in model range; ``label`` is the class that samples are meant to have."""
-        for metric in self.distances.values():
+        for metric in self._distances().values():
             metric.update(images, real)
         if self.classes is not None and not real:
             self.classes.update(images, label)
@@ -47,7 +51,7 @@ class QualityMetrics(nn.Module):
             InputError: too few images.
         """
         values: dict[str, Tensor] = {}
-        for name, metric in self.distances.items():
+        for name, metric in self._distances().items():
             value = metric.compute()
             values |= value if isinstance(value, dict) else {name: value}
         if self.classes is not None:
