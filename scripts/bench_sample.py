@@ -149,10 +149,8 @@ def main(
     record: dict[str, Any] = {"machine": machine(at), "groups": []}
     for size in batch_size or [16, 64]:
         for name, runs in groups.items():
-            variants = {
-                contender: timed(torch.inference_mode()(partial(run, size)), at, warm=False)
-                for contender, run in runs.items()
-            }
+            steps_of = {other: torch.inference_mode()(partial(run, size)) for other, run in runs.items()}
+            variants = {other: timed(step, at, warm=False) for other, step in steps_of.items()}
             seconds = chosen.measure(variants)
             rows = {contender: row(values, size, None, None) for contender, values in seconds.items()}
             ratios = {
