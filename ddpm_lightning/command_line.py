@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from ddpm_lightning.errors import InputError
 
-__all__ = ["call", "check_least", "run_script"]
+__all__ = ["call", "run_script"]
 
 _UNREADABLE = re.compile(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)', re.DOTALL)
 
@@ -41,7 +41,8 @@ def call(function: Callable[..., int | None], args: list[str], prog: str, descri
         What the function returns, 0 for None: the exit status.
 
     Raises:
-        InputError: an option that there is not, one that is missing, a value that cannot be read; the function's own.
+        InputError: an option that there is not, one that is missing, a value that cannot be read; the function's own,
+            with the option for the argument.
     """
     doc = parse(inspect.getdoc(function) or "")
     text = description or "\n\n".join(filter(None, (doc.short_description, doc.long_description)))
@@ -73,7 +74,12 @@ def call(function: Callable[..., int | None], args: list[str], prog: str, descri
         while cause is not None and not isinstance(cause, InputError):
             cause = cause.__cause__ or cause.__context__
         raise InputError(str(cause or error)) from error
-    return function(**parsed) or 0
+    try:
+        return function(**parsed) or 0
+    except InputError as error:
+        # "n = 3 must be ..." says which option it was
+        name, equals, rest = str(error).partition(" = ")
+        raise InputError(f"--{name} {rest}" if equals and name in types else str(error)) from None
 
 
 def run_script(function: Callable[..., int | None], description: str | None) -> None:
@@ -84,20 +90,6 @@ def run_script(function: Callable[..., int | None], description: str | None) -> 
     except InputError as error:
         print(f"{prog.removesuffix('.py')}: error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def check_least(**values: tuple[float | None, float]) -> None:
-    """Refuse options that are too small.
-
-    Args:
-        values: by the option's name its value (None passes) and the least one that is allowed.
-
-    Raises:
-        InputError: a value below the least.
-    """
-    for name, (value, least) in values.items():
-        if value is not None and not value >= least:
-            raise InputError(f"--{name} {value:g} must be {least:g} or more")
 
 
 def _one_line(message: str, types: dict[str, Any]) -> str:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import yaml
 
-from ddpm_lightning.command_line import call, check_least
+from ddpm_lightning.command_line import call
 from ddpm_lightning.data import MNIST, levels_to_model
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.flow import Dequantization, measure_flow
 from ddpm_lightning.evaluation.forms import compare_forms
 from ddpm_lightning.evaluation.ood import measure_ood
@@ -115,7 +115,8 @@ def ood(
         device: where to work, cpu or cuda
         out: folder for the results, by default RUN/ood
     """
-    check_least(images=(images, 2), batch_size=(batch_size, 1))
+    at_least(2, images=images)
+    at_least(1, batch_size=batch_size)
     module, data = Run(run).load(checkpoint)
     estimator = DenoisingElbo(steps, min(steps + 1, module.ema_model.T) if T is None else T)
     text, record, table, picture = measure_ood(module.to(device), data, estimator, images, seed, batch_size)
@@ -160,7 +161,9 @@ def flow(
         device: where to work, cpu or cuda
         out: folder for the results, by default RUN/flow
     """
-    check_least(images=(images, 2), batch_size=(batch_size, 1), probes=(probes, 0))
+    at_least(2, images=images)
+    at_least(1, batch_size=batch_size)
+    at_least(0, probes=probes)
     module, data = Run(run).load(checkpoint)
     chosen = data.split("test").chosen(images, seed)
     text, record = measure_flow(module.to(device), chosen, steps, probes, dequantization, check, seed, batch_size)
@@ -199,7 +202,7 @@ def forms(
         device: where to work, cpu or cuda
         out: folder for the results, by default RUN/forms
     """
-    check_least(images=(images, 2), draws=(draws, 2))
+    at_least(2, images=images, draws=draws)
     module, data = Run(run).load(checkpoint)
     model = module.to(device).ema_model
     x0 = levels_to_model(data.split("test").images[:images].to(device), module.levels)
@@ -237,7 +240,7 @@ def variance(
         device: where to work, cpu or cuda
         out: folder for the results, by default RUN/variance
     """
-    check_least(images=(images, 1), batch_size=(batch_size, 1))
+    at_least(1, images=images, batch_size=batch_size)
     module, data = Run(run).load(checkpoint)
     text, overlay = measure_variance(module.to(device), data, images, points, seed, batch_size)
     (path,) = _write(run, "variance", out, {"analytic.yaml": yaml.safe_dump(overlay, sort_keys=False)})

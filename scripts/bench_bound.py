@@ -31,7 +31,8 @@ from bench_tools import (
 )
 from torch import Tensor
 
-from ddpm_lightning.command_line import check_least, run_script
+from ddpm_lightning.command_line import run_script
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.ops import image_generators
@@ -160,7 +161,8 @@ def main(
         json: file for the results
     """
     T = T or [10, 100, 1000]
-    check_least(T=(min(T), 2), timed_T=(timed_T, 2), width=(width, 1))
+    at_least(2, T=min(T), timed_T=timed_T)
+    at_least(1, width=width)
     chosen, half = Rounds(torch.device(device), rounds, steps, warm_up), precision == "bf16"
     record = {"machine": machine(chosen.device), "network": network, "precision": precision}
     print(f"{record['machine']['device']}, {record['machine']['threads']} thread(s), torch {torch.__version__}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_lightning.command_line import check_least
+from ddpm_lightning.errors import at_least
 
 __all__ = [
     "Rounds",
@@ -209,7 +209,7 @@ class Rounds:
     warm_up: int
 
     def __post_init__(self) -> None:
-        check_least(rounds=(self.rounds, 1), steps=(self.steps, 1), warm_up=(self.warm_up, 1))
+        at_least(1, rounds=self.rounds, steps=self.steps, warm_up=self.warm_up)
 
     def measure(self, variants: Mapping[str, Callable[[int], Seconds]]) -> dict[str, list[Seconds]]:
         """Seconds a step of each variant in each round."""

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_lightning.command_line import check_least, run_script
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.command_line import run_script
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.metrics import MeanAndError
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.process import (
@@ -173,7 +173,7 @@ def main(cases: Path = OWN_CASES, seed: int = 0, max_se: float = 0.0045, batch: 
     """
     if not max_se > 0:
         raise InputError(f"--max_se {max_se:g} must be above 0")
-    check_least(batch=(batch, 2))
+    at_least(2, batch=batch)
     results, missed, start = [], 0, time.perf_counter()
     read = read_cases(cases)
     for case in read:

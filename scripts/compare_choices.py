@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import yaml
 
-from ddpm_lightning.command_line import check_least, run_script
+from ddpm_lightning.command_line import run_script
 from ddpm_lightning.data import levels_to_model
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.bound import image_bits, mean_and_error
 from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo
 from ddpm_lightning.process import (
@@ -153,7 +153,8 @@ def main(
         only: trainings whose 'schedule, objective' contains this, by default all
         out: folder
     """
-    check_least(steps=(steps, 1), many=(many, 1), few=(few, 2), images=(images, 2))
+    at_least(1, steps=steps, many=many)
+    at_least(2, few=few, **({} if images is None else {"images": images}))
     chosen = {names: model for names, model in TRAININGS.items() if only in ", ".join(names)}
     if not chosen:
         raise InputError(f"--only {only}: none of {'; '.join(', '.join(names) for names in TRAININGS)}")

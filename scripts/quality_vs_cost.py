@@ -30,10 +30,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm_lightning.command_line import check_least, run_script
+from ddpm_lightning.command_line import run_script
 from ddpm_lightning.data import Batch
 from ddpm_lightning.data.batches import Split
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.bound import model_facts
 from ddpm_lightning.evaluation.quality import Comparison, Samples, labelled_batches, named_classifier
 from ddpm_lightning.figures import save_png, tile
@@ -211,7 +211,8 @@ def main(
     """
     evaluations = evaluations or [5, 10, 20, 50, 100, 300, 1000]
     scales = [0.0, 1.0, 1.5, 2.0, 3.0, 5.0] if scales is None else scales
-    check_least(n=(n, 10), evaluations=(min(evaluations), 1))
+    at_least(10, n=n)
+    at_least(1, evaluations=min(evaluations))
     if unknown := set(samplers or []) - set(SAMPLERS):
         raise InputError(f"--samplers {', '.join(unknown)}: there are {', '.join(SAMPLERS)}")
     start = time.perf_counter()

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
-from ddpm_lightning.command_line import check_least, run_script
+from ddpm_lightning.command_line import run_script
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.data import MNIST, Digits, ImageDataModule, levels_to_model
 from ddpm_lightning.data.batches import Split
 from ddpm_lightning.networks import FeatureClassifier
@@ -85,7 +86,7 @@ def main(
         seed: seed of everything
     """
     epochs = EPOCHS[data] if epochs is None else epochs
-    check_least(epochs=(epochs, 1))
+    at_least(1, epochs=epochs)
     # sums then do not depend on how many cores there are
     torch.set_num_threads(1)
     images = MNIST(data_root) if data == "mnist" else Digits()

@@ -10,7 +10,7 @@ from conftest import ROOT
 from ddpm_lightning.evaluation import bound
 from ddpm_lightning.evaluation.bound import steps_in_words
 from ddpm_lightning.metrics import Score
-from ddpm_lightning.objectives import ConsistencyElbo, ContinuousElbo, DenoisingElbo, ElboEstimator
+from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo, ElboEstimator
 
 
 @pytest.mark.parametrize(
@@ -30,18 +30,13 @@ def test_steps_and_states_of_an_estimator(estimator: ElboEstimator, T: int | Non
 
 
 def test_the_table_gives_code_lengths_and_sets_diagnostics_apart() -> None:
-    kinds = {"reconstruction": "log_prob", "diffusion": "cost", "elbo": "bound", "other_kl": "diagnostic"}
+    kinds = {"reconstruction": "log_prob", "diffusion": "cost", "elbo": "log_prob", "other_kl": "diagnostic"}
     values = {"reconstruction": -1.0, "diffusion": 3.0, "elbo": -4.0, "other_kl": 7.0}
     scores = {name: Score(values[name] * math.log(2), math.log(2), "nats", kind) for name, kind in kinds.items()}
     rows = [line.split() for line in bound.bound_table({"own": scores}, dims=10).splitlines()[2:]]
     names = ["reconstruction", "diffusion", "elbo", "(other_kl)"]
     assert [row[1] for row in rows] == names and [float(row[-3]) for row in rows] == [0.1, 0.3, 0.4, 0.7]
     assert all(float(row[-1]) == 0.1 for row in rows)
-
-
-def test_a_term_is_a_cost_unless_an_estimator_says_otherwise() -> None:
-    kinds = {"prior_matching": "cost", "consistency": "cost", "consistency_literal_kl": "diagnostic"}
-    assert ConsistencyElbo().term_kinds == {"reconstruction": "log_prob", "elbo": "bound", **kinds}
 
 
 def test_the_protocol_names_what_the_report_holds() -> None:

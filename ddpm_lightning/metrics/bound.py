@@ -20,8 +20,8 @@ class Score:
         mean: in ``unit``.
         se: standard error of the mean over images, in ``unit``.
         unit: "nats" of a whole image, or "bits/dim", which is always a code length: the smaller, the better.
-        kind: what was averaged: "log_prob" (of an image or given one), "cost" (subtracted from log probabilities),
-            "bound" (their sum) or "diagnostic" (a divergence that is no part of the bound).
+        kind: what was averaged: "log_prob" (the bound is one), "cost" (what the bound subtracts) or "diagnostic" (a
+            divergence that is no part of the bound).
     """
 
     mean: float
@@ -32,7 +32,7 @@ class Score:
     def in_bits(self, dims: int) -> "Score":
         """The same in bits a dimension, for images of ``dims`` dimensions."""
         # a probability's code length is its negative logarithm; a cost already is a length
-        sign = -1 if self.kind in ("log_prob", "bound") else 1
+        sign = -1 if self.kind == "log_prob" else 1
         return Score(bits_per_dim(sign * self.mean, dims), bits_per_dim(self.se, dims), "bits/dim", self.kind)
 
 

@@ -6,6 +6,7 @@ from ddpm_lightning.objectives.elbo import (
     DenoisingElbo,
     ElboEstimator,
     ElboTerms,
+    TermKind,
     TrajectoryElbo,
 )
 from ddpm_lightning.objectives.hybrid import HybridObjective
@@ -52,6 +53,7 @@ __all__ = [
     "P2Weighting",
     "PathLogProbs",
     "StratifiedTimes",
+    "TermKind",
     "TimeDraw",
     "TimeSampler",
     "TrajectoryElbo",

@@ -4,7 +4,7 @@ from ddpm_lightning.objectives.elbo.consistency import ConsistencyElbo
 from ddpm_lightning.objectives.elbo.continuous import ContinuousElbo, diffusion_cost
 from ddpm_lightning.objectives.elbo.denoising import DenoisingElbo
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.objectives.elbo.trajectory import TrajectoryElbo
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "DenoisingElbo",
     "ElboEstimator",
     "ElboTerms",
+    "TermKind",
     "TrajectoryElbo",
     "diffusion_cost",
 ]

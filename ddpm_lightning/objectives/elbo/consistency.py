@@ -1,11 +1,12 @@
 """The bound by matching each forward step to the reverse step that lands on the same state."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ChainWalk, ElboEstimator
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -25,8 +26,13 @@ class ConsistencyElbo(ElboEstimator):
     """
 
     name = "consistency"
-    term_names = ("reconstruction", "prior_matching", "consistency", "elbo", "consistency_literal_kl")
-    diagnostic_names = ("consistency_literal_kl",)
+    term_kinds: Mapping[str, TermKind] = {
+        "reconstruction": "log_prob",
+        "prior_matching": "cost",
+        "consistency": "cost",
+        "elbo": "log_prob",
+        "consistency_literal_kl": "diagnostic",
+    }
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         """See the class."""

@@ -1,12 +1,13 @@
 """The bound of a chain of infinitely many steps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.ops import Generators, rand, randn_like, sum_per_image
 from ddpm_lightning.process import Denoiser, DiffusionModel
 
@@ -48,7 +49,12 @@ class ContinuousElbo(ElboEstimator):
     """
 
     name = "continuous"
-    term_names = ("reconstruction", "prior_matching", "diffusion", "elbo")
+    term_kinds: Mapping[str, TermKind] = {
+        "reconstruction": "log_prob",
+        "prior_matching": "cost",
+        "diffusion": "cost",
+        "elbo": "log_prob",
+    }
 
     def __init__(self, steps: int = 10) -> None:
         super().__init__(steps)

@@ -1,11 +1,12 @@
 """The bound by matching each reverse step to the posterior that knows x_0."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.objectives.times import stratified_steps
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
@@ -23,7 +24,12 @@ class DenoisingElbo(ElboEstimator):
     """
 
     name = "denoising"
-    term_names = ("reconstruction", "prior_matching", "denoising_matching", "elbo")
+    term_kinds: Mapping[str, TermKind] = {
+        "reconstruction": "log_prob",
+        "prior_matching": "cost",
+        "denoising_matching": "cost",
+        "elbo": "log_prob",
+    }
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         """See the class."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.objectives.times import stratified_steps
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
@@ -96,10 +96,8 @@ class ElboEstimator:
 
     name: str
     """The form's name in logs and tables."""
-    term_names: tuple[str, ...]
-    """The keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
-    diagnostic_names: tuple[str, ...] = ()
-    """Those of them that are no part of the bound."""
+    term_kinds: Mapping[str, TermKind]
+    """The kind of each term, by the keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
 
     def __init__(self, steps: int | None = None, T: int | None = None) -> None:
         if steps is not None and steps < 1:
@@ -107,19 +105,8 @@ class ElboEstimator:
         self.steps, self.T = steps, T
 
     @property
-    def term_kinds(self) -> dict[str, str]:
-        """The kind of each term by its name: "log_prob", "cost", "bound" or "diagnostic"."""
-        kinds = {"reconstruction": "log_prob", "elbo": "bound", **dict.fromkeys(self.diagnostic_names, "diagnostic")}
-        return {name: kinds.get(name, "cost") for name in self.term_names}
-
-    def evaluated(self, own_T: int) -> tuple[int | None, int]:
-        """The number of states of the chain that is evaluated, None for infinitely many, and of the steps evaluated.
-
-        Args:
-            own_T: number of states of the model's own chain.
-        """
-        T = self.T or own_T
-        return T, T - 1 if self.steps is None else min(self.steps, T - 1)
+    def term_names(self) -> tuple[str, ...]:
+        return tuple(self.term_kinds)
 
     def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
         """Estimate the bound of each image.
@@ -131,6 +118,15 @@ class ElboEstimator:
             cond: conditions, passed on to the network.
         """
         return self.estimate(model if self.T is None else model.with_steps(self.T), x0, generators, **cond)
+
+    def evaluated(self, own_T: int) -> tuple[int | None, int]:
+        """The number of states of the chain that is evaluated, None for infinitely many, and of the steps evaluated.
+
+        Args:
+            own_T: number of states of the model's own chain.
+        """
+        T = self.T or own_T
+        return T, T - 1 if self.steps is None else min(self.steps, T - 1)
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         """The form itself, for the model's own chain."""

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["ElboTerms"]
+__all__ = ["ElboTerms", "TermKind"]
+
+TermKind = Literal["log_prob", "cost", "diagnostic"]
+"""A log probability, of which the bound is one; a cost, which the bound subtracts; or no part of the bound."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The bound as the log ratio of one path."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ChainWalk, ElboEstimator
-from ddpm_lightning.objectives.elbo.terms import ElboTerms
+from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -22,7 +23,7 @@ class TrajectoryElbo(ElboEstimator):
     """
 
     name = "trajectory"
-    term_names = ("reconstruction", "path_log_ratio", "elbo")
+    term_kinds: Mapping[str, TermKind] = {"reconstruction": "log_prob", "path_log_ratio": "cost", "elbo": "log_prob"}
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         """See the class."""
