@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
 from ddpm_lightning.command_line import run_script
-from ddpm_lightning.errors import at_least
 from ddpm_lightning.data import MNIST, Digits, ImageDataModule, levels_to_model
 from ddpm_lightning.data.batches import Split
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.networks import FeatureClassifier
 
 BATCH = 128
