@@ -5,6 +5,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -22,14 +23,15 @@ class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """A description line by line as it is written, and defaults but no types."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, False, argparse.SUPPRESS) and not action.required
-        return f"{action.help} (default: {action.default})" if shown else str(action.help)
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return str(action.help) if hidden or action.required else f"{action.help} (default: {action.default})"
 
 
-def call(function: Callable[..., int | None], args: list[str], prog: str, description: str | None = None) -> int:
+def call(function: Callable[..., Any], args: list[str], prog: str, description: str | None = None) -> int:
     """Call a function with the arguments that a command line gives it.
 
-    An argument ``run`` is given by its place, a list as several values, a bool as a switch, any other as ``--name``.
+    An argument ``run`` is given by its place, a list as several values, a bool as a switch, any other as ``--name``. An
+    argument that is a dataclass has an option for each of its fields.
 
     Args:
         function: with annotations and a Google docstring, which describes every argument.
@@ -38,7 +40,7 @@ def call(function: Callable[..., int | None], args: list[str], prog: str, descri
         description: the help's first part; None for what the docstring says before the arguments.
 
     Returns:
-        What the function returns, 0 for None: the exit status.
+        The exit status: the number that the function returns, 0 for anything else.
 
     Raises:
         InputError: an option that there is not, one that is missing, a value that cannot be read; the function's own,
@@ -49,23 +51,20 @@ def call(function: Callable[..., int | None], args: list[str], prog: str, descri
     # abbreviations would turn a misspelt option into another one
     parser = ArgumentParser(prog=prog, description=text, formatter_class=_Help, allow_abbrev=False, exit_on_error=False)
     types: dict[str, Any] = {}
-    helps = {param.arg_name: param.description for param in doc.params}
+    parts: dict[str, Any] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        types[name] = kind = parameter.annotation
-        options: dict[str, Any] = {"help": helps[name], "type": kind}
-        if name != "run":
-            missing = parameter.default is parameter.empty
-            options |= {"required": True} if missing else {"default": parameter.default}
-        if kind is bool:
-            options["action"] = "store_true"
-            del options["type"]
-        for each in (kind, *get_args(kind)):
-            if get_origin(each) is list:
-                types[name] = get_args(each)[0]
-                options |= {"type": types[name], "nargs": "+"}
-        parser.add_argument(*(["run"] if name == "run" else [f"--{name}"]), **options)
+        if is_dataclass(parameter.annotation):
+            parts[name] = parameter.annotation
+    for part in (function, *parts.values()):
+        helps = {param.arg_name: param.description for param in parse(inspect.getdoc(part) or "").params}
+        for name, parameter in inspect.signature(part, eval_str=True).parameters.items():
+            if name not in parts:
+                types[name] = _add_option(parser, parameter, helps[name] or "")
     try:
-        parsed = parser.instantiate(parser.parse_args(args))
+        options = vars(parser.instantiate(parser.parse_args(args)))
+        for name, kind in parts.items():
+            options[name] = kind(**{field.name: options.pop(field.name) for field in fields(kind)})
+        status = function(**options)
     except argparse.ArgumentError as error:
         raise InputError(_one_line(str(error), types)) from None
     except ValueError as error:
@@ -73,16 +72,31 @@ def call(function: Callable[..., int | None], args: list[str], prog: str, descri
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):
             cause = cause.__cause__ or cause.__context__
-        raise InputError(str(cause or error)) from error
-    try:
-        return function(**parsed) or 0
-    except InputError as error:
+        if cause is None:
+            raise
         # "n = 3 must be ..." says which option it was
-        name, equals, rest = str(error).partition(" = ")
-        raise InputError(f"--{name} {rest}" if equals and name in types else str(error)) from None
+        name, equals, rest = str(cause).partition(" = ")
+        raise InputError(f"--{name} {rest}" if equals and name in types else str(cause)) from error
+    return status if isinstance(status, int) else 0
 
 
-def run_script(function: Callable[..., int | None], description: str | None) -> None:
+def _add_option(parser: ArgumentParser, parameter: inspect.Parameter, text: str) -> Any:
+    """Add an argument of a function, and return the type of its value or values."""
+    name, kind = parameter.name, parameter.annotation
+    if name == "run":
+        parser.add_argument("run", metavar="RUN", type=kind, help=text)
+        return kind
+    missing = parameter.default is parameter.empty
+    options: dict[str, Any] = {"required": True} if missing else {"default": parameter.default}
+    for each in (kind, *get_args(kind)):
+        if get_origin(each) is list:
+            kind, options["nargs"] = get_args(each)[0], "+"
+    options |= {"action": "store_true"} if kind is bool else {"type": kind}
+    parser.add_argument(f"--{name}", help=text, **options)
+    return kind
+
+
+def run_script(function: Callable[..., Any], description: str | None) -> None:
     """Call a script's function with the words of the command line, and exit: 2 and one line for bad input."""
     prog = Path(sys.argv[0]).name
     try:

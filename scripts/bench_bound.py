@@ -12,12 +12,11 @@ largest memory so far is noted after each: on a CPU the process's own, which nev
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from bench_tools import (
-    Rounds,
+    Bench,
     Seconds,
     Timer,
     flops_of,
@@ -27,7 +26,6 @@ from bench_tools import (
     report,
     row,
     timed,
-    write_json,
 )
 from torch import Tensor
 
@@ -60,10 +58,10 @@ def model_of(network: str, width: int, half: bool, device: torch.device) -> Diff
 
 
 def measure(
-    model: DiffusionModel, batch_size: int, half: bool, forms: list[str], timed_T: int, T: list[int], rounds: Rounds
+    model: DiffusionModel, batch_size: int, half: bool, forms: list[str], timed_T: int, T: list[int], bench: Bench
 ) -> dict[str, Any]:
     """Rates and memory at a batch size."""
-    device = rounds.device
+    device = bench.at
     generator = torch.Generator().manual_seed(0)
     x0 = (torch.randint(256, (batch_size, 1, 28, 28), generator=generator) / 127.5 - 1).to(device)
     level = torch.full((batch_size,), 0.5, device=device)
@@ -108,7 +106,7 @@ def measure(
         "forward": repeated(forward),
         **{f"{form} bound": timed(bound(form, timed_T), device) for form in forms},
     }
-    seconds = rounds.measure(variants)
+    seconds = bench.measure(variants)
     flops = flops_of(forward) * timed_T
     rows = {name: row(values, batch_size * timed_T, flops, None) for name, values in seconds.items()}
     ratios = {
@@ -131,46 +129,36 @@ def measure(
 
 
 def main(
-    device: str = "cpu",
-    batch_size: list[int] | None = None,
-    rounds: int = 7,
-    steps: int = 3,
-    warm_up: int = 2,
+    bench: Bench,
     network: Literal["simple", "unet"] = "unet",
     width: int = 32,
     precision: Literal["32", "bf16"] = "32",
     forms: list[Literal["denoising", "consistency", "trajectory"]] | None = None,
     timed_T: int = 10,
     T: list[int] | None = None,
-    json: Path | None = None,
 ) -> None:
     """Measure at each batch size.
 
     Args:
-        device: cpu, cuda, cuda:1, ...
-        batch_size: one or several, by default 32
-        rounds: turns of each variant
-        steps: steps in a turn
-        warm_up: steps that are not counted
+        bench: what every benchmark is told
         network: whose bound
         width: channels of the U-Net at full resolution
         precision: of the network
         forms: forms of the bound, by default denoising
         timed_T: states of the chain whose bound is timed
         T: states of the chains for the memory, by default 10 100 1000
-        json: file for the results
     """
     T = T or [10, 100, 1000]
     at_least(2, T=min(T), timed_T=timed_T)
     at_least(1, width=width)
-    chosen, half = Rounds(torch.device(device), rounds, steps, warm_up), precision == "bf16"
-    record = {"machine": machine(chosen.device), "network": network, "precision": precision}
+    half = precision == "bf16"
+    record: dict[str, Any] = {"machine": machine(bench.at), "network": network, "precision": precision}
     print(f"{record['machine']['device']}, {record['machine']['threads']} thread(s), torch {torch.__version__}")
-    model = model_of(network, width, half, chosen.device)
+    model = model_of(network, width, half, bench.at)
     record["batches"] = [
-        measure(model, size, half, list(forms or ["denoising"]), timed_T, T, chosen) for size in batch_size or [32]
+        measure(model, size, half, list(forms or ["denoising"]), timed_T, T, bench) for size in bench.batch_size or [32]
     ]
-    write_json(json, record)
+    bench.write(record)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images a second of this package's samplers, of diffusers' own pipelines and of a plain loop, with the same network.
 
-    python scripts/bench_sample.py --batch_size 16 64 --rounds 7 --json bench_sample.json
+    python scripts/bench_sample.py --batch_size 16 64 --rounds 7 --steps 1 --warm_up 1 --json bench_sample.json
 
 All contenders evaluate one and the same diffusers UNet2DModel (random weights, in evaluation mode, float32) as often:
 the package's DDIMSampler and AncestralSampler, diffusers' DDIMPipeline and DDPMPipeline, and the ancestral loop of Ho
@@ -13,11 +13,10 @@ with its quartiles. --tiny takes a network of next to no arithmetic, which leave
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_tools import Rounds, machine, peak_memory_mib, ratio, report, row, timed, write_json
+from bench_tools import Bench, machine, peak_memory_mib, ratio, report, row, timed
 from torch import Tensor
 
 from ddpm_lightning.command_line import run_script
@@ -108,30 +107,23 @@ def loop_run(unet: UNet2DModel, steps: int, device: str) -> Draw:
 
 
 def main(
-    device: str = "cpu",
-    batch_size: list[int] | None = None,
-    rounds: int = 7,
+    bench: Bench,
     ddim_steps: int = 50,
     ancestral_steps: int = 100,
     tiny: bool = False,
-    json: Path | None = None,
 ) -> None:
     """Measure at each batch size.
 
     Args:
-        device: cpu, cuda, cuda:1, ...
-        batch_size: one or several, by default 16 64
-        rounds: turns of each contender
+        bench: what every benchmark is told
         ddim_steps: steps of DDIM
         ancestral_steps: steps of ancestral sampling
         tiny: a network of next to no arithmetic
-        json: file for the results
     """
     for name, steps in {"ddim_steps": ddim_steps, "ancestral_steps": ancestral_steps}.items():
         if steps < 1 or T % steps:
             raise InputError(f"--{name} {steps} must divide {T}")
-    at = torch.device(device)
-    chosen = Rounds(at, rounds, steps=1, warm_up=1)
+    at, device = bench.at, bench.device
     torch.manual_seed(0)
     unet, schedule = unet_of(tiny).to(at), {"num_train_timesteps": T, "clip_sample": True}
     ancestral = DDPMPipeline(unet, DDPMScheduler(**schedule, variance_type="fixed_large"))
@@ -147,11 +139,11 @@ def main(
         },
     }
     record: dict[str, Any] = {"machine": machine(at), "groups": []}
-    for size in batch_size or [16, 64]:
+    for size in bench.batch_size or [16, 64]:
         for name, runs in groups.items():
             steps_of = {other: torch.inference_mode()(partial(run, size)) for other, run in runs.items()}
             variants = {other: timed(step, at, warm=False) for other, step in steps_of.items()}
-            seconds = chosen.measure(variants)
+            seconds = bench.measure(variants)
             rows = {contender: row(values, size, None, None) for contender, values in seconds.items()}
             ratios = {
                 f"package / {other}": ratio(seconds[other], seconds["package"]) for other in runs if other != "package"
@@ -160,7 +152,7 @@ def main(
             record["groups"].append({"group": name, "batch_size": size, "rows": rows, "ratios": ratios})
     record["peak_memory_mib"] = peak_memory_mib(at)
     print(f"peak memory {record['peak_memory_mib']:.0f} MiB")
-    write_json(json, record)
+    bench.write(record)
 
 
 if __name__ == "__main__":

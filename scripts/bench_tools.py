@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_lightning.errors import at_least
 
 __all__ = [
-    "Rounds",
+    "Bench",
     "Seconds",
     "Timer",
     "flops_of",
@@ -31,7 +31,6 @@ __all__ = [
     "row",
     "table",
     "timed",
-    "write_json",
 ]
 
 
@@ -182,13 +181,6 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path | None, record: Mapping[str, Any]) -> None:
-    """Write the record, if there is a place for it."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
-
-
 def report(head: str, rows: Mapping[str, Mapping[str, Any]], ratios: Mapping[str, Mapping[str, float]]) -> None:
     """Print a group's rows and ratios."""
     print(f"\n{head}\n{table(rows)}")
@@ -200,17 +192,38 @@ def report(head: str, rows: Mapping[str, Mapping[str, Any]], ratios: Mapping[str
 
 
 @dataclass(frozen=True)
-class Rounds:
-    """How long is measured, and where: turns of each variant, steps in a turn, and steps that are not counted."""
+class Bench:
+    """What every benchmark is told.
 
-    device: torch.device
-    rounds: int
-    steps: int
-    warm_up: int
+    Args:
+        device: cpu, cuda, cuda:1, ...
+        batch_size: one or several
+        rounds: turns of each variant
+        steps: steps in a turn
+        warm_up: steps that are not counted
+        json: file for the results
+    """
+
+    device: str = "cpu"
+    batch_size: list[int] | None = None
+    rounds: int = 7
+    steps: int = 3
+    warm_up: int = 2
+    json: Path | None = None
 
     def __post_init__(self) -> None:
-        at_least(1, rounds=self.rounds, steps=self.steps, warm_up=self.warm_up)
+        at_least(1, rounds=self.rounds, steps=self.steps, warm_up=self.warm_up, batch_size=min(self.batch_size or [1]))
+
+    @property
+    def at(self) -> torch.device:
+        return torch.device(self.device)
 
     def measure(self, variants: Mapping[str, Callable[[int], Seconds]]) -> dict[str, list[Seconds]]:
         """Seconds a step of each variant in each round."""
         return interleave(variants, self.rounds, self.steps, self.warm_up)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write the record, if there is a place for it."""
+        if self.json is not None:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            self.json.write_text(json.dumps(record, indent=2) + "\n")

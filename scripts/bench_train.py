@@ -27,12 +27,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from bench_tools import (
-    Rounds,
+    Bench,
     Seconds,
     Timer,
     flops_of,
@@ -44,7 +43,6 @@ from bench_tools import (
     report,
     row,
     timed,
-    write_json,
 )
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -341,14 +339,14 @@ COMPARISONS = [
 ]
 
 
-def measure(group: str, variants: dict[str, Go], flops: int, batch_size: int, rounds: Rounds) -> dict[str, Any]:
+def measure(group: str, variants: dict[str, Go], flops: int, batch_size: int, bench: Bench) -> dict[str, Any]:
     """Rows and ratios of a group."""
-    device = rounds.device
+    device = bench.at
     peaks = {name: peak_rates(device, dtype) for name, dtype in (("32", torch.float32), ("bf16", torch.bfloat16))}
     probes = {f"{kind} {name}": go for name, kinds in peaks.items() for kind, (go, _) in kinds.items()}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = rounds.measure({**variants, **probes})
+    seconds = bench.measure({**variants, **probes})
     peak = {
         name: max(
             work / statistics.median(wall for wall, _ in seconds[f"{kind} {name}"]) for kind, (_, work) in kinds.items()
@@ -378,39 +376,28 @@ Group = Literal["lecture", "unet", "diffusers", "overhead"]
 
 
 def main(
-    device: str = "cpu",
-    batch_size: list[int] | None = None,
-    rounds: int = 7,
-    steps: int = 3,
-    warm_up: int = 2,
+    bench: Bench,
     only: list[Group] | None = None,
     compile: bool = False,
     width: int = 32,
     overhead_steps: int = 200,
-    json: Path | None = None,
 ) -> None:
     """Measure the groups.
 
     Args:
-        device: cpu, cuda, cuda:1, ...
-        batch_size: one or several, by default 128
-        rounds: turns of each variant
-        steps: steps in a turn
-        warm_up: steps that are not counted
+        bench: what every benchmark is told
         only: groups to measure, by default all: lecture unet diffusers overhead
         compile: also the compiled networks (minutes to warm up)
         width: channels of the U-Nets at full resolution
         overhead_steps: steps in a turn of the smallest network
-        json: file for the results
     """
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    at, groups = torch.device(device), only or list(get_args(Group))
-    chosen = Rounds(at, rounds, steps, warm_up)
+    at, groups = bench.at, only or list(get_args(Group))
     record: dict[str, Any] = {"machine": machine(at), "groups": [], "overhead": None}
     print(f"{record['machine']['device']}, {record['machine']['threads']} thread(s), torch {torch.__version__}")
-    for size in batch_size or [128]:
+    for size in bench.batch_size or [128]:
         makers: dict[Group, Callable[[], tuple[dict[str, Go], int] | None]] = {
             "lecture": partial(lecture, size, at, compile),
             "unet": partial(unet, size, at, compile, width),
@@ -418,9 +405,9 @@ def main(
         }
         for group, make in makers.items():
             if group in groups and (found := make()):
-                record["groups"].append(measure(group, *found, size, chosen))
+                record["groups"].append(measure(group, *found, size, bench))
     if "overhead" in groups:
-        seconds = interleave(overhead(at), rounds, overhead_steps, warm_up)
+        seconds = interleave(overhead(at), bench.rounds, overhead_steps, bench.warm_up)
         rows = {name: row(values, 8, None, None) for name, values in seconds.items()}
         extra = {
             clock: 1e3
@@ -435,7 +422,7 @@ def main(
         record["overhead"] = {"rows": rows, "ms_per_step": extra["wall"], "cpu_ms_per_step": extra["cpu"]}
     record["peak_memory_mib"] = peak_memory_mib(at)
     print(f"peak memory {record['peak_memory_mib']:.0f} MiB")
-    write_json(json, record)
+    bench.write(record)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ddpm_lightning.command_line import run_script
 from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.bound import image_bits, mean_and_error
+from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo
 from ddpm_lightning.process import (
     AnalyticVariance,
@@ -105,10 +106,10 @@ def variances(module: DiffusionModule, x0: torch.Tensor) -> dict[str, ReverseVar
 
 def rows_of(names: tuple[str, str], folder: Path, few: int, many: int, images: int | None) -> list[dict[str, Any]]:
     """A row for each variance of one training."""
-    module, data = Run(folder).load()
-    test = data.split("test")
+    trained = Trained(str(folder), batch_size=images or 1000)
+    module, test = trained.module, trained.data.split("test")
     shown = test.batch(torch.arange(len(test))[:images])
-    fitted = variances(module, levels_to_model(data.split("train").images[:500], module.levels))
+    fitted = variances(module, levels_to_model(trained.data.split("train").images[:500], module.levels))
     estimators = {
         "few": DenoisingElbo(T=few),
         "many": DenoisingElbo(steps=min(many, module.ema_model.T - 1)),
@@ -119,7 +120,7 @@ def rows_of(names: tuple[str, str], folder: Path, few: int, many: int, images: i
         module.ema_model.reverse_process.variance = variance
         row: dict[str, Any] = {"schedule": names[0], "objective": names[1], "variance": name}
         for column, estimator in estimators.items():
-            row[column] = mean_and_error(image_bits(module, estimator, shown, len(shown.image), f"{name}, {column}"))
+            row[column] = mean_and_error(image_bits(trained, estimator, shown, f"{name}, {column}"))
         rows.append(row)
     return rows
 

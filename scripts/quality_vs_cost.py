@@ -36,8 +36,8 @@ from ddpm_lightning.data.batches import Split
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.bound import model_facts
 from ddpm_lightning.evaluation.quality import Comparison, Samples, labelled_batches, named_classifier
+from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import save_png, tile
-from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, DPMSolverSampler, HeunSampler, Sampler
 from ddpm_lightning.schedules import KarrasGrid, LogSNRGrid, StridedGrid, TimeGrid
 from ddpm_lightning.training import DiffusionModule
@@ -176,38 +176,28 @@ def samples_figure(module: DiffusionModule, table: Table, path: Path) -> None:
 
 
 def main(
-    run: str,
-    checkpoint: str = "last",
+    trained: Trained,
     n: int = 1000,
     evaluations: list[int] | None = None,
     samplers: list[str] | None = None,
     compare_grids: int = 20,
     scales: list[float] | None = None,
     guidance_steps: int = 20,
-    batch_size: int = 100,
     precision: Literal["32", "bf16-mixed"] = "32",
     compile: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-    out: Path = Path("quality"),
 ) -> None:
     """Draw and measure.
 
     Args:
-        run: folder of the run
-        checkpoint: last, best or a file
+        trained: the run
         n: samples in each row, 10 or more
         evaluations: network evaluations, by default 5 10 20 50 100 300 1000
         samplers: some of the samplers, by default all
         compare_grids: every grid up to as many evaluations
         scales: guidance scales, by default 0 1 1.5 2 3 5
         guidance_steps: steps of guided samples
-        batch_size: images drawn at a time
         precision: of the network
         compile: compile the network
-        seed: seed of the samples
-        device: where to sample, cpu or cuda
-        out: folder for the results
     """
     evaluations = evaluations or [5, 10, 20, 50, 100, 300, 1000]
     scales = [0.0, 1.0, 1.5, 2.0, 3.0, 5.0] if scales is None else scales
@@ -216,8 +206,8 @@ def main(
     if unknown := set(samplers or []) - set(SAMPLERS):
         raise InputError(f"--samplers {', '.join(unknown)}: there are {', '.join(SAMPLERS)}")
     start = time.perf_counter()
-    module, data = Run(run).load(checkpoint)
-    module.to(device)
+    module, data, seed = trained.module, trained.data, trained.seed
+    out = Path(trained.out or "quality")
     table = Table(out, {**model_facts(module), "n": n, "seed": seed, "precision": precision})
     test, train = data.split("test"), training_images(module, data.split("train"), n, seed)
     judge = Judge(module, test.batch(torch.arange(len(test))), n)
@@ -228,7 +218,7 @@ def main(
     def measure(name: str, sampler: Sampler, grid: str, steps: int, scale: float, row: dict[str, Any]) -> None:
         if name not in table.rows:
             begun = time.perf_counter()
-            samples = Samples(n, sampler, steps, batch_size, scale, seed)
+            samples = Samples(n, sampler, steps, trained.batch_size, scale, seed)
             images, labels = draw(module, samples, GRIDS[grid], precision)
             seconds = time.perf_counter() - begun
             row |= {"steps": steps, "grid": grid, **judge(images, labels), "seconds": seconds}

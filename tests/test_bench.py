@@ -99,7 +99,15 @@ def test_bench_bound_reports_rates_and_memory(run: Callable[..., int], tmp_path:
 
 def test_bench_sample_compares_all(run: Callable[..., int], tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
-    options = ["--batch_size=2", "--ddim_steps=2", "--ancestral_steps=2", "--rounds=1", "--tiny"]
+    options = [
+        "--batch_size=2",
+        "--steps=1",
+        "--warm_up=1",
+        "--ddim_steps=2",
+        "--ancestral_steps=2",
+        "--rounds=1",
+        "--tiny",
+    ]
     assert run("bench_sample.py", *options, f"--json={tmp_path}/bench.json") == 0
     groups = json.loads((tmp_path / "bench.json").read_text())["groups"]
     assert [list(group["rows"]) for group in groups] == [

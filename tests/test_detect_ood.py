@@ -42,7 +42,7 @@ def test_every_set_is_judged(trained: Path, tmp_path: Path, capsys: pytest.Captu
     [
         (["--checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["--images=1"], "--images"),
-        (["--T=0"], "T = 0"),
+        (["--T=0"], "--T 0"),
     ],
 )
 def test_bad_input_is_refused(

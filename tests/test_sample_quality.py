@@ -184,8 +184,8 @@ def test_training_images_are_found_out() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["--checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"), (["--n=2"], "n = 2 must be 4 or more"),
-     (["--guidance_scale=2"], "class-conditional"), (["--steps=0"], "steps = 0"),
+    [(["--checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"), (["--n=2"], "--n 2 must be 4 or more"),
+     (["--guidance_scale=2"], "class-conditional"), (["--steps=0"], "--steps 0 must be 1 or more"),
      (["--classifier=mnist"], r"classifier mnist knows images (1, 28, 28), not (1, 8, 8)")],
 )  # fmt: skip
 def test_a_quality_that_cannot_be_measured(

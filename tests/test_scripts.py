@@ -95,7 +95,7 @@ def test_forms_are_compared_at_every_T(trained: Path, tmp_path: Path, capsys: py
     [
         (["--checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["--draws=1"], "--draws 1 must be 2 or more"),
-        (["--T", "0"], "T = 0"),
+        (["--T", "0"], "T 0"),
     ],
 )
 def test_forms_that_cannot_be_compared(
@@ -144,7 +144,7 @@ def test_analytic_variance_is_measured_and_raises_the_bound(
     [
         (["--checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["--images=0"], "--images 0 must be 1 or more"),
-        (["--points=1"], "points = 1"),
+        (["--points=1"], "--points 1"),
         ([], "LearnedRangeVariance, which its network gives"),
     ],
 )
@@ -184,7 +184,7 @@ def test_the_flow_has_a_likelihood(trained: Path, tmp_path: Path, capsys: pytest
         assert "16 steps, 64 evaluations" in captured and "twice the steps" in captured
     # 20 steps of training: around the 4.09 bits of a uniform distribution over 17 levels
     assert all(1 < value < 6 for value in bits.values()), bits
-    assert "steps = 0 must be 1 or more" in refused(capsys, "evaluate", "flow", str(trained), "--steps=0")
+    assert "--steps 0 must be 1 or more" in refused(capsys, "evaluate", "flow", str(trained), "--steps=0")
 
 
 def test_results_lie_in_the_run_unless_told_otherwise(

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ddpm_lightning import __version__
 from ddpm_lightning.data import Batch
-from ddpm_lightning.evaluation.progress import tracked
+from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.metrics import BoundScores, MeanAndError, bits_per_dim
 from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.training.module import DiffusionModule
 
-__all__ = ["bound_report", "bound_table", "csv_text", "image_batches", "image_bits", "mean_and_error", "model_facts"]
+__all__ = ["bound_report", "bound_table", "csv_text", "image_bits", "in_bits", "mean_and_error", "model_facts"]
 
 
 def model_facts(module: DiffusionModule) -> dict[str, Any]:
@@ -110,20 +110,18 @@ def steps_in_words(estimator: ElboEstimator, own_T: int) -> str:
     return (f"all {steps}" if steps == T - 1 else str(steps)) + ("" if estimator.T is None else f" with T = {T}")
 
 
-def image_batches(images: Batch, batch_size: int, device: torch.device, what: str) -> Iterator[Batch]:
-    """Images in batches on a device, with a line of progress."""
-    starts = range(0, len(images.image), batch_size)
-    parts = (Batch(*(column[start : start + batch_size].to(device) for column in images)) for start in starts)
-    return tracked(parts, len(images.image), what)
-
-
-def image_bits(module: DiffusionModule, estimator: ElboEstimator, images: Batch, batch_size: int, what: str) -> Tensor:
+def image_bits(trained: Trained, estimator: ElboEstimator, images: Batch, what: str) -> Tensor:
     """The bound of each image, bits/dim, float64 ``[N]``."""
     nats = []
-    for part in image_batches(images, batch_size, module.device, what):
+    for part in trained.batches(images, what):
         with torch.inference_mode():
-            nats.append(module.bound(estimator, part)["elbo"].cpu())
-    return torch.tensor([bits_per_dim(-value, module.dims) for value in torch.cat(nats).tolist()], dtype=torch.float64)
+            nats.append(trained.module.bound(estimator, part)["elbo"].cpu())
+    return in_bits(torch.cat(nats), trained.module.dims)
+
+
+def in_bits(nats: Tensor, dims: int) -> Tensor:
+    """The code length of log probabilities ``[N]``, bits/dim, float64."""
+    return torch.tensor([bits_per_dim(-value, dims) for value in nats.tolist()], dtype=torch.float64)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -1,52 +1,63 @@
 """The three forms of the bound on one model: same images, same number of network evaluations."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ddpm_lightning.data import levels_to_model
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.evaluation.progress import tracked
+from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import drawn
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import DiffusionModel
 
-__all__ = ["compare_forms"]
+__all__ = ["forms"]
 
 FORMS: list[ElboEstimator] = [DenoisingElbo(), ConsistencyElbo(), TrajectoryElbo()]
 
 
-def compare_forms(
-    model: DiffusionModel, x0: Tensor, Ts: Sequence[int], draws: int = 4, seed: int = 0
-) -> tuple[str, list[dict[str, Any]], Tensor]:
-    """Draw each form several times for the same images.
+def forms(trained: Trained, T: list[int] | None = None, images: int = 32, draws: int = 4) -> list[dict[str, Any]]:
+    """The three forms of the bound on one model: same images, same number of network evaluations.
+
+    Each form is drawn several times for each image over all reverse steps, one network evaluation a step. Its noise is
+    the standard deviation over draws at a fixed image, so the spread of the images themselves is not in it. It is given
+    twice: as drawn, all steps along one path of the forward process, and as it would be if every step had a draw of its
+    own (the root of the summed variances of the steps), which is what a training loss or a subset of steps sees. The
+    literal KL is shown apart: it is no term of the bound.
+
+    Writes forms.txt, forms.json and forms.png: for the last T, the steps' cost summed from t = 1 down and each step's
+    noise, against t and log SNR.
 
     Args:
-        model: the generative model.
-        x0: images ``[B, C, H, W]`` in model range, on its device; two or more.
-        Ts: numbers of states to evaluate it with.
-        draws: draws for each image, 2 or more.
-        seed: seed of the first draw.
-
-    Returns:
-        The table, its rows as plain data, and a picture of the last T.
+        trained: the run
+        T: numbers of states to evaluate, by default the model's own
+        images: test images, 2 or more
+        draws: draws for each image, 2 or more
     """
-    rows = []
-    for T in Ts:
-        chain = model.with_steps(T)
-        found = {form.name: _draw(chain, form, x0, draws, seed, f"T = {T}, {form.name}") for form in FORMS}
-        rows += [_summary(form, T, found[form.name]) for form in FORMS]
-    return _table(rows), rows, _picture(chain, found)
+    at_least(2, images=images, draws=draws)
+    model, levels = trained.module.ema_model, trained.data.split("test").images[:images].to(trained.device)
+    x0, rows = levels_to_model(levels, trained.module.levels), []
+    for states in T or [model.T]:
+        chain = model.with_steps(states)
+        found = {form.name: _draw(chain, form, x0, draws, trained.seed) for form in FORMS}
+        rows += [_summary(form, states, found[form.name]) for form in FORMS]
+    text = f"{len(x0)} test images, {draws} draws each, averaged weights\n\n{_table(rows)}"
+    print(text)
+    picture = _picture(chain, found)
+    trained.write("forms", {"forms.txt": text + "\n", "forms.json": rows, "forms.png": picture})
+    return rows
 
 
-def _draw(model: DiffusionModel, form: ElboEstimator, x0: Tensor, draws: int, seed: int, what: str) -> dict[str, Any]:
+def _draw(model: DiffusionModel, form: ElboEstimator, x0: Tensor, draws: int, seed: int) -> dict[str, Any]:
     """Every draw's totals ``[draws, B]``, step costs ``[draws, B, T - 1]`` and diagnostics, and the seconds taken."""
     totals, steps, literal = [], [], []
     start = time.perf_counter()
-    for number in tracked(range(draws), draws, what, "draws", lambda _: 1):
+    for number in tracked(range(draws), draws, f"T = {model.T}, {form.name}", "draws", lambda _: 1):
         generators = image_generators(seed + number, range(len(x0)))
         with torch.inference_mode():
             terms = form(model, x0, generators)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.checkpoints.descriptions import describe
-from ddpm_lightning.data import Batch, ImageDataModule, levels_to_model
+from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.data.batches import EvalBatches, IndexBatches, Split
 from ddpm_lightning.data.datamodule import SplitName
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.evaluation.bound import model_facts
 from ddpm_lightning.evaluation.progress import tracked
+from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import nearest_neighbours
 from ddpm_lightning.metrics import QualityMetrics, classifier_for, load_classifier, nearest
 from ddpm_lightning.networks import FeatureClassifier
@@ -27,10 +28,10 @@ __all__ = [
     "Labelled",
     "Samples",
     "labelled_batches",
-    "measure_quality",
     "named_classifier",
     "neighbours_of",
     "points_of",
+    "quality",
     "quality_report",
 ]
 
@@ -208,20 +209,37 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def measure_quality(
-    module: DiffusionModule, data: ImageDataModule, samples: Samples, classifier: str | None = None
-) -> tuple[str, dict[str, Any], Tensor]:
-    """Samples, training images and validation images against test images, and the nearest training images of each.
+def quality(
+    trained: Trained,
+    n: int = 1000,
+    sampler: Sampler | None = None,
+    steps: int | None = None,
+    guidance_scale: float = 1.0,
+    classifier: str | None = None,
+) -> dict[str, Any]:
+    """How good are the samples, and are they copies of training images?
+
+    n samples of the averaged model, n training images (the floor) and n validation images are compared with the same n
+    test images, in the features of a small classifier of the data (docs/quality.md says what is measured). Numbers
+    compare with others of the same n and the same classifier only.
+
+    Then the training image nearest to each sample is looked for, by Euclidean distance in pixels (model range) and in
+    features, and the one nearest to each test image, which cannot be a copy. Samples much nearer than the test images
+    were learnt by heart. neighbours.png shows some of both: samples, below them the two nearest training images in
+    pixels and the two nearest in features, then the same for test images.
+
+    Writes quality.txt, quality.json and neighbours.png.
 
     Args:
-        module: the trained module.
-        data: its images; of each split n are chosen, all of them where there are fewer.
-        samples: what to draw.
-        classifier: as in :func:`named_classifier`.
-
-    Returns:
-        The text, the plain data, and a picture of samples and test images above their nearest training images.
+        trained: the run
+        n: samples, and real images
+        sampler: class of the sampler, by default DDIMSampler; its arguments as --sampler.eta 1
+        steps: steps of the sampler, by default all T
+        guidance_scale: scale of classifier-free guidance, 1 for none
+        classifier: mnist, digits or a file, by default the one for such images
     """
+    samples = Samples(n, sampler or DDIMSampler(), steps, trained.batch_size, guidance_scale, trained.seed)
+    module, data = trained.module, trained.data
     name, judge = named_classifier(module, classifier)
     size, test = samples.batch_size, data.split("test").chosen(samples.n, samples.seed)
     compare = Comparison(module, judge, labelled_batches(test, size))
@@ -240,8 +258,12 @@ def measure_quality(
         medians[row], picture = neighbours_of(levels, train, points, module.levels, on_cpu)
         pictures.append(picture)
     gap = torch.full((3, 12, pictures[0].shape[2]), 255, dtype=torch.uint8)
+    picture = torch.cat([pictures[0], gap, pictures[1]], 1)
     record["median_distance_to_nearest_training_image"] = medians
-    return f"{text}\n{_neighbour_table(medians)}\n", record, torch.cat([pictures[0], gap, pictures[1]], 1)
+    text += f"\n{_neighbour_table(medians)}\n"
+    print(text)
+    trained.write("quality", {"quality.txt": text, "quality.json": record, "neighbours.png": picture})
+    return record
 
 
 def points_of(images: Tensor, levels: int, classifier: FeatureClassifier) -> dict[str, Tensor]:
