@@ -38,6 +38,7 @@ from ddpm_lightning.evaluation.bound import model_facts
 from ddpm_lightning.evaluation.quality import Comparison, Samples, labelled_batches, named_classifier
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import save_png, tile
+from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, DPMSolverSampler, HeunSampler, Sampler
 from ddpm_lightning.schedules import KarrasGrid, LogSNRGrid, StridedGrid, TimeGrid
 from ddpm_lightning.training import DiffusionModule
@@ -207,7 +208,7 @@ def main(
         raise InputError(f"--samplers {', '.join(unknown)}: there are {', '.join(SAMPLERS)}")
     start = time.perf_counter()
     module, data, seed = trained.module, trained.data, trained.seed
-    out = Path(trained.out or "quality")
+    out = Path(trained.out or Run(trained.run).folder / "quality_vs_cost")
     table = Table(out, {**model_facts(module), "n": n, "seed": seed, "precision": precision})
     test, train = data.split("test"), training_images(module, data.split("train"), n, seed)
     judge = Judge(module, test.batch(torch.arange(len(test))), n)
