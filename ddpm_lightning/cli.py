@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddpm_lightning.callbacks import BoundTable, EpochLines, ImageTermsWriter, StopOnNonFinite
 from ddpm_lightning.checkpoints.files import LAST
+from ddpm_lightning.commands import run_command
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data import ImageDataModule
@@ -272,8 +273,12 @@ def _of_a_run(args: list[str]) -> list[str]:
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``ddpm``: one sentence and status 2 for bad input, 1 for a run that cannot go on."""
     _quieten()
+    words = sys.argv[1:] if args is None else args
     try:
-        DiffusionCLI(_of_a_run(sys.argv[1:] if args is None else args))
+        if words[:1] in (["evaluate"], ["export"]):
+            run_command(words[0], words[1:])
+        else:
+            DiffusionCLI(_of_a_run(words))
     except (InputError, MisconfigurationException) as error:
         print(f"ddpm: error: {error}", file=sys.stderr)
         sys.exit(2)

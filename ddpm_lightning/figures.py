@@ -16,7 +16,7 @@ from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import ForwardProcess
 from ddpm_lightning.schedules import Schedule
 
-__all__ = ["forward_strip", "nearest_neighbours", "save_gif", "save_png", "schedule_curves", "tile"]
+__all__ = ["drawn", "forward_strip", "nearest_neighbours", "save_gif", "save_png", "schedule_curves", "tile"]
 
 
 def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
@@ -83,7 +83,6 @@ def schedule_curves(schedules: Mapping[str, Schedule], points: int = 201) -> Ten
         uint8 ``[3, height, width]``.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for name, schedule in schedules.items():
         device = next((p.device for p in schedule.parameters()), torch.device("cpu"))
@@ -94,6 +93,12 @@ def schedule_curves(schedules: Mapping[str, Schedule], points: int = 201) -> Ten
     left.set(xlabel="t", ylabel="gamma = -log SNR")
     right.set(xlabel="t", ylabel="d gamma / dt", ylim=(0, None))
     left.legend(frameon=False)
+    return drawn(figure)
+
+
+def drawn(figure: Figure) -> Tensor:
+    """A matplotlib figure as a picture, uint8 ``[3, height, width]``."""
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
 

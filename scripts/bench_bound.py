@@ -10,30 +10,27 @@ gradients, which is the most that the bound could reach. Then the bound is evalu
 largest memory so far is noted after each: on a CPU the process's own, which never falls, so growth with T shows.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bench_tools import (
+    Bench,
     Seconds,
     Timer,
-    add_options,
-    at_least_one,
     flops_of,
-    interleave,
     machine,
     peak_memory_mib,
     ratio,
+    report,
     row,
-    table,
     timed,
-    write_json,
 )
 from torch import Tensor
 
+from ddpm_lightning.command_line import run_script
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.ops import image_generators
@@ -60,10 +57,11 @@ def model_of(network: str, width: int, half: bool, device: torch.device) -> Diff
     return DiffusionModel(chosen, LinearGamma(T=10), *parts).to(device).eval()
 
 
-def measure(batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    model: DiffusionModel, batch_size: int, half: bool, forms: list[str], timed_T: int, T: list[int], bench: Bench
+) -> dict[str, Any]:
     """Rates and memory at a batch size."""
-    device, half = options.device, options.precision == "bf16"
-    model = model_of(options.network, options.width, half, device)
+    device = bench.at
     generator = torch.Generator().manual_seed(0)
     x0 = (torch.randint(256, (batch_size, 1, 28, 28), generator=generator) / 127.5 - 1).to(device)
     level = torch.full((batch_size,), 0.5, device=device)
@@ -97,7 +95,7 @@ def measure(batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
             timer = Timer(device)
             step()
             timer.start()
-            for _ in range(steps * options.timed_T):
+            for _ in range(steps * timed_T):
                 step()
             return timer.stop()
 
@@ -106,54 +104,62 @@ def measure(batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
     variants = {
         "training forward": repeated(training_forward),
         "forward": repeated(forward),
-        **{f"{form} bound": timed(bound(form, options.timed_T), device) for form in options.forms},
+        **{f"{form} bound": timed(bound(form, timed_T), device) for form in forms},
     }
-    seconds = interleave(variants, options.rounds, options.steps, options.warm_up)
-    flops = flops_of(forward) * options.timed_T
-    rows = {name: row(values, batch_size * options.timed_T, flops, None) for name, values in seconds.items()}
+    seconds = bench.measure(variants)
+    flops = flops_of(forward) * timed_T
+    rows = {name: row(values, batch_size * timed_T, flops, None) for name, values in seconds.items()}
     ratios = {
         f"{form} bound / {base}": ratio(seconds[base], seconds[f"{form} bound"])
-        for form in options.forms
+        for form in forms
         for base in ("training forward", "forward")
     }
-    print(f"\n{options.network}, {options.precision}, batches of {batch_size}, T = {options.timed_T}: images x steps")
-    print(table(rows))
-    for name, figures in ratios.items():
-        print(
-            f"{name}: {figures['ratio']:.2f} ({figures['low']:.2f}..{figures['high']:.2f}),"
-            f" by CPU time {figures['ratio_cpu']:.2f}"
-        )
+    name = type(model.network).__name__
+    report(f"{name}, batches of {batch_size}, T = {timed_T}: images x steps", rows, ratios)
     memory: dict[str, dict[str, float]] = {}
-    for form in options.forms:
+    for form in forms:
         memory[form] = {}
-        for T in sorted(options.T):
+        for states in sorted(T):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            bound(form, T)()
-            memory[form][str(T)] = peak_memory_mib(device)
-        print(f"{form} bound, peak memory: " + ", ".join(f"T = {T}: {m:.1f} MiB" for T, m in memory[form].items()))
-    return {"batch_size": batch_size, "T": options.timed_T, "rows": rows, "ratios": ratios, "memory_mib": memory}
+            bound(form, states)()
+            memory[form][str(states)] = peak_memory_mib(device)
+        print(f"{form} bound, peak memory: " + ", ".join(f"T = {t}: {m:.1f} MiB" for t, m in memory[form].items()))
+    return {"batch_size": batch_size, "T": timed_T, "rows": rows, "ratios": ratios, "memory_mib": memory}
 
 
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, batch_size=32)
-    parser.add_argument("--network", choices=("simple", "unet"), default="unet")
-    parser.add_argument("--width", type=at_least_one, default=32, help="channels of the U-Net at full resolution")
-    parser.add_argument("--precision", choices=("32", "bf16"), default="32")
-    parser.add_argument("--forms", choices=tuple(FORMS), nargs="+", default=["denoising"])
-    parser.add_argument("--timed_T", type=at_least_one, default=10, help="steps of the chain whose bound is timed")
-    parser.add_argument("--T", type=at_least_one, nargs="+", default=[10, 100, 1000], help="chains for the memory")
-    options = parser.parse_args()
-    if min(options.timed_T, *options.T) < 2:
-        parser.error("--T and --timed_T must be 2 or more")
-    record = {"machine": machine(options.device), "network": options.network, "precision": options.precision}
+def main(
+    bench: Bench,
+    network: Literal["simple", "unet"] = "unet",
+    width: int = 32,
+    precision: Literal["32", "bf16"] = "32",
+    forms: list[Literal["denoising", "consistency", "trajectory"]] | None = None,
+    timed_T: int = 10,
+    T: list[int] | None = None,
+) -> None:
+    """Measure at each batch size.
+
+    Args:
+        bench: what every benchmark is told
+        network: whose bound
+        width: channels of the U-Net at full resolution
+        precision: of the network
+        forms: forms of the bound, by default denoising
+        timed_T: states of the chain whose bound is timed
+        T: states of the chains for the memory, by default 10 100 1000
+    """
+    T = T or [10, 100, 1000]
+    at_least(2, T=min(T), timed_T=timed_T)
+    at_least(1, width=width)
+    half = precision == "bf16"
+    record: dict[str, Any] = {"machine": machine(bench.at), "network": network, "precision": precision}
     print(f"{record['machine']['device']}, {record['machine']['threads']} thread(s), torch {torch.__version__}")
-    record["batches"] = [measure(batch_size, options) for batch_size in options.batch_size]
-    write_json(options.json, record)
-    return 0
+    model = model_of(network, width, half, bench.at)
+    record["batches"] = [
+        measure(model, size, half, list(forms or ["denoising"]), timed_T, T, bench) for size in bench.batch_size or [32]
+    ]
+    bench.write(record)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, __doc__)

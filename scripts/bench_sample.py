@@ -1,27 +1,26 @@
 #!/usr/bin/env python3
 """Images a second of this package's samplers, of diffusers' own pipelines and of a plain loop, with the same network.
 
-    python scripts/bench_sample.py --batch_sizes 16 64 --rounds 7 --json bench_sample.json
+    python scripts/bench_sample.py --batch_size 16 64 --rounds 7 --steps 1 --warm_up 1 --json bench_sample.json
 
 All contenders evaluate one and the same diffusers UNet2DModel (random weights, in evaluation mode, float32) as often:
 the package's DDIMSampler and AncestralSampler, diffusers' DDIMPipeline and DDPMPipeline, and the ancestral loop of Ho
 et al. 2020 as one writes it down, in float32 with tables. Rounds are interleaved, so that what else the machine does
-falls on all of them; the ratio is the median over rounds of (package / other) within a round, with both extremes.
---tiny takes a network of next to no arithmetic, which leaves what the samplers themselves cost.
+falls on all of them; a ratio says how many times as fast the package is: the median over rounds of the two of a round,
+with its quartiles. --tiny takes a network of next to no arithmetic, which leaves what the samplers themselves cost.
 """
 
-import argparse
-import json
-import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from bench_tools import Bench, machine, peak_memory_mib, ratio, report, row, timed
+from torch import Tensor
 
+from ddpm_lightning.command_line import run_script
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.process import (
     DiffusionModel,
     EpsParameterization,
@@ -34,23 +33,13 @@ from ddpm_lightning.schedules import LinearChain, strided_grid
 
 try:
     from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    from ddpm_lightning.export.diffusers import UNet2DNetwork
 except ImportError:
     sys.exit("bench_sample: error: diffusers is missing: pip install 'ddpm-lightning[interchange]'")
 
 T, SIZE = 1000, 28
-
-
-class Wrapped(nn.Module):
-    """diffusers' network with the call of this package's: its timestep k = 0..T-1 is our time (k + 1)/T."""
-
-    def __init__(self, unet: UNet2DModel) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps."""
-        output: Tensor = self.unet(x, t * T - 1).sample
-        return output
+Draw = Callable[[int], Tensor]
 
 
 def unet_of(tiny: bool) -> UNet2DModel:
@@ -68,27 +57,27 @@ def unet_of(tiny: bool) -> UNet2DModel:
     ).eval()
 
 
-def package_run(sampler: Sampler, unet: UNet2DModel, steps: int, device: str) -> Callable[[int, int], Tensor]:
-    """(batch, seed) -> images, by the package."""
+def package_run(sampler: Sampler, unet: UNet2DModel, steps: int, device: str) -> Draw:
+    """batch -> images, by the package."""
     parts = (EpsParameterization(), TimeConditioning(), FixedLargeVariance(), PlainGaussian(256))
-    model = DiffusionModel(Wrapped(unet), LinearChain(T), *parts).to(device)
+    model = DiffusionModel(UNet2DNetwork(unet, T), LinearChain(T), *parts).to(device)
     grid = strided_grid(model.grid, steps)
 
-    def run(batch: int, seed: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed(seed)
+    def run(batch: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(0)
         x_T = torch.randn(batch, 1, SIZE, SIZE, generator=generator, device=device)
         return sampler(model, x_T, grid=grid, generators=generator)
 
     return run
 
 
-def pipeline_run(pipeline: DDIMPipeline | DDPMPipeline, steps: int, device: str) -> Callable[[int, int], Tensor]:
-    """(batch, seed) -> images, by diffusers."""
+def pipeline_run(pipeline: DDIMPipeline | DDPMPipeline, steps: int, device: str) -> Draw:
+    """batch -> images, by diffusers."""
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
 
-    def run(batch: int, seed: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed(seed)
+    def run(batch: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(0)
         images: Tensor = pipeline(
             batch_size=batch, generator=generator, num_inference_steps=steps, output_type="pt"
         ).images
@@ -97,14 +86,14 @@ def pipeline_run(pipeline: DDIMPipeline | DDPMPipeline, steps: int, device: str)
     return run
 
 
-def loop_run(unet: UNet2DModel, steps: int, device: str) -> Callable[[int, int], Tensor]:
-    """(batch, seed) -> images, by the loop that one writes: algorithm 2 on every (T / steps)-th state, x_0 clipped."""
+def loop_run(unet: UNet2DModel, steps: int, device: str) -> Draw:
+    """batch -> images, by the loop that one writes: algorithm 2 on every (T / steps)-th state, x_0 clipped."""
     bars = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T), 0)[:: T // steps].to(device)
     before = torch.cat([torch.ones(1, device=device), bars[:-1]])
     betas = 1 - bars / before
 
-    def run(batch: int, seed: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed(seed)
+    def run(batch: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(0)
         x = torch.randn(batch, 1, SIZE, SIZE, generator=generator, device=device)
         for i in range(steps - 1, -1, -1):
             eps = unet(x, torch.full((batch,), i * (T // steps), device=device)).sample
@@ -117,84 +106,54 @@ def loop_run(unet: UNet2DModel, steps: int, device: str) -> Callable[[int, int],
     return run
 
 
-def seconds_of(run: Callable[[int, int], Tensor], batch: int, seed: int, device: str) -> float:
-    """Seconds of one batch."""
-    start = time.perf_counter()
-    with torch.inference_mode():
-        run(batch, seed)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    return time.perf_counter() - start
+def main(
+    bench: Bench,
+    ddim_steps: int = 50,
+    ancestral_steps: int = 100,
+    tiny: bool = False,
+) -> None:
+    """Measure at each batch size.
 
-
-def main() -> int:
-    """Run the command line."""
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 64], help="default: 16 64")
-    parser.add_argument("--ddim_steps", type=int, default=50, help="default: 50")
-    parser.add_argument("--ancestral_steps", type=int, default=100, help="default: 100")
-    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
-    parser.add_argument("--tiny", action="store_true", help="a network of next to no arithmetic")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
-    numbers = (*arguments.batch_sizes, arguments.ddim_steps, arguments.ancestral_steps, arguments.rounds)
-    if min(numbers) < 1 or T % arguments.ancestral_steps or T % arguments.ddim_steps:
-        parser.error(f"numbers must be 1 or more, and steps divide {T}")
-    device, ddim, ancestral = arguments.device, arguments.ddim_steps, arguments.ancestral_steps
+    Args:
+        bench: what every benchmark is told
+        ddim_steps: steps of DDIM
+        ancestral_steps: steps of ancestral sampling
+        tiny: a network of next to no arithmetic
+    """
+    for name, steps in {"ddim_steps": ddim_steps, "ancestral_steps": ancestral_steps}.items():
+        if steps < 1 or T % steps:
+            raise InputError(f"--{name} {steps} must divide {T}")
+    at, device = bench.at, bench.device
     torch.manual_seed(0)
-    unet = unet_of(arguments.tiny).to(device)
-    schedule = {"num_train_timesteps": T, "clip_sample": True}
-    groups = {
-        f"DDIM, {ddim} steps": {
-            "package": package_run(DDIMSampler(), unet, ddim, device),
-            "diffusers": pipeline_run(DDIMPipeline(unet, DDIMScheduler(**schedule)), ddim, device),
+    unet, schedule = unet_of(tiny).to(at), {"num_train_timesteps": T, "clip_sample": True}
+    ancestral = DDPMPipeline(unet, DDPMScheduler(**schedule, variance_type="fixed_large"))
+    groups: dict[str, dict[str, Draw]] = {
+        f"DDIM, {ddim_steps} steps": {
+            "package": package_run(DDIMSampler(), unet, ddim_steps, device),
+            "diffusers": pipeline_run(DDIMPipeline(unet, DDIMScheduler(**schedule)), ddim_steps, device),
         },
-        f"ancestral, {ancestral} steps": {
-            "package": package_run(AncestralSampler(), unet, ancestral, device),
-            "diffusers": pipeline_run(
-                DDPMPipeline(unet, DDPMScheduler(**schedule, variance_type="fixed_large")), ancestral, device
-            ),
-            "plain loop": loop_run(unet, ancestral, device),
+        f"ancestral, {ancestral_steps} steps": {
+            "package": package_run(AncestralSampler(), unet, ancestral_steps, device),
+            "diffusers": pipeline_run(ancestral, ancestral_steps, device),
+            "plain loop": loop_run(unet, ancestral_steps, device),
         },
     }
-    rows = []
-    for batch in arguments.batch_sizes:
+    record: dict[str, Any] = {"machine": machine(at), "groups": []}
+    for size in bench.batch_size or [16, 64]:
         for name, runs in groups.items():
-            times: dict[str, list[float]] = {contender: [] for contender in runs}
-            for seed in range(arguments.rounds + 1):
-                # another one begins each round; round 0 is the warm-up
-                order = list(runs)[seed % len(runs) :] + list(runs)[: seed % len(runs)]
-                for contender in order:
-                    times[contender].append(seconds_of(runs[contender], batch, seed, device))
-            for contender, found in times.items():
-                ratios = [other / own for own, other in zip(times["package"][1:], found[1:], strict=True)]
-                row = {
-                    "sampler": name,
-                    "batch_size": batch,
-                    "contender": contender,
-                    "images_per_second": batch / statistics.median(found[1:]),
-                    "package_over_it": statistics.median(ratios),
-                    "lowest": min(ratios),
-                    "highest": max(ratios),
-                }
-                rows.append(row)
-                print(
-                    f"{name:<22} batch {batch:<4} {contender:<10} {row['images_per_second']:9.2f} images/s   "
-                    f"package / it {row['package_over_it']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})",
-                    flush=True,
-                )
-    on_host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else on_host
-    print(f"peak memory {peak / 2**20:.0f} MiB, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    if arguments.json:
-        record = {"rows": rows, "peak_bytes": peak, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+            steps_of = {other: torch.inference_mode()(partial(run, size)) for other, run in runs.items()}
+            variants = {other: timed(step, at, warm=False) for other, step in steps_of.items()}
+            seconds = bench.measure(variants)
+            rows = {contender: row(values, size, None, None) for contender, values in seconds.items()}
+            ratios = {
+                f"package / {other}": ratio(seconds[other], seconds["package"]) for other in runs if other != "package"
+            }
+            report(f"{name}, batches of {size}", rows, ratios)
+            record["groups"].append({"group": name, "batch_size": size, "rows": rows, "ratios": ratios})
+    record["peak_memory_mib"] = peak_memory_mib(at)
+    print(f"peak memory {record['peak_memory_mib']:.0f} MiB")
+    bench.write(record)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, __doc__)

@@ -1,12 +1,12 @@
 """What the benchmarks share: interleaved rounds, rates with their spread, the machine's peak, tables."""
 
-import argparse
 import json
 import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +15,22 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm_lightning.errors import at_least
+
 __all__ = [
+    "Bench",
     "Seconds",
     "Timer",
-    "add_options",
-    "at_least_one",
     "flops_of",
     "interleave",
     "machine",
     "peak_memory_mib",
     "peak_rates",
     "ratio",
+    "report",
     "row",
     "table",
     "timed",
-    "write_json",
 ]
 
 
@@ -62,12 +63,13 @@ class Timer:
         return Seconds(time.perf_counter() - self._start[0], time.process_time() - self._start[1])
 
 
-def timed(step: Callable[[], Any], device: torch.device) -> Callable[[int], Seconds]:
-    """``go(n)`` that takes n steps and says how long they took, after one that is not counted."""
+def timed(step: Callable[[], Any], device: torch.device, warm: bool = True) -> Callable[[int], Seconds]:
+    """``go(n)`` that takes n steps and says how long they took, ``warm`` after one that is not counted."""
 
     def go(steps: int) -> Seconds:
         timer = Timer(device)
-        step()
+        if warm:
+            step()
         timer.start()
         for _ in range(steps):
             step()
@@ -179,25 +181,49 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path | None, record: Mapping[str, Any]) -> None:
-    """Write the record, if there is a place for it."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+def report(head: str, rows: Mapping[str, Mapping[str, Any]], ratios: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a group's rows and ratios."""
+    print(f"\n{head}\n{table(rows)}")
+    for name, found in ratios.items():
+        print(
+            f"{name}: {found['ratio']:.2f} ({found['low']:.2f}..{found['high']:.2f}),"
+            f" by CPU time {found['ratio_cpu']:.2f}"
+        )
 
 
-def at_least_one(text: str) -> int:
-    """A whole number >= 1, for argparse."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
-    return value
+@dataclass(frozen=True)
+class Bench:
+    """What every benchmark is told.
 
+    Args:
+        device: cpu, cuda, cuda:1, ...
+        batch_size: one or several
+        rounds: turns of each variant
+        steps: steps in a turn
+        warm_up: steps that are not counted
+        json: file for the results
+    """
 
-def add_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """The options of every benchmark."""
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--batch_size", type=at_least_one, nargs="+", default=[batch_size], help="one or several")
-    parser.add_argument("--rounds", type=at_least_one, default=7, help="turns of each variant")
-    parser.add_argument("--steps", type=at_least_one, default=3, help="steps in a turn")
-    parser.add_argument("--warm_up", type=at_least_one, default=2, help="steps that are not counted")
-    parser.add_argument("--json", type=Path, default=None, help="file for the figures")
+    device: str = "cpu"
+    batch_size: list[int] | None = None
+    rounds: int = 7
+    steps: int = 3
+    warm_up: int = 2
+    json: Path | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, rounds=self.rounds, steps=self.steps, warm_up=self.warm_up, batch_size=min(self.batch_size or [1]))
+
+    @property
+    def at(self) -> torch.device:
+        return torch.device(self.device)
+
+    def measure(self, variants: Mapping[str, Callable[[int], Seconds]]) -> dict[str, list[Seconds]]:
+        """Seconds a step of each variant in each round."""
+        return interleave(variants, self.rounds, self.steps, self.warm_up)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write the record, if there is a place for it."""
+        if self.json is not None:
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            self.json.write_text(json.dumps(record, indent=2) + "\n")

@@ -19,7 +19,6 @@ by this process's CPU time. FLOPs are those of matrix products and convolutions 
 the faster of a large product and a convolution in the same data type, timed in the same rounds.
 """
 
-import argparse
 import logging
 import statistics
 import sys
@@ -28,23 +27,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from bench_tools import (
+    Bench,
     Seconds,
     Timer,
-    add_options,
     flops_of,
     interleave,
     machine,
     peak_memory_mib,
     peak_rates,
     ratio,
+    report,
     row,
-    table,
     timed,
-    write_json,
 )
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -52,6 +50,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from ddpm_lightning.callbacks import ImagesPerSecond
+from ddpm_lightning.command_line import run_script
 from ddpm_lightning.data import Batch, ImageDataModule, levels_to_model
 from ddpm_lightning.data.batches import Split, TrainBatches
 from ddpm_lightning.data.datamodule import SplitName
@@ -265,6 +264,8 @@ def diffusers(batch_size: int, device: torch.device, width: int) -> tuple[dict[s
     """diffusers' own training step against the package's, on the same network."""
     try:
         from diffusers import DDPMScheduler, UNet2DModel
+
+        from ddpm_lightning.export.diffusers import UNet2DNetwork
     except ImportError as error:
         print(f"diffusers is left out: {error}", file=sys.stderr)
         return None
@@ -281,14 +282,7 @@ def diffusers(batch_size: int, device: torch.device, width: int) -> tuple[dict[s
         up_block_types=("UpBlock2D",) * len(widths),
     )
 
-    class Adapted(nn.Module):
-        def __init__(self, network: nn.Module) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.network(x, t * T).sample
-
+    ours = UNet2DNetwork(theirs, T)
     adamw, fused = (partial(torch.optim.AdamW, lr=1e-4, fused=is_fused) for is_fused in (False, True))
     network = deepcopy(theirs).to(device)
     optimizer, scheduler = adamw(network.parameters()), DDPMScheduler(num_train_timesteps=T)
@@ -305,12 +299,10 @@ def diffusers(batch_size: int, device: torch.device, width: int) -> tuple[dict[s
 
     variants = {
         "diffusers": timed(step, device),
-        "package step on UNet2DModel": timed(bare_step(Adapted(theirs), adamw, batch_size, device), device),
-        "package Trainer on UNet2DModel": trainer_go(
-            Adapted(theirs), adamw, batch_size, device, "32-true", channels_last=False
-        ),
-        "  float32 defaults": trainer_go(Adapted(theirs), fused, batch_size, device, "32-true"),
-        "  bf16 defaults": trainer_go(Adapted(theirs), fused, batch_size, device, "bf16-mixed"),
+        "package step on UNet2DModel": timed(bare_step(ours, adamw, batch_size, device), device),
+        "package Trainer on UNet2DModel": trainer_go(ours, adamw, batch_size, device, "32-true", channels_last=False),
+        "  float32 defaults": trainer_go(ours, fused, batch_size, device, "32-true"),
+        "  bf16 defaults": trainer_go(ours, fused, batch_size, device, "bf16-mixed"),
     }
     return variants, flops_of(step)
 
@@ -347,16 +339,14 @@ COMPARISONS = [
 ]
 
 
-def measure(
-    group: str, variants: dict[str, Go], flops: int, batch_size: int, options: argparse.Namespace
-) -> dict[str, Any]:
+def measure(group: str, variants: dict[str, Go], flops: int, batch_size: int, bench: Bench) -> dict[str, Any]:
     """Rows and ratios of a group."""
-    device = options.device
+    device = bench.at
     peaks = {name: peak_rates(device, dtype) for name, dtype in (("32", torch.float32), ("bf16", torch.bfloat16))}
     probes = {f"{kind} {name}": go for name, kinds in peaks.items() for kind, (go, _) in kinds.items()}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = interleave({**variants, **probes}, options.rounds, options.steps, options.warm_up)
+    seconds = bench.measure({**variants, **probes})
     peak = {
         name: max(
             work / statistics.median(wall for wall, _ in seconds[f"{kind} {name}"]) for kind, (_, work) in kinds.items()
@@ -369,16 +359,8 @@ def measure(
         for base, other in COMPARISONS
         if base in variants and other in variants
     }
-    print(
-        f"\n{group}, batches of {batch_size}: {flops / 1e9:.2f} GFLOP a step; peak "
-        + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in peak.items())
-    )
-    print(table(rows))
-    for name, figures in ratios.items():
-        print(
-            f"{name}: {figures['ratio']:.2f} ({figures['low']:.2f}..{figures['high']:.2f}),"
-            f" by CPU time {figures['ratio_cpu']:.2f}"
-        )
+    peaks_in_words = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in peak.items())
+    report(f"{group}, batches of {batch_size}: {flops / 1e9:.2f} GFLOP a step; peak {peaks_in_words}", rows, ratios)
     return {
         "group": group,
         "batch_size": batch_size,
@@ -390,33 +372,42 @@ def measure(
     }
 
 
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, batch_size=128)
-    groups = ("lecture", "unet", "diffusers", "overhead")
-    parser.add_argument("--only", choices=groups, nargs="+", default=list(groups), help="groups to measure")
-    parser.add_argument("--compile", action="store_true", help="also the compiled networks (minutes to warm up)")
-    parser.add_argument("--width", type=int, default=32, help="channels of the U-Nets at full resolution")
-    parser.add_argument("--overhead_steps", type=int, default=200, help="steps in a turn of the smallest network")
-    options = parser.parse_args()
+Group = Literal["lecture", "unet", "diffusers", "overhead"]
+
+
+def main(
+    bench: Bench,
+    only: list[Group] | None = None,
+    compile: bool = False,
+    width: int = 32,
+    overhead_steps: int = 200,
+) -> None:
+    """Measure the groups.
+
+    Args:
+        bench: what every benchmark is told
+        only: groups to measure, by default all: lecture unet diffusers overhead
+        compile: also the compiled networks (minutes to warm up)
+        width: channels of the U-Nets at full resolution
+        overhead_steps: steps in a turn of the smallest network
+    """
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    device = options.device
-    record: dict[str, Any] = {"machine": machine(device), "groups": [], "overhead": None}
+    at, groups = bench.at, only or list(get_args(Group))
+    record: dict[str, Any] = {"machine": machine(at), "groups": [], "overhead": None}
     print(f"{record['machine']['device']}, {record['machine']['threads']} thread(s), torch {torch.__version__}")
-    for batch_size in options.batch_size:
-        if "lecture" in options.only:
-            found = lecture(batch_size, device, options.compile)
-            record["groups"].append(measure("lecture", *found, batch_size, options))
-        if "unet" in options.only:
-            found = unet(batch_size, device, options.compile, options.width)
-            record["groups"].append(measure("unet", *found, batch_size, options))
-        if "diffusers" in options.only and (its := diffusers(batch_size, device, options.width)):
-            record["groups"].append(measure("diffusers", *its, batch_size, options))
-    if "overhead" in options.only:
-        seconds = interleave(overhead(device), options.rounds, options.overhead_steps, options.warm_up)
+    for size in bench.batch_size or [128]:
+        makers: dict[Group, Callable[[], tuple[dict[str, Go], int] | None]] = {
+            "lecture": partial(lecture, size, at, compile),
+            "unet": partial(unet, size, at, compile, width),
+            "diffusers": partial(diffusers, size, at, width),
+        }
+        for group, make in makers.items():
+            if group in groups and (found := make()):
+                record["groups"].append(measure(group, *found, size, bench))
+    if "overhead" in groups:
+        seconds = interleave(overhead(at), bench.rounds, overhead_steps, bench.warm_up)
         rows = {name: row(values, 8, None, None) for name, values in seconds.items()}
         extra = {
             clock: 1e3
@@ -426,14 +417,13 @@ def main() -> int:
             )
             for clock in ("wall", "cpu")
         }
-        print(f"\noverhead, batches of 8\n{table(rows)}")
+        report("overhead, batches of 8", rows, {})
         print(f"Trainer's overhead: {extra['wall']:.3f} ms a step, CPU time {extra['cpu']:.3f} ms")
         record["overhead"] = {"rows": rows, "ms_per_step": extra["wall"], "cpu_ms_per_step": extra["cpu"]}
-    record["peak_memory_mib"] = peak_memory_mib(device)
+    record["peak_memory_mib"] = peak_memory_mib(at)
     print(f"peak memory {record['peak_memory_mib']:.0f} MiB")
-    write_json(options.json, record)
-    return 0
+    bench.write(record)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, __doc__)

@@ -17,7 +17,6 @@ Standard output is a JSON list with one object a case: its inputs and for each t
 scalar dimension. Exit status: 0; 1 where a given value is missed by more than 4 standard errors; 2 for bad input.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -32,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.command_line import run_script
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.metrics import MeanAndError
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.process import (
@@ -45,6 +45,7 @@ from ddpm_lightning.process import (
 )
 from ddpm_lightning.schedules import LinearChain, Schedule
 
+OWN_CASES = Path(__file__).with_name("bound_cases.json")
 INPUTS = ("T", "beta_start", "beta_end", "data_mean", "data_var", "reverse_variance")
 VARIANCES = {"beta": FixedLargeVariance, "posterior": FixedSmallVariance}
 FORMS: dict[str, tuple[ElboEstimator, tuple[str, ...]]] = {
@@ -158,45 +159,41 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
     return cases
 
 
-def main() -> int:
-    """Run the command line."""
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    own = Path(__file__).with_name("bound_cases.json")
-    parser.add_argument("--cases", type=Path, default=own, help="JSON list of cases (default: the script's own)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and noise (default: 0)")
-    parser.add_argument("--max_se", type=float, default=0.0045, help="standard error to reach (default: 0.0045)")
-    parser.add_argument("--batch", type=int, default=2048, help="images in a batch (default: 2048)")
-    arguments = parser.parse_args()
-    if not arguments.max_se > 0 or arguments.batch < 2:
-        parser.error("--max_se must be above 0 and --batch at least 2")
+def main(cases: Path = OWN_CASES, seed: int = 0, max_se: float = 0.0045, batch: int = 2048) -> int:
+    """Evaluate all cases.
 
+    Args:
+        cases: JSON list of cases, by default the script's own
+        seed: seed of data and noise
+        max_se: standard error to reach
+        batch: images in a batch, 2 or more
+
+    Returns:
+        The exit status.
+    """
+    if not max_se > 0:
+        raise InputError(f"--max_se {max_se:g} must be above 0")
+    at_least(2, batch=batch)
     results, missed, start = [], 0, time.perf_counter()
-    try:
-        cases = read_cases(arguments.cases)
-        for case in cases:
-            build(case)
-        work = partial(evaluate, max_se=arguments.max_se, batch=arguments.batch, seed=arguments.seed)
-        # one case a process with one thread each: the tensors are too small to be worth sharing among threads
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=context) as pool:
-            for number, (case, result) in enumerate(zip(cases, pool.map(work, cases), strict=True), start=1):
-                results.append(result)
-                lines = list(misses(case, result))
-                missed += len(lines)
-                status = "missed" if lines else "ok"
-                seconds = time.perf_counter() - start
-                head = f"case {number} of {len(cases)} (T = {case['T']}): {status}, {seconds:.0f} s since the start"
-                print(head, *lines, sep="\n  ", file=sys.stderr)
-    except InputError as error:
-        print(f"check_bound: error: {error}", file=sys.stderr)
-        return 2
+    read = read_cases(cases)
+    for case in read:
+        build(case)
+    work = partial(evaluate, max_se=max_se, batch=batch, seed=seed)
+    # one case a process with one thread each: the tensors are too small to be worth sharing among threads
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=context) as pool:
+        for number, (case, result) in enumerate(zip(read, pool.map(work, read), strict=True), start=1):
+            results.append(result)
+            lines = list(misses(case, result))
+            missed += len(lines)
+            status = "missed" if lines else "ok"
+            seconds = time.perf_counter() - start
+            head = f"case {number} of {len(read)} (T = {case['T']}): {status}, {seconds:.0f} s since the start"
+            print(head, *lines, sep="\n  ", file=sys.stderr)
     json.dump(results, sys.stdout, indent=1)
     print()
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, __doc__)

@@ -9,8 +9,6 @@ continuous time, with the same noise for all. A learned variance is a training o
 holds its last step already is not repeated.
 """
 
-import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +17,12 @@ from typing import Any
 import torch
 import yaml
 
+from ddpm_lightning.command_line import run_script
 from ddpm_lightning.data import levels_to_model
-from ddpm_lightning.errors import InputError
-from ddpm_lightning.metrics import bits_per_dim
-from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo, ElboEstimator
-from ddpm_lightning.ops import image_generators
+from ddpm_lightning.errors import InputError, at_least
+from ddpm_lightning.evaluation.bound import image_bits, mean_and_error
+from ddpm_lightning.evaluation.trained import Trained
+from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo
 from ddpm_lightning.process import (
     AnalyticVariance,
     FixedLargeVariance,
@@ -32,7 +31,7 @@ from ddpm_lightning.process import (
     eps_mse_table,
     spread_times,
 )
-from ddpm_lightning.runs import load_run
+from ddpm_lightning.runs import Run
 from ddpm_lightning.training import DiffusionModule
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
@@ -105,26 +104,23 @@ def variances(module: DiffusionModule, x0: torch.Tensor) -> dict[str, ReverseVar
     return {"beta": FixedLargeVariance(), "beta-tilde": FixedSmallVariance(), "analytic": AnalyticVariance(*table)}
 
 
-def evaluate(module: DiffusionModule, estimator: ElboEstimator, x0: torch.Tensor) -> tuple[float, float]:
-    """Bits/dim of the averaged model, mean and standard error over images."""
-    with torch.inference_mode():
-        total = estimator(module.ema_model, x0, image_generators(0, range(len(x0)))).total
-    mean, error = float(-total.mean()), float(total.std()) / len(total) ** 0.5
-    return bits_per_dim(mean, module.dims), bits_per_dim(error, module.dims)
-
-
 def rows_of(names: tuple[str, str], folder: Path, few: int, many: int, images: int | None) -> list[dict[str, Any]]:
     """A row for each variance of one training."""
-    module, data = load_run(folder / "config.yaml", folder / "checkpoints" / "last.ckpt")
-    x0 = levels_to_model(data.split("test").images[:images], module.levels)
-    fitted = variances(module, levels_to_model(data.split("train").images[:500], module.levels))
+    trained = Trained(str(folder), batch_size=images or 1000)
+    module, test = trained.module, trained.data.split("test")
+    shown = test.batch(torch.arange(len(test))[:images])
+    fitted = variances(module, levels_to_model(trained.data.split("train").images[:500], module.levels))
+    estimators = {
+        "few": DenoisingElbo(T=few),
+        "many": DenoisingElbo(steps=min(many, module.ema_model.T - 1)),
+        "continuous": ContinuousElbo(many),
+    }
     rows = []
     for name, variance in fitted.items():
         module.ema_model.reverse_process.variance = variance
         row: dict[str, Any] = {"schedule": names[0], "objective": names[1], "variance": name}
-        row["few"] = evaluate(module, DenoisingElbo(T=few), x0)
-        row["many"] = evaluate(module, DenoisingElbo(steps=min(many, module.ema_model.T - 1)), x0)
-        row["continuous"] = evaluate(module, ContinuousElbo(many), x0)
+        for column, estimator in estimators.items():
+            row[column] = mean_and_error(image_bits(trained, estimator, shown, f"{name}, {column}"))
         rows.append(row)
     return rows
 
@@ -140,39 +136,39 @@ def table(rows: list[dict[str, Any]], few: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Run the command line."""
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of each training (default: 600)")
-    parser.add_argument("--few", type=int, default=10, help="states of the short chain (default: 10)")
-    parser.add_argument("--many", type=int, default=50, help="steps evaluated of the long chain (default: 50)")
-    parser.add_argument("--images", type=int, help="test images (default: all)")
-    parser.add_argument("--only", help="trainings whose 'schedule, objective' contains this (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/choices"), help="folder (default: runs/choices)")
-    arguments = parser.parse_args()
-    if min(arguments.steps, arguments.many) < 1 or arguments.few < 2:
-        parser.error("--steps and --many must be 1 or more, --few 2 or more")
-    chosen = {names: model for names, model in TRAININGS.items() if (arguments.only or "") in ", ".join(names)}
+def main(
+    steps: int = 600,
+    few: int = 10,
+    many: int = 50,
+    images: int | None = None,
+    only: str = "",
+    out: Path = Path("runs/choices"),
+) -> None:
+    """Train and compare.
+
+    Args:
+        steps: optimiser steps of each training
+        few: states of the short chain
+        many: steps evaluated of the long chain
+        images: test images, by default all
+        only: trainings whose 'schedule, objective' contains this, by default all
+        out: folder
+    """
+    at_least(1, steps=steps, many=many)
+    at_least(2, few=few, **({} if images is None else {"images": images}))
+    chosen = {names: model for names, model in TRAININGS.items() if only in ", ".join(names)}
     if not chosen:
-        parser.error(f"--only {arguments.only}: none of {'; '.join(', '.join(names) for names in TRAININGS)}")
+        raise InputError(f"--only {only}: none of {'; '.join(', '.join(names) for names in TRAININGS)}")
     rows: list[dict[str, Any]] = []
-    try:
-        for number, (names, model) in enumerate(chosen.items(), start=1):
-            print(f"{number} of {len(chosen)}: {', '.join(names)}", file=sys.stderr, flush=True)
-            folder = arguments.out / "-".join(names).replace(" ", "_")
-            train(model, arguments.steps, folder)
-            rows += rows_of(names, folder, arguments.few, arguments.many, arguments.images)
-    except InputError as error:
-        print(f"compare_choices: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.steps} steps each, test images, averaged weights, bits/dim of the denoising form\n")
-    print(table(rows, arguments.few))
-    (arguments.out / "choices.json").write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+    for number, (names, model) in enumerate(chosen.items(), start=1):
+        print(f"{number} of {len(chosen)}: {', '.join(names)}", file=sys.stderr, flush=True)
+        folder = out / "-".join(names).replace(" ", "_")
+        train(model, steps, folder)
+        rows += rows_of(names, folder, few, many, images)
+    print(f"{steps} steps each, test images, averaged weights, bits/dim of the denoising form\n")
+    print(table(rows, few))
+    Run(out).write("choices.json", rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, __doc__)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Quality of a run's samples against what they cost, for every sampler; and what guidance does.
 
-    python scripts/quality_vs_cost.py --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt --out DIR
+    python scripts/quality_vs_cost.py RUN --out DIR
 
 For each sampler and each number of network evaluations, --n images of the averaged model are compared with all test
 images in the feature space of the data's classifier: Frechet distance (lower is better; it has a bias that falls with
@@ -17,27 +17,28 @@ Rows are written to DIR/quality.json as they come, and a run that was cut off go
 quality.png (the curves), quality_samples.png (the first images of each row) and prints the table.
 """
 
-import argparse
 import json
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm_lightning.callbacks.reports import model_facts
-from ddpm_lightning.data import Batch, levels_to_model
+from ddpm_lightning.command_line import run_script
+from ddpm_lightning.data import Batch
 from ddpm_lightning.data.batches import Split
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
+from ddpm_lightning.evaluation.bound import model_facts
+from ddpm_lightning.evaluation.quality import Comparison, Samples, labelled_batches, named_classifier
+from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import save_png, tile
-from ddpm_lightning.metrics import ClassifierFeatures, ClassMetrics, FrechetDistance, PrecisionRecall
-from ddpm_lightning.metrics.features import classifier_for, load_classifier
-from ddpm_lightning.runs import load_run
+from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, DPMSolverSampler, HeunSampler, Sampler
 from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.schedules import KarrasGrid, LogSNRGrid, StridedGrid, TimeGrid
@@ -57,39 +58,23 @@ SAMPLERS: dict[str, tuple[Sampler, str]] = {
 }
 """By name: the sampler, and its own grid."""
 SHOWN = 4
-FIGURES = ("frechet", "precision", "recall", "accuracy")
+SHOWN_SCORES = ("frechet", "precision", "recall", "accuracy")
 
 
 class Judge:
-    """Figures of images against the test images, whose features are computed once."""
+    """Measures of images against the test images: the distance from all of them, precision and recall against n."""
 
-    def __init__(self, module: DiffusionModule, test: Tensor) -> None:
-        classifier = load_classifier(classifier_for(module.shape, module.levels)).to(module.device)
-        extractor, self.levels = ClassifierFeatures(classifier), module.levels
-        self.frechet = FrechetDistance(extractor, reset_real_features=False)
-        self.neighbours = PrecisionRecall(extractor)
-        self.classes = ClassMetrics(classifier)
-        for metric in (self.frechet, self.neighbours, self.classes):
-            metric.to(module.device)
-        self.test = test
-        self._update(self.frechet, test, real=True)
-
-    def _update(self, metric: Any, images: Tensor, **options: bool) -> None:
-        for part in images.split(500):
-            metric.update(levels_to_model(part.to(metric.device), self.levels), **options)
+    def __init__(self, module: DiffusionModule, test: Batch, n: int) -> None:
+        _, classifier = named_classifier(module, None)
+        first = Batch(*(column[:n] for column in test))
+        self.whole = Comparison(module, classifier, labelled_batches(test, 500), only=["frechet", "classes"])
+        self.equal = Comparison(module, classifier, labelled_batches(first, 500), only=["precision_recall"])
 
     def __call__(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
-        """Figures of grey levels ``[N, C, H, W]``; the neighbours' are of N test images."""
-        self._update(self.frechet, images, real=False)
-        self._update(self.neighbours, images, real=False)
-        self._update(self.neighbours, self.test[: len(images)], real=True)
-        figures = {"frechet": self.frechet.compute(), **self.neighbours.compute()}
-        if labels is not None:
-            self.classes.update(levels_to_model(images.to(self.classes.device), self.levels), labels)
-            figures["accuracy"] = self.classes.compute()["accuracy"]
-        for metric in (self.frechet, self.neighbours, self.classes):
-            metric.reset()
-        return {name: float(figures[name]) for name in FIGURES if name in figures}
+        parts = images.split(500)
+        batches = list(zip(parts, [None] * len(parts) if labels is None else labels.split(500), strict=True))
+        found = {**self.whole(batches), **self.equal(batches)}
+        return {name: found[name] for name in SHOWN_SCORES if name in found}
 
 
 class Table:
@@ -116,7 +101,7 @@ class Table:
     def __str__(self) -> str:
         lines = [f"{'row':<44} {'evaluations':>11} {'Frechet':>9} {'precision':>9} {'recall':>7} {'accuracy':>8}"]
         for name, row in self.rows.items():
-            cells = [f"{row[key]:.3f}" if key in row else "" for key in FIGURES]
+            cells = [f"{row[key]:.3f}" if key in row else "" for key in SHOWN_SCORES]
             lines.append(
                 f"{name:<44} {row.get('evaluations', ''):>11} {cells[0]:>9} {cells[1]:>9} {cells[2]:>7} {cells[3]:>8}"
             )
@@ -142,18 +127,12 @@ def steps_for(sampler: Sampler, evaluations: int) -> int:
     return steps
 
 
-def draw(
-    module: DiffusionModule, sampler: Sampler, grid: TimeGrid, steps: int, scale: float, arguments: argparse.Namespace
-) -> tuple[Tensor, Tensor | None]:
-    """``--n`` images, grey levels, and the classes that were asked for."""
-    precision: AbstractContextManager[Any] = nullcontext()
-    if arguments.precision == "bf16-mixed":
-        precision = torch.autocast(module.device.type, dtype=torch.bfloat16)
-    drawing = SampleRequest(sampler, steps, grid, arguments.seed, guidance_scale=scale).on(module)
-    index = torch.arange(arguments.n)
-    with torch.no_grad(), precision:
-        images = torch.cat([drawing(part).cpu() for part in index.split(arguments.batch_size)])
-    return images, drawing.label(index)
+def draw(module: DiffusionModule, samples: Samples, precision: str) -> tuple[Tensor, Tensor | None]:
+    """Grey levels, and the classes that were asked for."""
+    half = partial(torch.autocast, module.device.type, dtype=torch.bfloat16)
+    drawn = list(samples.batches(module, precision=half if precision == "bf16-mixed" else nullcontext))
+    labels = [label for _, label in drawn if label is not None]
+    return torch.cat([levels.cpu() for levels, _ in drawn]), torch.cat(labels) if labels else None
 
 
 def curves(table: Table, path: Path) -> None:
@@ -198,75 +177,72 @@ def samples_figure(module: DiffusionModule, table: Table, path: Path) -> None:
     save_png(tile(images, module.levels, columns), path)
 
 
-def main() -> int:
-    """Run the command line."""
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    costs, scales = [5, 10, 20, 50, 100, 300, 1000], [0.0, 1.0, 1.5, 2.0, 3.0, 5.0]
-    parser.add_argument("--config", type=Path, required=True, help="config.yaml of the run: names the data")
-    parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of the run")
-    parser.add_argument("--n", type=int, default=1000, help="samples in each row (default: 1000)")
-    parser.add_argument("--evaluations", type=int, nargs="+", default=costs, help=f"network evaluations ({costs})")
-    parser.add_argument("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="default: all")
-    parser.add_argument("--compare_grids", type=int, default=20, help="every grid up to as many (default: 20)")
-    parser.add_argument("--scales", type=float, nargs="*", default=scales, help=f"guidance scales ({scales})")
-    parser.add_argument("--guidance_steps", type=int, default=20, help="steps of guided samples (default: 20)")
-    parser.add_argument("--batch_size", type=int, default=100, help="images drawn at a time (default: 100)")
-    parser.add_argument("--precision", choices=("32", "bf16-mixed"), default="32", help="of the network (default: 32)")
-    parser.add_argument("--compile", action="store_true", help="compile the network")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
-    parser.add_argument("--device", default="cpu", help="where to sample, cpu or cuda (default: cpu)")
-    parser.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results (default: quality)")
-    arguments = parser.parse_args()
-    if arguments.n < 10 or arguments.batch_size < 1 or min(arguments.evaluations) < 1:
-        parser.error("--n must be 10 or more, --batch_size and --evaluations 1 or more")
+def main(
+    trained: Trained,
+    n: int = 1000,
+    evaluations: list[int] | None = None,
+    samplers: list[str] | None = None,
+    compare_grids: int = 20,
+    scales: list[float] | None = None,
+    guidance_steps: int = 20,
+    precision: Literal["32", "bf16-mixed"] = "32",
+    compile: bool = False,
+) -> None:
+    """Draw and measure.
+
+    Args:
+        trained: the run
+        n: samples in each row, 10 or more
+        evaluations: network evaluations, by default 5 10 20 50 100 300 1000
+        samplers: some of the samplers, by default all
+        compare_grids: every grid up to as many evaluations
+        scales: guidance scales, by default 0 1 1.5 2 3 5
+        guidance_steps: steps of guided samples
+        precision: of the network
+        compile: compile the network
+    """
+    evaluations = evaluations or [5, 10, 20, 50, 100, 300, 1000]
+    scales = [0.0, 1.0, 1.5, 2.0, 3.0, 5.0] if scales is None else scales
+    at_least(10, n=n)
+    at_least(1, evaluations=min(evaluations))
+    if unknown := set(samplers or []) - set(SAMPLERS):
+        raise InputError(f"--samplers {', '.join(unknown)}: there are {', '.join(SAMPLERS)}")
     start = time.perf_counter()
-    try:
-        module, data = load_run(arguments.config, arguments.ckpt_path)
-        module.to(arguments.device)
-        options = {name: getattr(arguments, name) for name in ("n", "seed", "precision")}
-        table = Table(arguments.out, {**model_facts(module), **options})
-        test, train = data.split("test"), training_images(module, data.split("train"), arguments.n, arguments.seed)
-        judge = Judge(module, test.images)
-        if arguments.compile:
-            module.ema_model.network.compile()
-        table.add("training images", judge(train.image, train.label if module.class_conditional else None), train.image)
+    module, data, seed = trained.module, trained.data, trained.seed
+    out = Path(trained.out or Run(trained.run).folder / "quality_vs_cost")
+    table = Table(out, {**model_facts(module), "n": n, "seed": seed, "precision": precision})
+    test, train = data.split("test"), training_images(module, data.split("train"), n, seed)
+    judge = Judge(module, test.batch(torch.arange(len(test))), n)
+    if compile:
+        module.ema_model.network.compile()
+    table.add("training images", judge(train.image, train.label if module.class_conditional else None), train.image)
 
-        def measure(name: str, sampler: Sampler, grid: str, steps: int, scale: float, row: dict[str, Any]) -> None:
-            if name not in table.rows:
-                begun = time.perf_counter()
-                images, labels = draw(module, sampler, GRIDS[grid], steps, scale, arguments)
-                seconds = time.perf_counter() - begun
-                row |= {"steps": steps, "grid": grid, **judge(images, labels), "seconds": seconds}
-                table.add(name, row, images)
-            print(
-                f"{name}: Frechet {table.rows[name]['frechet']:.3f}, {time.perf_counter() - start:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+    def measure(name: str, sampler: Sampler, grid: str, steps: int, scale: float, row: dict[str, Any]) -> None:
+        if name not in table.rows:
+            begun = time.perf_counter()
+            samples = Samples(n, sampler, steps, trained.batch_size, scale, seed, GRIDS[grid])
+            images, labels = draw(module, samples, precision)
+            seconds = time.perf_counter() - begun
+            row |= {"steps": steps, "grid": grid, **judge(images, labels), "seconds": seconds}
+            table.add(name, row, images)
+        seconds = time.perf_counter() - start
+        print(f"{name}: Frechet {table.rows[name]['frechet']:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
-        for evaluations in sorted(arguments.evaluations):
-            for name in arguments.samplers:
-                sampler, own = SAMPLERS[name]
-                steps = min(steps_for(sampler, evaluations), module.ema_model.T)
-                for grid in GRIDS if evaluations <= arguments.compare_grids else (own,):
-                    row = {"sampler": name, "evaluations": sampler.evaluations(steps), "own": grid == own}
-                    measure(f"{name}, {grid}, {evaluations}", sampler, grid, steps, 1.0, row)
-        if module.label_dropout:
-            for scale in arguments.scales:
-                cost = (1 if scale in (0, 1) else 2) * arguments.guidance_steps
-                row = {"scale": scale, "evaluations": cost}
-                measure(f"guided, {scale:g}", DPMSolverSampler(), "strided", arguments.guidance_steps, scale, row)
-    except InputError as error:
-        print(f"quality_vs_cost: error: {error}", file=sys.stderr)
-        return 2
-    curves(table, arguments.out / "quality.png")
-    samples_figure(module, table, arguments.out / "quality_samples.png")
+    for cost in sorted(evaluations):
+        for name in samplers or SAMPLERS:
+            sampler, own = SAMPLERS[name]
+            steps = min(steps_for(sampler, cost), module.ema_model.T)
+            for grid in GRIDS if cost <= compare_grids else (own,):
+                row = {"sampler": name, "evaluations": sampler.evaluations(steps), "own": grid == own}
+                measure(f"{name}, {grid}, {cost}", sampler, grid, steps, 1.0, row)
+    if module.label_dropout:
+        for scale in scales:
+            row = {"scale": scale, "evaluations": (1 if scale in (0, 1) else 2) * guidance_steps}
+            measure(f"guided, {scale:g}", DPMSolverSampler(), "strided", guidance_steps, scale, row)
+    curves(table, out / "quality.png")
+    samples_figure(module, table, out / "quality_samples.png")
     print(table)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, __doc__)

@@ -9,21 +9,21 @@ random. The number of epochs is fixed beforehand and the last weights are kept: 
 validation images, whose accuracy is printed as it goes, nor on the test images, whose accuracy is printed at the end.
 """
 
-import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
+from ddpm_lightning.command_line import run_script
 from ddpm_lightning.data import MNIST, Digits, ImageDataModule, levels_to_model
 from ddpm_lightning.data.batches import Split
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.networks import FeatureClassifier
 
 BATCH = 128
@@ -73,39 +73,32 @@ def trained(data: ImageDataModule, epochs: int, seed: int) -> FeatureClassifier:
     return classifier
 
 
-def main() -> int:
-    """Run the command line."""
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--data", choices=sorted(EPOCHS), required=True, help="what to learn")
-    parser.add_argument("--data_root", default="data", help="folder that holds MNIST/raw (default: data)")
-    parser.add_argument("--epochs", type=int, help="passes over the training images (default: 8, digits 150)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    arguments = parser.parse_args()
-    epochs = EPOCHS[arguments.data] if arguments.epochs is None else arguments.epochs
-    if epochs < 1:
-        parser.error("--epochs must be 1 or more")
+def main(
+    data: Literal["mnist", "digits"], out: Path, data_root: str = "data", epochs: int | None = None, seed: int = 0
+) -> None:
+    """Train, test and write a classifier.
+
+    Args:
+        data: what to learn
+        out: safetensors file to write
+        data_root: folder that holds MNIST/raw
+        epochs: passes over the training images, by default 8 for mnist and 150 for digits
+        seed: seed of everything
+    """
+    epochs = EPOCHS[data] if epochs is None else epochs
+    at_least(1, epochs=epochs)
     # sums then do not depend on how many cores there are
     torch.set_num_threads(1)
-    try:
-        data = MNIST(arguments.data_root) if arguments.data == "mnist" else Digits()
-        data.prepare_data()
-        classifier = trained(data, epochs, arguments.seed)
-        test = data.split("test")
-    except InputError as error:
-        print(f"train_classifier: error: {error}", file=sys.stderr)
-        return 2
+    images = MNIST(data_root) if data == "mnist" else Digits()
+    images.prepare_data()
+    classifier = trained(images, epochs, seed)
     names = ("channels", "size", "num_classes", "width", "num_features")
     init_args = json.dumps({name: getattr(classifier, name) for name in names})
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(classifier.state_dict(), arguments.out, metadata={"init_args": init_args})
-    share = accuracy(classifier, test, data.levels)
-    print(f"test accuracy {share:.4f} of {len(test)} images; wrote {arguments.out}")
-    return 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(classifier.state_dict(), out, metadata={"init_args": init_args})
+    test = images.split("test")
+    print(f"test accuracy {accuracy(classifier, test, images.levels):.4f} of {len(test)} images; wrote {out}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, __doc__)

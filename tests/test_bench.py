@@ -3,13 +3,15 @@
 import json
 import math
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
+
+from ddpm_lightning.command_line import call
+from ddpm_lightning.errors import InputError
 
 SHORT = ["--batch_size", "2", "3", "--rounds=2", "--steps=1", "--warm_up=1", "--width=8"]
 
@@ -19,12 +21,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run a script here, where torch is loaded already."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
-    def call(name: str, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        status: int = runpy.run_path(str(ROOT / "scripts" / name))["main"]()
-        return status
+    def start(name: str, *arguments: str) -> int:
+        return call(runpy.run_path(str(ROOT / "scripts" / name))["main"], [*arguments], name)
 
-    return call
+    return start
 
 
 def finite(value: Any) -> bool:
@@ -81,9 +81,7 @@ def test_bench_train_against_diffusers_or_without(
         assert list(group["rows"]) == rows and finite(group["rows"]) and len(group["ratios"]) == 4
 
 
-def test_bench_bound_reports_rates_and_memory(
-    run: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_bench_bound_reports_rates_and_memory(run: Callable[..., int], tmp_path: Path) -> None:
     options = [*SHORT, "--forms", "denoising", "trajectory", "--timed_T=3", "--T", "6", "3", "--precision=bf16"]
     assert run("bench_bound.py", *options, f"--json={tmp_path}/a.json") == 0
     record = json.loads((tmp_path / "a.json").read_text())
@@ -95,6 +93,27 @@ def test_bench_bound_reports_rates_and_memory(
             "denoising": ["3", "6"],
             "trajectory": ["3", "6"],
         }
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(InputError, match="--T 1 must be 2 or more"):
         run("bench_bound.py", "--T", "1")
-    assert "--T and --timed_T must be 2 or more" in capsys.readouterr().err
+
+
+def test_bench_sample_compares_all(run: Callable[..., int], tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    options = [
+        "--batch_size=2",
+        "--steps=1",
+        "--warm_up=1",
+        "--ddim_steps=2",
+        "--ancestral_steps=2",
+        "--rounds=1",
+        "--tiny",
+    ]
+    assert run("bench_sample.py", *options, f"--json={tmp_path}/bench.json") == 0
+    groups = json.loads((tmp_path / "bench.json").read_text())["groups"]
+    assert [list(group["rows"]) for group in groups] == [
+        ["package", "diffusers"],
+        ["package", "diffusers", "plain loop"],
+    ]
+    assert all(finite(group["rows"]) and finite(group["ratios"]) for group in groups)
+    with pytest.raises(InputError, match="--ddim_steps 3 must divide 1000"):
+        run("bench_sample.py", "--ddim_steps=3")

@@ -1,35 +1,22 @@
-"""The out-of-distribution example."""
+"""``ddpm evaluate ood``."""
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, run_script
 
+from ddpm_lightning.cli import main
 from ddpm_lightning.data import Batch
-from ddpm_lightning.runs import load_run
+from ddpm_lightning.evaluation import ood
+from ddpm_lightning.runs import Run
 
 pytestmark = pytest.mark.cli
 
 
-@pytest.fixture(scope="module")
-def ood() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("detect_ood", ROOT / "scripts/detect_ood.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_detect_ood_judges_every_set(trained: Path, tmp_path: Path) -> None:
-    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", f"--out={tmp_path}"]
-    done = run_script("detect_ood.py", *run, "--images=60", "--batch_size=40")
-    assert done.returncode == 0, done.stderr
+def test_every_set_is_judged(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", "ood", str(trained), "--images=60", "--batch_size=40", f"--out={tmp_path}"])
     record = json.loads((tmp_path / "ood.json").read_text())
     assert (record["T"], record["steps"], record["weights"], record["steps_trained"]) == (12, 11, "averaged", 20)
     sets = {row["set"]: row for row in record["sets"]}
@@ -46,32 +33,28 @@ def test_detect_ood_judges_every_set(trained: Path, tmp_path: Path) -> None:
     mean = sum(float(row["inverted"]) for row in rows) / 60
     assert mean == pytest.approx(sets["inverted"]["bits_per_dim"]["mean"], rel=1e-12)
     assert (tmp_path / "ood.png").stat().st_size > 10_000
-    assert "uniform noise: 60 of 60 images" in done.stderr and "AUROC typicality" in done.stdout
+    captured = capsys.readouterr()
+    assert "uniform noise: 100%" in captured.err and "60/60" in captured.err and "AUROC typicality" in captured.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"), (["--images=1"], "--images"), (["--T=0"], "T = 0")],
+    [
+        (["--checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["--images=1"], "--images"),
+        (["--T=0"], "--T 0"),
+    ],
 )
-def test_detect_ood_refuses_bad_input(
-    ood: ModuleType,
-    trained: Path,
-    arguments: list[str],
-    word: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_bad_input_is_refused(
+    trained: Path, arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", "--images=2"]
-    monkeypatch.setattr(sys, "argv", ["detect_ood.py", *run, *arguments])
-    try:
-        status = ood.main()
-    except SystemExit as stopped:
-        status = stopped.code
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "ood", str(trained), "--images=2", *arguments])
     captured = capsys.readouterr()
-    assert status == 2 and word in captured.err and captured.out == ""
+    assert stopped.value.code == 2 and word in captured.err and captured.out == ""
 
 
-def test_auroc_of_any_scores(ood: ModuleType) -> None:
+def test_auroc_of_any_scores() -> None:
     """Pairs counted one by one, with ties, and with scores so large that a sigmoid of them would be 1."""
     inside, outside = torch.tensor([1.0, 2.0, 2.0, 90.0, 95.0]).double(), torch.tensor([2.0, 80.0, 91.0, 92.0]).double()
     wins = [1.0 if o > i else 0.5 if o == i else 0.0 for o in outside for i in inside]
@@ -79,7 +62,7 @@ def test_auroc_of_any_scores(ood: ModuleType) -> None:
     assert ood.auroc(-inside, -outside) == pytest.approx(1 - sum(wins) / len(wins), abs=1e-6)
 
 
-def test_standard_error_of_auroc_knows_the_pairs(ood: ModuleType) -> None:
+def test_standard_error_of_auroc_knows_the_pairs() -> None:
     """For independent scores it is about that of Hanley and McNeil (1982); for tied pairs it is much smaller."""
     generator = torch.Generator().manual_seed(0)
     inside, other = torch.randn(2, 400, generator=generator, dtype=torch.float64)
@@ -90,8 +73,8 @@ def test_standard_error_of_auroc_knows_the_pairs(ood: ModuleType) -> None:
     assert ood.auroc_se(inside, inside + 1) < 0.5 * expected
 
 
-def test_sets_are_what_they_say(ood: ModuleType, trained: Path) -> None:
-    module, data = load_run(trained / "config.yaml", trained / "checkpoints/last.ckpt")
+def test_sets_are_what_they_say(trained: Path) -> None:
+    module, data = Run(trained).load()
     inside = data.split("test").chosen(20, seed=3)
     sets = ood.outliers(module, inside, False, seed=3)
     for name, batch in sets.items():

@@ -459,7 +459,6 @@ def test_check_bound_names_bad_input(
     script: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     bad: str,
 ) -> None:
     text, names = BAD_CASES[bad]
@@ -468,9 +467,7 @@ def test_check_bound_names_bad_input(
     path = tmp_path / "cases.json"
     if text is not None:
         path.write_text(text)
-    monkeypatch.setattr(sys, "argv", ["check_bound.py", "--cases", str(path)])
-    assert script.main() == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
+    with pytest.raises(InputError) as refused:
+        script.main(cases=path)
     for name in names:
-        assert name in captured.err
+        assert name in str(refused.value)

@@ -18,13 +18,13 @@ LAYERS = [
     ["schedules", "networks"],
     ["process"],
     ["objectives", "samplers", "metrics"],
-    ["data", "checkpoints", "figures"],
+    ["data", "checkpoints", "figures", "command_line"],
     ["training"],
     ["runs"],
     ["sampling"],
     ["evaluation", "export"],
-    ["callbacks"],
-    ["trainer"],
+    ["callbacks", "interchange"],
+    ["trainer", "commands"],
     ["cli", "__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}

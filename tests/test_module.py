@@ -100,7 +100,7 @@ def test_evaluation_and_sampling_use_the_average(tmp_path: Path) -> None:
         for parameter in module.model.parameters():
             parameter.fill_(float("nan"))
     trainer(tmp_path).test(module, Digits(limit_test=8), verbose=False)
-    assert all(abs(mean) < 1e6 for mean, _ in module.bound_figures["test"]["denoising"].values())
+    assert all(abs(score.mean) < 1e6 for score in module.bound_scores["test"]["denoising"].values())
     assert SampleRequest().on(module)([0, 1]).shape == (2, 1, 8, 8)
 
 
@@ -186,9 +186,9 @@ def test_test_after_fit_equals_test_of_the_checkpoint(tmp_path: Path) -> None:
     runner.test(module, Digits(limit_test=40), verbose=False)
     again = DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt")
     trainer(tmp_path).test(again, Digits(limit_test=40), verbose=False)
-    assert module.bound_figures["test"] == again.bound_figures["test"]
+    assert module.bound_scores["test"] == again.bound_scores["test"]
     runner.test(module, Digits(limit_test=40), ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
-    assert module.bound_figures["test"] == again.bound_figures["test"]
+    assert module.bound_scores["test"] == again.bound_scores["test"]
 
 
 def test_figures_are_means_over_images_with_their_standard_errors(tmp_path: Path) -> None:
@@ -197,12 +197,12 @@ def test_figures_are_means_over_images_with_their_standard_errors(tmp_path: Path
     runner.test(module, data, verbose=False)
     batches = runner.predict(module, data)
     values = torch.cat([batch["consistency/elbo"] for batch in batches])
-    mean, error = module.bound_figures["test"]["consistency"]["elbo"]
+    elbo = module.bound_scores["test"]["consistency"]["elbo"]
     assert module.images_evaluated["test"] == len(values) == 30
-    assert mean == pytest.approx(float(values.mean()), rel=1e-12)
-    assert error == pytest.approx(float(values.std() / 30**0.5), rel=1e-9)
-    bits, bits_error = module.bound_figures["test"]["consistency"]["bits_per_dim"]
-    assert bits == pytest.approx(-mean / (64 * 0.6931471805599453)) and bits_error > 0
+    assert elbo.mean == pytest.approx(float(values.mean()), rel=1e-12)
+    assert elbo.se == pytest.approx(float(values.std() / 30**0.5), rel=1e-9)
+    bits = elbo.in_bits(module.dims)
+    assert bits.mean == pytest.approx(-elbo.mean / (64 * 0.6931471805599453)) and bits.se > 0
 
 
 def test_scheduler_steps_with_the_optimiser(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_learned_variance_is_trained_stored_and_evaluated(tmp_path: Path) -> N
     again = DiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt")
     assert isinstance(again.model.reverse_process.variance, LearnedRangeVariance)
     runner.test(again, Digits(limit_test=8), verbose=False)
-    assert math.isfinite(again.bound_figures["test"]["denoising"]["elbo"][0])
+    assert math.isfinite(again.bound_scores["test"]["denoising"]["elbo"].mean)
     assert SampleRequest().on(again)([0, 1]).shape == (2, 1, 8, 8)
 
 

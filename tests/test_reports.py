@@ -1,13 +1,15 @@
 """What a report says of how its figures came about."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from ddpm_lightning.callbacks import reports
-from ddpm_lightning.callbacks.reports import _steps_evaluated, _steps_in_words
+from ddpm_lightning.evaluation import bound
+from ddpm_lightning.evaluation.bound import steps_in_words
+from ddpm_lightning.metrics import Score
 from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo, ElboEstimator
 
 
@@ -23,13 +25,23 @@ from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo, ElboEstimat
     ],
 )
 def test_steps_and_states_of_an_estimator(estimator: ElboEstimator, T: int | None, evaluated: int, words: str) -> None:
-    assert _steps_evaluated(estimator, 300) == {"T": T, "steps_evaluated": evaluated}
-    assert _steps_in_words(estimator, 300) == words
+    assert estimator.evaluated(300) == (T, evaluated)
+    assert steps_in_words(estimator, 300) == words
+
+
+def test_the_table_gives_code_lengths_and_sets_diagnostics_apart() -> None:
+    kinds = {"reconstruction": "log_prob", "diffusion": "cost", "elbo": "log_prob", "other_kl": "diagnostic"}
+    values = {"reconstruction": -1.0, "diffusion": 3.0, "elbo": -4.0, "other_kl": 7.0}
+    scores = {name: Score(values[name] * math.log(2), math.log(2), "nats", kind) for name, kind in kinds.items()}
+    rows = [line.split() for line in bound.bound_table({"own": scores}, dims=10).splitlines()[2:]]
+    names = ["reconstruction", "diffusion", "elbo", "(other_kl)"]
+    assert [row[1] for row in rows] == names and [float(row[-3]) for row in rows] == [0.1, 0.3, 0.4, 0.7]
+    assert all(float(row[-1]) == 0.1 for row in rows)
 
 
 def test_the_protocol_names_what_the_report_holds() -> None:
     """Every key of the report that the protocol's table names is one that the code writes."""
-    source = Path(reports.__file__).read_text()
+    source = Path(bound.__file__).read_text()
     table = (ROOT / "docs/evaluation.md").read_text().partition("## What the standard errors")[0]
     rows = [line.split("|")[3] for line in table.splitlines() if line.startswith("| ") and "`" in line]
     names = {key.split(".")[-1] for row in rows for key in re.findall(r"`([\w.]+)`", row)}

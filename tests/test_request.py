@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from builders import build, conditional
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,12 +12,14 @@ from builders import build, conditional, equal, state, trainer
 from conftest import ROOT, run_ddpm_pair
 
 from ddpm_lightning.callbacks import SampleQuality
+from ddpm_lightning.cli import main
 from ddpm_lightning.data import Digits, levels_to_model
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.evaluation.quality import Comparison, neighbours_of, points_of
 from ddpm_lightning.figures import nearest_neighbours, tile
 from ddpm_lightning.metrics import ClassifierFeatures, FrechetDistance, QualityMetrics, load_classifier
 from ddpm_lightning.networks import UNet
-from ddpm_lightning.runs import load_run
+from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler
 from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.training import DiffusionModule
@@ -30,14 +31,6 @@ def script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def run_main(module: ModuleType, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-    try:
-        return module.main()
-    except SystemExit as stop:  # argparse's own errors
-        return int(stop.code or 0)
 
 
 # --- the callback
@@ -94,24 +87,24 @@ def test_the_test_command_reports_samples_beside_the_floor(tmp_path: Path, capsy
         expected = QualityMetrics(load_classifier("digits"))
         expected.update(levels_to_model(test.image, 17), real=True)
         expected.update(levels_to_model(shown, 17), real=False, label=labels)
-        assert quality.figures[name] == pytest.approx(expected.compute(), rel=1e-4, abs=1e-4)
-    assert float(runner.callback_metrics["test/frechet"]) == pytest.approx(quality.figures["samples"]["frechet"])
-    floor = quality.figures["training images"]
+        assert quality.measured[name] == pytest.approx(expected.compute(), rel=1e-4, abs=1e-4)
+    assert float(runner.callback_metrics["test/frechet"]) == pytest.approx(quality.measured["samples"]["frechet"])
+    floor = quality.measured["training images"]
     assert float(runner.callback_metrics["test/floor_frechet"]) == pytest.approx(floor["frechet"])
     # a network that has not been trained draws noise
-    assert quality.figures["samples"]["frechet"] > 5 * floor["frechet"] and floor["accuracy"] > 0.99
+    assert quality.measured["samples"]["frechet"] > 5 * floor["frechet"] and floor["accuracy"] > 0.99
     printed, record = capsys.readouterr().out, json.loads((tmp_path / "quality-test.json").read_text())
     assert "400 samples (DDIMSampler, all steps, guidance scale 2, seed 3" in printed
-    assert "400 training images, against 297 test images" in printed
+    assert "against 297 test images" in printed
     assert (tmp_path / "quality-test.txt").read_text() in printed
-    assert record["figures"] == quality.figures and record["classifier"] == "digits" and record["real_images"] == 297
+    assert record["figures"] == quality.measured and record["classifier"] == "digits" and record["real_images"] == 297
 
 
 def test_a_classifier_of_ones_own_and_an_unconditional_model(tmp_path: Path) -> None:
     path = ROOT / "ddpm_lightning/metrics/weights/digits.safetensors"
     quality = SampleQuality(n=20, steps=50, classifier=str(path))
     trainer(tmp_path, callbacks=[quality]).test(build(test_bounds=[]), Digits(limit_test=8), verbose=False)
-    assert "accuracy" not in quality.figures["samples"] and "accuracy" in quality.figures["training images"]
+    assert "accuracy" not in quality.measured["samples"] and "accuracy" in quality.measured["training images"]
     # 50 steps are cut to the 10 that the chain has
     assert "DDIMSampler, 10 steps" in (tmp_path / "quality-test.txt").read_text()
 
@@ -123,11 +116,11 @@ def test_on_the_command_line_two_processes_give_the_figures_of_one(trained: Path
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
     run_ddpm_pair("test", *common, *switch, f"--run_dir={tmp_path}", *two)
     record = json.loads((tmp_path / "quality-test.json").read_text())
-    module, data = load_run(trained / "config.yaml", trained / "checkpoints/last.ckpt")
+    module, data = Run(trained).load()
     module.bounds["test"], one = [], SampleQuality(n=31)
     trainer(tmp_path / "one", callbacks=[one]).test(module, data, verbose=False)
     assert record["samples"] == 31 and set(record["figures"]) == {"samples", "training images"}
-    for name, figures in one.figures.items():
+    for name, figures in one.measured.items():
         assert record["figures"][name] == pytest.approx(figures, rel=1e-5, abs=1e-5)
 
 
@@ -163,14 +156,12 @@ def test_nearest_neighbours_lie_below_their_sample() -> None:
     assert bool((picture[:, height : height + 2] == 255).all())
 
 
-def test_measure_quality(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = script("measure_quality")
-    arguments = [str(trained), "--n=40", "--steps=4", "--batch_size=30", f"--out={tmp_path}", "--sampler=HeunSampler"]
-    assert run_main(module, *arguments, monkeypatch=monkeypatch) == 0
+def test_quality_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--n=40", "--steps=4", "--batch_size=30", f"--out={tmp_path}", "--sampler=HeunSampler"]
+    main(["evaluate", "quality", str(trained), *options])
     captured, record = capsys.readouterr(), json.loads((tmp_path / "quality.json").read_text())
-    assert captured.out == (tmp_path / "quality.txt").read_text() + "\n" and "40 of 40 samples" in captured.err
+    assert captured.out == (tmp_path / "quality.txt").read_text() + "\n" and "40/40" in captured.err
+    assert "40 samples (HeunSampler, 4 steps, seed 0" in captured.out
     assert list(record["figures"]) == ["samples", "40 training images", "40 validation images"]
     digits = Digits()
     train, test = (levels_to_model(x, 17).flatten(1) for x in
@@ -183,12 +174,10 @@ def test_measure_quality(
     assert (tmp_path / "neighbours.png").stat().st_size > 5_000
 
 
-def test_training_images_are_found_out(trained: Path) -> None:
+def test_training_images_are_found_out() -> None:
     """The check for copies, given copies."""
-    module, train = script("measure_quality"), Digits().split("train").images
-    classifier = load_classifier("digits")
-    points = module.spaces(train, 17, classifier)
-    medians, picture = module.neighbours_of(train[:20], train, points, 17, classifier)
+    train, classifier = Digits().split("train").images, load_classifier("digits")
+    medians, picture = neighbours_of(train[:20], train, points_of(train, 17, classifier), 17, classifier)
     assert medians == {"pixels": 0, "features": pytest.approx(0, abs=1e-4)}
     # the first of 16 columns: the sample, the line, and itself again
     assert torch.equal(picture[:, :34, :34], picture[:, 38:72, :34])
@@ -196,29 +185,35 @@ def test_training_images_are_found_out(trained: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"), (["--n=2"], "--n must"),
-     (["--guidance_scale=2"], "class-conditional"), (["--steps=0"], "--steps")],
+    [(["--checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"), (["--n=2"], "--n 2 must be 4 or more"),
+     (["--guidance_scale=2"], "class-conditional"), (["--steps=0"], "--steps 0 must be 1 or more"),
+     (["--classifier=mnist"], r"classifier mnist knows images (1, 28, 28), not (1, 8, 8)")],
 )  # fmt: skip
-def test_measure_quality_refuses_bad_input(
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    word: str,
+def test_a_quality_that_cannot_be_measured(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], word: str
 ) -> None:
-    options = [str(trained), "--n=4", f"--out={tmp_path / 'out'}", *arguments]
-    assert run_main(script("measure_quality"), *options, monkeypatch=monkeypatch) == 2
-    assert word in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "quality", str(trained), "--n=4", f"--out={tmp_path / 'out'}", *arguments])
+    assert stopped.value.code == 2 and word in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_real_images_are_kept_for_the_next_set_of_samples() -> None:
+    split = Digits().split("train")
+    batches = [(split.images[rows], split.labels[rows]) for rows in torch.arange(90).split(30)]
+    module, classifier = build(), load_classifier("digits")
+    compare = Comparison(module, classifier, batches[:1])
+    first, second = compare(batches[1:2]), compare(batches[2:])
+    assert first != second == Comparison(module, classifier, batches[:1])(batches[2:])
+    only = Comparison(module, classifier, batches[:1], only=["frechet"])
+    assert only(batches[1:2]) == {"frechet": first["frechet"]}
 
 
 def test_train_classifier_is_deterministic_and_writes_what_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = script("train_classifier")
     for name in "ab":
-        arguments = ["--data=digits", "--epochs=2", f"--out={tmp_path / name}"]
-        assert run_main(module, *arguments, monkeypatch=monkeypatch) == 0
+        module.main(data="digits", epochs=2, out=tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     test = Digits().split("test")
     predicted = load_classifier(str(tmp_path / "a"))(levels_to_model(test.images, 17)).argmax(1)

@@ -1,26 +1,76 @@
-"""The scripts that read a run."""
+"""The commands that measure a run, and the script that compares trainings."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_ddpm, run_script
+from conftest import run_script
 
+from ddpm_lightning.cli import main
 from ddpm_lightning.process import AnalyticVariance, LearnedRangeVariance, ReverseVariance
-from ddpm_lightning.runs import load_run
+from ddpm_lightning.runs import Run
+from ddpm_lightning.training import DiffusionModule
 
 pytestmark = pytest.mark.cli
 
 
-def test_compare_estimators_reports_every_form_and_T(trained: Path, tmp_path: Path) -> None:
-    options = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", f"--out={tmp_path}"]
-    done = run_script("compare_estimators.py", *options, "--T", "4", "40", "--images=24", "--draws=4")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "estimators.json").read_text())
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line with which a command ends that does nothing."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("ddpm: error: ")
+    return captured.err
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("evaluate likes", "evaluate likes: there are quality, ood, flow, forms, variance"),
+        ("evaluate flow", "missing: RUN"),
+        ("export nowhere", "missing: --to, --out"),
+        ("evaluate flow nowhere", "nowhere/checkpoints/last.ckpt does not exist"),
+        ("evaluate flow nowhere --images few", "--images few cannot be read as int"),
+        ("evaluate flow nowhere --imag 3", "unrecognized arguments: --imag 3"),
+        ("evaluate forms nowhere --T 4 b", "--T b cannot be read as int"),
+        ("evaluate quality nowhere --sampler Walker", "--sampler Walker cannot be read as"),
+        ("evaluate quality nowhere --sampler DDIMSampler --sampler.eta 3", "eta = 3 must lie between 0 and 1"),
+        (
+            "evaluate quality nowhere --sampler.eta 1",
+            "--sampler.eta belongs to a class: give --sampler CLASS before it",
+        ),
+        ("export nowhere --to png --out a.png", "--to png cannot be read as safetensors or diffusers or onnx"),
+        ("export nowhere --to onnx --out a.pt2", "--out a.pt2: the name of onnx ends in .onnx"),
+    ],
+)
+def test_bad_options_get_one_line(command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in refused(capsys, *command.split())
+
+
+def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", "--help"])
+    overview = capsys.readouterr().out
+    assert all(f"  {name} " in overview for name in ("quality", "ood", "flow", "forms", "variance"))
+    assert len(overview.splitlines()) < 12
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "flow", "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "probability-flow ODE" in text
+    assert "--dequantization {decoder,uniform}" in text and "from density to bits (default: decoder)" in text
+
+
+# --- forms
+
+
+def test_forms_are_compared_at_every_T(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", "forms", str(trained), f"--out={tmp_path}", "--T", "4", "40", "--images=24", "--draws=4"])
+    rows = json.loads((tmp_path / "forms.json").read_text())
     assert [(row["T"], row["form"]) for row in rows] == [
         (T, form) for T in (4, 40) for form in ("denoising", "consistency", "trajectory")
     ]
@@ -34,45 +84,49 @@ def test_compare_estimators_reports_every_form_and_T(trained: Path, tmp_path: Pa
     small, large = by_key[4, "consistency"], by_key[40, "consistency"]
     assert large["noise_separate_steps"] > 2 * small["noise_separate_steps"]
     assert large["noise_one_path"] < 2 * small["noise_one_path"]
-    assert (tmp_path / "estimators.png").stat().st_size > 10_000
-    assert "variance ratio" in done.stdout
+    assert (tmp_path / "forms.png").stat().st_size > 10_000
+    captured = capsys.readouterr()
+    assert captured.out == (tmp_path / "forms.txt").read_text() and "variance ratio" in captured.out
+    assert "T = 40, trajectory: 100%" in captured.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    ("options", "words"),
     [
-        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
-        (["--draws=1"], "--draws"),
-        (["--config=README.md"], "--config README.md"),
-        (["--T", "0"], "T = 0"),
+        (["--checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["--draws=1"], "--draws 1 must be 2 or more"),
+        (["--T", "0"], "T 0"),
     ],
 )
-def test_compare_estimators_refuses_bad_input(trained: Path, arguments: list[str], word: str) -> None:
-    options = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", "--images=2"]
-    done = run_script("compare_estimators.py", *options, *arguments)
-    assert done.returncode == 2 and word in done.stderr
+def test_forms_that_cannot_be_compared(
+    trained: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    assert words in refused(capsys, "evaluate", "forms", str(trained), "--images=2", *options)
 
 
-def test_analytic_variance_is_measured_and_raises_the_bound(trained: Path, tmp_path: Path) -> None:
-    """The script's file laid over the run's own configuration, through the real entry point."""
-    config, checkpoint, overlay = trained / "config.yaml", trained / "checkpoints/last.ckpt", tmp_path / "analytic.yaml"
-    options = [f"--config={config}", f"--ckpt_path={checkpoint}", "--images=300", f"--out={overlay}"]
-    done = run_script("analytic_variance.py", *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "300 of 300 images"
+# --- variance
+
+
+def test_analytic_variance_is_measured_and_raises_the_bound(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command's file laid over the run's own configuration, through the real entry point."""
+    config, overlay = trained / "config.yaml", tmp_path / "analytic.yaml"
+    main(["evaluate", "variance", str(trained), "--images=300", f"--out={tmp_path}"])
+    assert f"ddpm test -c {config} -c {overlay} --ckpt_path last" in capsys.readouterr().out
     part = yaml.safe_load(overlay.read_text())["model"]["variance"]
     assert part["class_path"] == "ddpm_lightning.process.AnalyticVariance"
     variance = AnalyticVariance(**part["init_args"])
-    module, data = load_run(config, checkpoint)
+    module, data = Run(trained).load()
     model = module.ema_model
     # a chain of 12 steps has a place in the table for nearly each of them, and for both ends
     ends = model.schedule.gamma(model.grid[[1, 12]]).tolist()
     assert [variance.gammas[0], variance.gammas[-1]] == ends and len(variance.gammas) >= 8
 
     bounds = ["--model.test_bounds=[{class_path: DenoisingElbo}]", f"--run_dir={tmp_path}"]
-    run_ddpm("test", f"-c={config}", f"-c={overlay}", f"--ckpt_path={checkpoint}", *bounds)
+    main(["test", f"-c={config}", f"-c={overlay}", f"--ckpt_path={trained}/checkpoints/last.ckpt", *bounds])
     assert "AnalyticVariance" in (tmp_path / "bound-test.txt").read_text()
-    figures = json.loads((tmp_path / "bound-test.json").read_text())["figures"]["denoising"]
+    scores = json.loads((tmp_path / "bound-test.json").read_text())["figures"]["denoising"]
 
     def cost(other: ReverseVariance) -> float:
         model.reverse_process.variance = other
@@ -81,39 +135,65 @@ def test_analytic_variance_is_measured_and_raises_the_bound(trained: Path, tmp_p
             return float(module.bound(module.bounds["test"][0], batch)["denoising_matching"].mean())
 
     fixed = cost(model.reverse_process.variance)
-    assert figures["denoising_matching"]["mean"] == pytest.approx(cost(variance), rel=1e-5)
-    assert figures["denoising_matching"]["mean"] < fixed
+    assert scores["denoising_matching"]["mean"] == pytest.approx(cost(variance), rel=1e-5)
+    assert scores["denoising_matching"]["mean"] < fixed
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    ("options", "words"),
     [
-        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
-        (["--images=0"], "--images"),
-        (["--points=1"], "points = 1"),
+        (["--checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["--images=0"], "--images 0 must be 1 or more"),
+        (["--points=1"], "--points 1"),
         ([], "LearnedRangeVariance, which its network gives"),
     ],
 )
-def test_analytic_variance_refuses_bad_input(
+def test_a_variance_that_cannot_be_measured(
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    word: str,
+    options: list[str],
+    words: str,
 ) -> None:
-    script = runpy.run_path(str(ROOT / "scripts/analytic_variance.py"))
-    if not arguments:
-        module, data = load_run(trained / "config.yaml", trained / "checkpoints/last.ckpt")
-        module.ema_model.reverse_process.variance = LearnedRangeVariance()
-        script["main"].__globals__["load_run"] = lambda *_: (module, data)
-    options = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", f"--out={tmp_path}/a"]
-    monkeypatch.setattr(sys, "argv", ["analytic_variance.py", *options, *arguments])
-    try:
-        status = script["main"]()
-    except SystemExit as stop:  # argparse's own errors
-        status = stop.code
-    assert status == 2 and word in capsys.readouterr().err and not (tmp_path / "a").exists()
+    if not options:
+
+        def learned(run: Run, checkpoint: str) -> DiffusionModule:
+            module = load_module(run, checkpoint)
+            module.ema_model.reverse_process.variance = LearnedRangeVariance()
+            return module
+
+        load_module = Run.load_module
+        monkeypatch.setattr(Run, "load_module", learned)
+    assert words in refused(capsys, "evaluate", "variance", str(trained), f"--out={tmp_path}/a", *options)
+    assert not (tmp_path / "a").exists()
+
+
+# --- flow
+
+
+def test_the_flow_has_a_likelihood(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bits = {}
+    for dequantization in ("decoder", "uniform"):
+        options = [f"--dequantization={dequantization}", "--images=12", "--batch_size=5", "--steps=8", "--check"]
+        main(["evaluate", "flow", str(trained), f"--out={tmp_path}", *options])
+        record = json.loads((tmp_path / "flow.json").read_text())
+        assert [row["evaluations"] for row in record["figures"]] == [32, 64] and record["images"] == 12
+        bits[dequantization] = record["figures"][1]["bits_per_dim"]
+        captured = capsys.readouterr().out
+        assert "16 steps, 64 evaluations" in captured and "twice the steps" in captured
+    # 20 steps of training: around the 4.09 bits of a uniform distribution over 17 levels
+    assert all(1 < value < 6 for value in bits.values()), bits
+    assert "--steps 0 must be 1 or more" in refused(capsys, "evaluate", "flow", str(trained), "--steps=0")
+
+
+def test_results_lie_in_the_run_unless_told_otherwise(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(trained, target_is_directory=True)
+    main(["evaluate", "flow", "run", "--images=2", "--steps=1"])
+    assert sorted(path.name for path in (trained / "flow").iterdir()) == ["flow.json", "flow.txt"]
 
 
 # --- compare_choices
@@ -140,24 +220,10 @@ def test_compare_choices_trains_once_and_reports_every_variance(tmp_path: Path) 
     assert (tmp_path / "linear_gamma-bound" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == stamp
 
 
-def test_compare_choices_refuses_bad_input() -> None:
-    for option, word in (("--few=1", "--few 2 or more"), ("--only=quadratic", "--only quadratic: none of")):
-        done = run_script("compare_choices.py", option)
-        assert done.returncode == 2 and word in done.stderr
-
-
-def test_flow_likelihood_is_a_figure_for_the_data(trained: Path, tmp_path: Path) -> None:
-    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt", f"--out={tmp_path}"]
-    figures = {}
-    for dequantization in ("decoder", "uniform"):
-        options = [f"--dequantization={dequantization}", "--images=12", "--batch_size=5", "--steps=8", "--check"]
-        done = run_script("flow_likelihood.py", *run, *options)
-        assert done.returncode == 0, done.stderr
-        record = json.loads((tmp_path / "flow.json").read_text())
-        assert [row["evaluations"] for row in record["figures"]] == [32, 64] and record["images"] == 12
-        figures[dequantization] = record["figures"][1]["bits_per_dim"]
-        assert "16 steps, 64 evaluations" in done.stdout and "twice the steps" in done.stdout
-    # 20 steps of training: around the 4.09 bits of a uniform distribution over 17 levels
-    assert all(1 < bits < 6 for bits in figures.values()), figures
-    done = run_script("flow_likelihood.py", *run, "--steps=0")
-    assert done.returncode == 2 and "steps = 0 must be 1 or more" in done.stderr
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--few=1", "--few 1 must be 2 or more"), ("--only=quadratic", "--only quadratic: none of")],
+)
+def test_compare_choices_refuses_bad_input(option: str, words: str) -> None:
+    done = run_script("compare_choices.py", option)
+    assert done.returncode == 2 and words in done.stderr

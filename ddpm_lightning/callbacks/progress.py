@@ -29,9 +29,9 @@ class EpochLines(Callback):
         parts = [f"epoch {trainer.current_epoch}", f"step {trainer.global_step}"]
         if "train/loss" in trainer.callback_metrics:
             parts.append(f"loss {float(trainer.callback_metrics['train/loss']):.4f}")
-        for form, figures in pl_module.bound_figures.get("val", {}).items():
-            mean, error = figures["bits_per_dim"]
-            parts.append(f"val/{form} {mean:.4f} +- {error:.4f} bits/dim")
+        for form, scores in pl_module.bound_scores.get("val", {}).items():
+            bits = scores["elbo"].in_bits(pl_module.dims)
+            parts.append(f"val/{form} {bits.mean:.4f} +- {bits.se:.4f} bits/dim")
         if "val/frechet" in trainer.callback_metrics:
             parts.append(f"val/frechet {float(trainer.callback_metrics['val/frechet']):.4f}")
         if "train/images_per_second" in trainer.callback_metrics:

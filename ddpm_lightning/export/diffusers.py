@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.export.files import describe_model, model_of
@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     raise InputError(f"{error.name} is missing: pip install 'ddpm-lightning[interchange]'") from None
 
-__all__ = ["DiffusersUNet", "NoiseOutput", "scheduler_for", "to_pipeline"]
+__all__ = ["DiffusersUNet", "NoiseOutput", "UNet2DNetwork", "scheduler_for", "to_pipeline"]
 
 _VARIANCE_TYPES = {FixedLargeVariance: "fixed_large", FixedSmallVariance: "fixed_small"}
 
@@ -69,6 +69,23 @@ class DiffusersUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # they are 
         cond = {} if class_labels is None else {"label": class_labels}
         eps = self.model.denoiser(sample, t, **cond).eps
         return NoiseOutput(sample=eps) if return_dict else (eps,)
+
+
+class UNet2DNetwork(nn.Module):
+    """diffusers' UNet2DModel with the call of this package's networks, for a model with TimeConditioning.
+
+    Args:
+        unet: takes timesteps k = 0..T-1.
+        T: number of states of the chain; its time t = (k + 1) / T is timestep k.
+    """
+
+    def __init__(self, unet: nn.Module, T: int) -> None:
+        super().__init__()
+        self.unet, self.T = unet, T
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        output: Tensor = self.unet(x, t * self.T - 1).sample
+        return output
 
 
 def scheduler_for(model: DiffusionModel) -> DDPMScheduler:

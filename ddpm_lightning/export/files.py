@@ -73,7 +73,7 @@ def load_model(path: Path) -> DiffusionModel:
         check_finite(model.state_dict(), weights)
         model.load_state_dict(weights)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} holds no model of scripts/export.py: {error}") from error
+        raise InputError(f"{path} holds no model of ddpm export: {error}") from error
     return model.eval()
 
 

@@ -1,7 +1,7 @@
-"""Scores of images and of bounds."""
+"""Numbers computed from images and bounds."""
 
 from ddpm_lightning.metrics.bits_per_dim import bits_per_dim
-from ddpm_lightning.metrics.bound import BoundMeans, BoundScores
+from ddpm_lightning.metrics.bound import BoundMeans, BoundScores, Score
 from ddpm_lightning.metrics.classes import ClassMetrics
 from ddpm_lightning.metrics.dequantization import decoded_log_prob, dequantized_log_prob
 from ddpm_lightning.metrics.distances import FrechetDistance, KernelDistance, PrecisionRecall
@@ -20,6 +20,7 @@ __all__ = [
     "MeanAndError",
     "PrecisionRecall",
     "QualityMetrics",
+    "Score",
     "bits_per_dim",
     "classifier_for",
     "decoded_log_prob",

@@ -1,30 +1,57 @@
 """The bound of a set of images: every term's mean with its standard error."""
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
 from ddpm_lightning.metrics.bits_per_dim import bits_per_dim
 from ddpm_lightning.metrics.mean import MeanAndError
 
-__all__ = ["BoundMeans", "BoundScores"]
+__all__ = ["BoundMeans", "BoundScores", "Score"]
 
-BoundScores = dict[str, dict[str, tuple[float, float]]]
-"""``scores[form][name] = (mean, standard error over images)``; nats an image, and ``bits_per_dim`` of ``elbo``."""
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over images.
+
+    Attributes:
+        mean: in ``unit``.
+        se: standard error of the mean over images, in ``unit``.
+        unit: "nats" of a whole image, or "bits/dim", which is always a code length: the smaller, the better.
+        kind: what was averaged: "log_prob" (the bound is one), "cost" (what the bound subtracts) or "diagnostic" (a
+            divergence that is no part of the bound).
+    """
+
+    mean: float
+    se: float
+    unit: Literal["nats", "bits/dim"]
+    kind: str
+
+    def in_bits(self, dims: int) -> "Score":
+        """The same in bits a dimension, for images of ``dims`` dimensions."""
+        # a probability's code length is its negative logarithm; a cost already is a length
+        sign = -1 if self.kind == "log_prob" else 1
+        return Score(bits_per_dim(sign * self.mean, dims), bits_per_dim(self.se, dims), "bits/dim", self.kind)
+
+
+BoundScores = dict[str, dict[str, Score]]
+"""``scores[form][name]``, nats of a whole image; every form has ``elbo``."""
 
 
 class BoundMeans(nn.Module):
     """Accumulates the terms of one or more forms of the bound, each image once, on any number of processes.
 
     Args:
-        term_names: the names of each form's terms; ``elbo`` among them.
+        term_kinds: for each form the kind of each term by its name; ``elbo`` is one of them.
     """
 
-    def __init__(self, term_names: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, term_kinds: Mapping[str, Mapping[str, str]]) -> None:
         super().__init__()
+        self._kinds = {form: dict(kinds) for form, kinds in term_kinds.items()}
         self.forms = nn.ModuleDict(
-            {form: nn.ModuleDict({name: MeanAndError() for name in names}) for form, names in term_names.items()}
+            {form: nn.ModuleDict({name: MeanAndError() for name in kinds}) for form, kinds in term_kinds.items()}
         )
 
     def _means(self) -> dict[str, dict[str, MeanAndError]]:
@@ -35,19 +62,21 @@ class BoundMeans(nn.Module):
         for name, value in values.items():
             self._means()[form][name].update(value)
 
-    def compute(self, dims: int) -> tuple[BoundScores, int]:
-        """Scores of images of ``dims`` dimensions, and the number of images; a collective on many processes."""
+    def compute(self) -> tuple[BoundScores, int]:
+        """The scores, and the number of images; a collective on many processes."""
         scores: BoundScores = {}
         count = 0
         for form, means in self._means().items():
             results = {name: mean.compute() for name, mean in means.items()}
-            scores[form] = {name: (float(r["mean"]), float(r["se"])) for name, r in results.items()}
-            mean, error = scores[form]["elbo"]
-            scores[form]["bits_per_dim"] = (bits_per_dim(-mean, dims), bits_per_dim(error, dims))
+            scores[form] = {
+                name: Score(float(r["mean"]), float(r["se"]), "nats", self._kinds[form][name])
+                for name, r in results.items()
+            }
             count = int(results["elbo"]["count"])
         return scores, count
 
     def reset(self) -> None:
+        """Forget all."""
         for means in self._means().values():
             for mean in means.values():
                 mean.reset()

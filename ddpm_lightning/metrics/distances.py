@@ -61,21 +61,32 @@ class FrechetDistance(FrechetInceptionDistance):
 
 
 class _FeatureSets(Metric):
-    """Keeps the features of both sides, float64, on any number of processes that have seen images of both."""
+    """Keeps the features of both sides, float64, on any number of processes that have seen images of both.
+
+    Args:
+        extractor: images to features.
+        reset_real_features: False lets ``reset`` keep the real images.
+    """
 
     full_state_update = False
     real: list[Tensor]
     fake: list[Tensor]
 
-    def __init__(self, extractor: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, extractor: nn.Module, reset_real_features: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.extractor = extractor
+        self.extractor, self.reset_real_features = extractor, reset_real_features
         self.add_state("real", [], dist_reduce_fx="cat")
         self.add_state("fake", [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor, real: bool) -> None:
         """Add a batch of images in model range; ``real`` or sampled."""
         (self.real if real else self.fake).append(self.extractor(images).double())
+
+    def reset(self) -> None:
+        real = list(self.real)
+        super().reset()
+        if not self.reset_real_features:
+            self.real = real
 
     def _sets(self, metric: str, least: int) -> tuple[Tensor, Tensor]:
         counts = [sum(map(len, part)) if isinstance(part, list) else len(part) for part in (self.real, self.fake)]

@@ -120,7 +120,7 @@ class AnalyticVariance(ReverseVariance):
     Gaussian, whose end bins are open and whose bins may be wider than it, another one can be better.
 
     As a function of gamma the table serves any number of steps and any schedule. Between its entries log eps_mse is
-    linear in gamma, beyond them constant. ``scripts/analytic_variance.py`` measures it.
+    linear in gamma, beyond them constant. ``ddpm evaluate variance`` measures it.
 
     Args:
         gammas: noise levels gamma = -log SNR, increasing.

@@ -1,5 +1,5 @@
 """A run: the folder of one training, and all that is written into it."""
 
-from ddpm_lightning.runs.run import Run, load_run
+from ddpm_lightning.runs.run import Run
 
-__all__ = ["Run", "load_run"]
+__all__ = ["Run"]

@@ -20,7 +20,7 @@ from ddpm_lightning.figures import save_png
 from ddpm_lightning.runs.lock import hold
 from ddpm_lightning.training import DiffusionModule
 
-__all__ = ["Run", "load_run"]
+__all__ = ["Run"]
 
 
 class Run:
@@ -158,8 +158,3 @@ class Run:
             part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
         os.replace(part, path)
         return path
-
-
-def load_run(config: Path, ckpt_path: Path) -> tuple[DiffusionModule, ImageDataModule]:
-    """The module and the data of the run whose configuration is ``config``."""
-    return Run(config.parent).load(ckpt_path)

@@ -182,9 +182,9 @@ class DiffusionModule(LightningModule):
         # eval() here: Lightning leaves modules in the mode that they were built in
         self.ema_model = deepcopy(self.model).requires_grad_(False).eval()
         self.means = nn.ModuleDict(
-            {stage: BoundMeans({e.name: e.term_names for e in estimators}) for stage, estimators in self.bounds.items()}
+            {stage: BoundMeans({e.name: e.term_kinds for e in estimators}) for stage, estimators in self.bounds.items()}
         )
-        self.bound_figures: dict[str, BoundScores] = {}
+        self.bound_scores: dict[str, BoundScores] = {}
         self.images_evaluated: dict[str, int] = {}
         self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
         self._generator: Generators = None
@@ -473,12 +473,12 @@ class DiffusionModule(LightningModule):
             self._means(stage).update(estimator.name, self.bound(estimator, batch))
 
     def _report(self, stage: str) -> None:
-        figures, self.images_evaluated[stage] = self._means(stage).compute(self.dims)
+        scores, self.images_evaluated[stage] = self._means(stage).compute()
         self._means(stage).reset()
-        for form, terms in figures.items():
-            for name, (mean, error) in terms.items():
-                self.log_dict({f"{stage}/{form}/{name}": mean, f"{stage}/{form}/{name}_se": error})
-        self.bound_figures[stage] = figures
+        for form, terms in scores.items():
+            for name, score in {**terms, "bits_per_dim": terms["elbo"].in_bits(self.dims)}.items():
+                self.log_dict({f"{stage}/{form}/{name}": score.mean, f"{stage}/{form}/{name}_se": score.se})
+        self.bound_scores[stage] = scores
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch's bound to the stage's means."""

@@ -62,6 +62,9 @@ class ContinuousElbo(ElboEstimator):
     def __init__(self, steps: int = 10) -> None:
         super().__init__(steps)
 
+    def evaluated(self, own_T: int) -> tuple[int | None, int]:
+        return None, self.steps or 1
+
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         """The form itself. ``step_indices`` count the parts of the time axis."""
         process, denoiser, steps = model.forward_process, model.reverse_process.denoiser, self.steps or 1

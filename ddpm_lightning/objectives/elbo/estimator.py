@@ -119,6 +119,15 @@ class ElboEstimator:
         """
         return self.estimate(model if self.T is None else model.with_steps(self.T), x0, generators, **cond)
 
+    def evaluated(self, own_T: int) -> tuple[int | None, int]:
+        """The number of states of the chain that is evaluated, None for infinitely many, and of the steps evaluated.
+
+        Args:
+            own_T: number of states of the model's own chain.
+        """
+        T = self.T or own_T
+        return T, T - 1 if self.steps is None else min(self.steps, T - 1)
+
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         """The form itself, for the model's own chain."""
         raise NotImplementedError

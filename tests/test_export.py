@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ddpm_lightning.cli import main
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.export import export_onnx, export_program, load_model, save_model
 from ddpm_lightning.networks import SimpleUNet, UNet
@@ -29,6 +30,7 @@ from ddpm_lightning.process import (
     TimeConditioning,
     VParameterization,
 )
+from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, Sampler
 from ddpm_lightning.schedules import CosineChain, LearnedGamma, LinearChain, LinearGamma, VarianceExploding
 
@@ -154,7 +156,7 @@ def test_a_part_of_ones_own_is_refused_when_it_is_written(tmp_path: Path) -> Non
     model = DiffusionModel(
         Own(), LinearChain(5), EpsParameterization(), TimeConditioning(), FixedLargeVariance(), PlainGaussian(17)
     )
-    with pytest.raises(InputError, match=r"the model names test_interchange\.Own, which is refused"):
+    with pytest.raises(InputError, match=r"the model names test_export\.Own, which is refused"):
         save_model(model, tmp_path / "model.safetensors")
 
 
@@ -234,15 +236,10 @@ def test_diffusers_walks_the_same_way(sampler: Sampler, kind: str, variance: Rev
 
 
 def test_a_diffusers_folder_loads_and_samples(trained: Path, tmp_path: Path) -> None:
-    """The script's folder, loaded by diffusers, with the weights of the run's averaged model."""
+    """The command's folder, loaded by diffusers, with the weights of the run's averaged model."""
     diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
-    from ddpm_lightning.runs import load_run
-
-    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt"]
-    done = run_script("export.py", *run, "--to=diffusers", f"--out={tmp_path}/folder")
-    assert done.returncode == 0, done.stderr
-    module, _ = load_run(trained / "config.yaml", trained / "checkpoints/last.ckpt")
-    model = module.ema_model
+    main(["export", str(trained), "--to=diffusers", f"--out={tmp_path}/folder"])
+    model = Run(trained).load_module().ema_model
     for kind in ("DDPMPipeline", "DDIMPipeline"):
         pipeline = getattr(diffusers, kind).from_pretrained(tmp_path / "folder")
         pipeline.set_progress_bar_config(disable=True)
@@ -252,6 +249,11 @@ def test_a_diffusers_folder_loads_and_samples(trained: Path, tmp_path: Path) -> 
         generator = torch.Generator().manual_seed(0)
         images = pipeline(batch_size=2, num_inference_steps=model.T, generator=generator, output_type="np").images
         assert images.shape == (2, 8, 8, 1) and images.std() > 0.01
+    # a folder that was written under the package's former name
+    index = tmp_path / "folder" / "model_index.json"
+    assert '"ddpm_lightning.export.diffusers"' in index.read_text()
+    index.write_text(index.read_text().replace("ddpm_lightning.export.", "ddpm_lightning.interchange."))
+    assert diffusers.DDPMPipeline.from_pretrained(tmp_path / "folder").unet.model.T == model.T
 
 
 @pytest.mark.parametrize(("name", "word"), [("analytic", "AnalyticVariance"), ("range", "LearnedRangeVariance")])
@@ -274,23 +276,30 @@ def test_what_diffusers_cannot_express_is_refused(name: str, word: str) -> None:
 
 
 @pytest.mark.cli
-def test_the_script_writes_a_model_that_loads(trained: Path, tmp_path: Path) -> None:
-    run = [f"--config={trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt"]
-    done = run_script("export.py", *run, "--to=safetensors", f"--out={tmp_path}/model.safetensors")
-    assert done.returncode == 0 and "model.safetensors" in done.stdout
+def test_the_command_writes_a_model_that_loads(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["export", str(trained), "--to=safetensors", f"--out={tmp_path}/model.safetensors"])
+    assert capsys.readouterr().out == f"safetensors: {tmp_path}/model.safetensors\n"
     assert load_model(tmp_path / "model.safetensors").T == 12
-    done = run_script("export.py", *run, "--to=onnx", f"--out={tmp_path}/model.pt2")
-    assert done.returncode == 2 and "a onnx file ends in .onnx" in done.stderr
 
 
-@pytest.mark.cli
-def test_the_sampling_benchmark_compares_all(tmp_path: Path) -> None:
+def test_a_network_of_diffusers_is_told_its_own_timesteps() -> None:
+    """State k + 1 of T, at the time (k + 1) / T, is timestep k = 0..T-1 there."""
     pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
-    options = ["--batch_sizes=2", "--ddim_steps=2", "--ancestral_steps=2", "--rounds=1", "--tiny"]
-    done = run_script("bench_sample.py", *options, f"--json={tmp_path}/bench.json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["contender"] for row in rows] == ["package", "diffusers", "package", "diffusers", "plain loop"]
-    assert all(row["images_per_second"] > 0 and row["package_over_it"] > 0 for row in rows)
-    done = run_script("bench_sample.py", "--ddim_steps=3")
-    assert done.returncode == 2 and "steps divide 1000" in done.stderr
+    from ddpm_lightning.export.diffusers import UNet2DNetwork
+
+    class Told(nn.Module):
+        def forward(self, x: Tensor, k: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(sample=k)
+
+    model = DiffusionModel(
+        UNet2DNetwork(Told(), 20),
+        LinearChain(20),
+        EpsParameterization(),
+        TimeConditioning(),
+        FixedLargeVariance(),
+        PlainGaussian(17),
+    )
+    told = model.network(noise(20), model.denoiser.conditioning(model.schedule, model.grid[1:]))
+    torch.testing.assert_close(told.float(), torch.arange(20.0), rtol=0, atol=1e-4)

@@ -1,0 +1,79 @@
+"""``ddpm evaluate`` and ``ddpm export``: functions of a finished run, each with its docstring for a help text."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from ddpm_lightning.command_line import call
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.evaluation.flow import flow
+from ddpm_lightning.evaluation.forms import forms
+from ddpm_lightning.evaluation.ood import ood
+from ddpm_lightning.evaluation.quality import quality
+from ddpm_lightning.evaluation.variance import variance
+from ddpm_lightning.export import export_onnx, export_program, save_model
+from ddpm_lightning.runs import Run
+
+__all__ = ["EVALUATIONS", "export", "run_command"]
+
+Format = Literal["safetensors", "diffusers", "onnx", "torch_export"]
+SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "diffusers": "", "onnx": ".onnx", "torch_export": ".pt2"}
+EVALUATIONS: dict[str, Callable[..., Any]] = {each.__name__: each for each in (quality, ood, flow, forms, variance)}
+
+
+def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
+    """Write the averaged model of a run for use elsewhere.
+
+    safetensors   one file, weights and parts: ddpm_lightning.export.load_model(FILE) is the DiffusionModel again
+    diffusers     a folder: diffusers' DDPMPipeline.from_pretrained(FOLDER), DDIMPipeline too, with this package
+    onnx          the network alone, inputs x, t (and label), for any batch size
+    torch_export  the same as a .pt2 of torch.export
+
+    The last two know nothing of the schedule: t is the scalar that the model's conditioning gives its network.
+
+    Args:
+        run: folder of the run
+        to: format
+        out: the file, or for diffusers the folder
+        checkpoint: last, best or a file
+    """
+    path = Path(out).expanduser()
+    if path.suffix != SUFFIXES[to]:
+        raise InputError(f"--out {out}: the name of {to} ends in {SUFFIXES[to] or 'no suffix: it is a folder'}")
+    module = Run(run).load_module(checkpoint)
+    classes = module.num_classes if module.class_conditional else None
+    if to == "safetensors":
+        save_model(module.ema_model, path)
+    elif to == "onnx":
+        export_onnx(module.ema_model, path, module.shape, classes)
+    elif to == "torch_export":
+        export_program(module.ema_model, path, module.shape, classes)
+    else:
+        from ddpm_lightning.export.diffusers import to_pipeline
+
+        pipeline: Any = to_pipeline(module.ema_model, module.shape)
+        pipeline.save_pretrained(path)
+    print(f"{to}: {path}")
+
+
+def run_command(name: str, args: list[str]) -> None:
+    """Run ``ddpm evaluate`` or ``ddpm export``.
+
+    Args:
+        name: "evaluate" or "export".
+        args: the words after it.
+
+    Raises:
+        InputError: bad options, or what a command says of its run.
+    """
+    if name == "export":
+        call(export, args, "ddpm export")
+        return
+    if args[:1] in ([], ["-h"], ["--help"]):
+        lines = [f"  {key:<9} {str(each.__doc__).partition(chr(10))[0]}" for key, each in EVALUATIONS.items()]
+        usage = "usage: ddpm evaluate WHAT RUN [options]     (ddpm evaluate WHAT --help shows the options)"
+        print("\n".join([usage, "", "Measure a finished run. WHAT is one of", "", *lines]))
+        return
+    if args[0] not in EVALUATIONS:
+        raise InputError(f"evaluate {args[0]}: there are {', '.join(EVALUATIONS)}")
+    call(EVALUATIONS[args[0]], args[1:], f"ddpm evaluate {args[0]}")

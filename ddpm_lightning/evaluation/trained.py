@@ -1,0 +1,65 @@
+"""A finished run that is measured."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ddpm_lightning.data import MNIST, Batch, ImageDataModule
+from ddpm_lightning.errors import at_least
+from ddpm_lightning.evaluation.progress import tracked
+from ddpm_lightning.runs import Run
+from ddpm_lightning.training.module import DiffusionModule
+
+__all__ = ["Trained"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The module and the data of a run, and where results go: what every measurement is given.
+
+    Args:
+        run: folder of the run
+        checkpoint: last, best or a file
+        data_root: folder that holds MNIST/raw, by default the one of the run's configuration
+        seed: seed of the noise and of the choice of images
+        batch_size: images at a time
+        device: where to work, cpu or cuda
+        out: folder for the results, by default one in the run
+    """
+
+    run: str
+    checkpoint: str = "last"
+    data_root: str | None = None
+    seed: int = 0
+    batch_size: int = 100
+    device: str = "cpu"
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, batch_size=self.batch_size)
+
+    @cached_property
+    def module(self) -> DiffusionModule:
+        """In evaluation mode, on the device."""
+        return Run(self.run).load_module(self.checkpoint).to(self.device)
+
+    @cached_property
+    def data(self) -> ImageDataModule:
+        data = Run(self.run).load_data()
+        if self.data_root is not None and isinstance(data, MNIST):
+            data.root = self.data_root
+        return data
+
+    def batches(self, images: Batch, what: str) -> Iterator[Batch]:
+        """Images in batches on the device, with their progress."""
+        starts = range(0, len(images.image), self.batch_size)
+        columns = [column.to(self.device) for column in images]
+        parts = (Batch(*(column[start : start + self.batch_size] for column in columns)) for start in starts)
+        return tracked(parts, len(images.image), what)
+
+    def write(self, name: str, contents: dict[str, Any]) -> list[Path]:
+        """Write files (``Run.write``) into RUN/name, or into the folder that was given for the results."""
+        results = Run(Run(self.run).folder / name if self.out is None else self.out)
+        return [results.write(file, content) for file, content in contents.items()]
