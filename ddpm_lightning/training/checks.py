@@ -9,18 +9,47 @@ from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives import ElboEstimator
-from ddpm_lightning.process import DiffusionModel, ReverseVariance, TimeConditioning
+from ddpm_lightning.process import Decoder, DiffusionModel, ReverseVariance, TimeConditioning
 
 __all__ = [
     "check_bounds",
     "check_finite",
     "check_network",
+    "check_options",
     "check_schedule",
     "check_state",
     "is_finite",
     "is_plain_tensor",
     "schedule_marks",
 ]
+
+
+def check_options(
+    decoder: Decoder,
+    levels: int,
+    ema_decay: float,
+    class_conditional: bool,
+    num_classes: int | None,
+    label_dropout: float,
+) -> None:
+    """Refuse numbers of a module that make no sense, or do not go together.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if decoder.levels != levels:
+        raise InputError(
+            f"the decoder is made for {decoder.levels} grey levels and the data have {levels}: "
+            f"set --model.decoder.init_args.levels to {levels}, or leave it out and it follows the data"
+        )
+    if not 0 <= ema_decay < 1:
+        raise InputError(f"--model.ema_decay {ema_decay:g} must lie in [0, 1)")
+    if class_conditional and num_classes is None:
+        raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
+    if not 0 <= label_dropout < 1:
+        raise InputError(f"--model.label_dropout {label_dropout:g} must lie in [0, 1)")
+    if label_dropout > 0 and not class_conditional:
+        raise InputError(f"--model.label_dropout {label_dropout:g} needs --model.class_conditional true")
 
 
 def check_network(

@@ -1,0 +1,133 @@
+"""A LightningModule that trains a model and keeps an average of it, wherever the weights of the two lie."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.training.checks import check_network
+from ddpm_lightning.training.ema import WeightAverage, decay_at
+from ddpm_lightning.training.memory_format import ChannelsLast, set_memory_format, wants_channels_last
+from ddpm_lightning.training.restorable import RestorableModule
+from ddpm_lightning.training.sharding import (
+    ShardedStrategy,
+    ShardedWeights,
+    check_shardable,
+    refuse_unknown_sharding,
+    shard_network,
+    synchronise,
+)
+
+__all__ = ["AveragedModule"]
+
+
+class AveragedModule(RestorableModule):
+    """The model, its average, and where their weights lie: in memory and among the processes.
+
+    Args:
+        model: the generative model that is trained.
+        ema_decay: decay of the average (``training/ema.py``).
+        channels_last: memory format of the weights (``training/memory_format.py``).
+        compile: compile the network of ``model`` when training begins.
+
+    Attributes:
+        ema_model: the averaged model, which is only ever evaluated.
+    """
+
+    shape: tuple[int, ...]
+    class_conditional: bool
+
+    def __init__(self, model: DiffusionModel, ema_decay: float, channels_last: ChannelsLast, compile: bool) -> None:
+        super().__init__()
+        self.model = model
+        # eval() here: Lightning leaves modules in the mode that they were built in
+        self.ema_model = deepcopy(model).requires_grad_(False).eval()
+        self.ema_decay, self.channels_last, self.compile_network = ema_decay, channels_last, compile
+        self._average: WeightAverage | None = None
+        self._sharded: ShardedWeights | None = None  # of the averaged model
+
+    def train(self, mode: bool = True) -> "AveragedModule":
+        """Training mode for all but the averaged model, which is only ever evaluated."""
+        super().train(mode)
+        self.ema_model.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            check_shardable(self, type(self.model.schedule).__name__, self.channels_last, self.compile_network)
+        self.lay_out(self.trainer)
+        if self.compile_network and stage == "fit" and self.model.network._compiled_call_impl is None:
+            self.model.network.compile()  # in place, so that the state dict keeps its names
+
+    def lay_out(self, trainer: Trainer) -> None:
+        """Lay out the weights in memory as ``channels_last`` says for a Trainer's precision and device."""
+        if self._sharded is not None:
+            return  # in the default format
+        option = False if isinstance(trainer.strategy, ShardedStrategy) else self.channels_last
+        device, precision = trainer.strategy.root_device, str(trainer.precision)
+        channels_last = wants_channels_last(option, self.model.network, precision, device)
+        for model in (self.model, self.ema_model):
+            set_memory_format(model.network, channels_last)
+
+    def configure_model(self) -> None:
+        """Shard the weights, in ``fit`` under :class:`ShardedStrategy`; once, since Lightning may ask again.
+
+        Raises:
+            InputError: another strategy that shards weights; a network that cannot be sharded.
+        """
+        if self._trainer is None:  # load_from_checkpoint
+            return
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ShardedStrategy):
+            refuse_unknown_sharding(strategy)
+            return
+        if self.trainer.state.fn != "fit" or self._sharded is not None:
+            return
+        network, variance = self.model.network, self.model.reverse_process.variance
+        label = 0 if self.class_conditional else None
+        for model in (self.model, self.ema_model):
+            model.to(strategy.root_device)
+            synchronise(model)
+        shard_network(network, strategy.mesh, partial(check_network, network, variance, self.shape, label))
+        self._sharded = ShardedWeights(self.ema_model.network, strategy.mesh)
+
+    @contextmanager
+    def whole_average(self) -> Iterator[None]:
+        """Have the averaged model's weights whole, to evaluate it in a hook of training where they may be sharded.
+
+        All processes must enter it. In validation, test and predict they are whole anyway.
+        """
+        self._gather_average()
+        try:
+            yield
+        finally:
+            self._put_average_away()
+
+    def _gather_average(self) -> None:
+        if self._sharded is not None:
+            self._sharded.gather()
+
+    def _put_average_away(self) -> None:
+        if self._sharded is not None:
+            self._sharded.put_away()
+
+    on_validation_start = on_test_start = on_predict_start = _gather_average
+    on_validation_end = on_test_end = on_predict_end = _put_average_away
+
+    def on_train_start(self) -> None:
+        """Make what belongs to weights that are restored and on their device."""
+        super().on_train_start()
+        self._put_average_away()
+        self._average = WeightAverage(self.ema_model, self.model)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimiser, then the average."""
+        super().optimizer_step(*args, **kwargs)
+        # Lightning counts the step when this hook has returned
+        self.steps_trained = self.trainer.global_step + 1
+        assert self._average is not None  # on_train_start
+        self._average.update(decay_at(self.steps_trained, self.ema_decay))
