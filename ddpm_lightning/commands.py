@@ -25,7 +25,7 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
     """Write the averaged model of a run for use elsewhere.
 
     safetensors   one file, weights and parts: ddpm_lightning.export.load_model(FILE) is the DiffusionModel again
-    diffusers     a folder: diffusers' DDPMPipeline.from_pretrained(FOLDER), DDIMPipeline too, with this package
+    diffusers     a folder: import ddpm_lightning.export.diffusers, then DDPMPipeline.from_pretrained(FOLDER)
     onnx          the network alone, inputs x, t (and label), for any batch size
     torch_export  the same as a .pt2 of torch.export
 

@@ -2,7 +2,7 @@
 
     pipeline = to_pipeline(model, shape=(1, 28, 28))
     pipeline.save_pretrained(folder)                     # safetensors and json
-    DDPMPipeline.from_pretrained(folder)                 # where this package is installed
+    DDPMPipeline.from_pretrained(folder)                 # this module must have been imported
     DDIMPipeline.from_pretrained(folder)
 
 diffusers' timestep k = 0..T-1 is state k + 1 of this package's chain. :class:`DiffusersUNet` answers with eps whatever
