@@ -199,7 +199,7 @@ def test_every_term_of_every_form(world: str, schedule: str, variance: str) -> N
     source, shape = WORLDS[world]
     model, exact = model_of(world, schedule, "EpsParameterization", variance), exact_case(world, schedule, variance)
     events = math.prod(shape) // source.dims
-    seed = list(product(WORLDS, SCHEDULES, VARIANCES)).index((world, schedule, variance))
+    seed = 1000 + list(product(WORLDS, SCHEDULES, VARIANCES)).index((world, schedule, variance))
     generator = torch.Generator().manual_seed(seed)
     # what the limit on the standard errors needs: the reconstruction is small for the cosine chain
     pixels = 48_000 if schedule == "cosine" else 24_000

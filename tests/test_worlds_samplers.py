@@ -1,6 +1,7 @@
 """Samplers in worlds of many dimensions and of many modes: what they draw is what they should, at every state."""
 
 import math
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -88,18 +89,27 @@ def test_images_approach_the_data_in_first_order(kind: str) -> None:
     assert errors[-1] < 0.03 and all(0.9 < order < 1.1 for order in orders), (errors, orders)
 
 
+@cache
+def ancestral_states(variance: str) -> list[Tensor]:
+    """Every 40th state of the mixture of pixels."""
+    return states_of(AncestralSampler(), PIXELS, FINE, (1250, 1, 4, 4), VARIANCES[variance])[::40]
+
+
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_ancestral_states_of_a_mixture_have_its_marginals(variance: str) -> None:
     """Every 40th state is distributed as q(x_t), by Kolmogorov's distance; one event in 16,000 exceeds 2.3 / sqrt(N)
     by chance. The allowance of 0.006 is for 400 steps."""
-    states = states_of(AncestralSampler(), PIXELS, FINE, (1250, 1, 4, 4), VARIANCES[variance])
-    times = FINE.grid().flip(0)
-    for i in range(0, 401, 40):
-        alpha, sigma2 = preserving(FINE.gamma(times[i]))
-        x = states[i].flatten().sort().values
+    for i, state in enumerate(ancestral_states(variance)):
+        alpha, sigma2 = preserving(FINE.gamma(FINE.grid().flip(0)[40 * i]))
+        x = state.flatten().sort().values
         rank = torch.arange(1, len(x) + 1, dtype=torch.float64) / len(x)
         kolmogorov = float((PIXELS.cdf(x, alpha, sigma2) - rank).abs().max())
-        assert kolmogorov < 2.3 / math.sqrt(len(x)) + 0.006, (i, kolmogorov)
+        assert kolmogorov < 2.3 / math.sqrt(len(x)) + 0.006, (40 * i, kolmogorov)
+
+
+@cache
+def truth_of(world: World) -> Tensor:
+    return world.sample(400_000, torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("sampler", [AncestralSampler(), DDIMSampler(), DDIMSampler(0.7)])
@@ -107,8 +117,9 @@ def test_ancestral_states_of_a_mixture_have_its_marginals(variance: str) -> None
 def test_images_of_a_mixture_have_its_weights_and_moments(name: str, sampler: Sampler) -> None:
     """Weights, means and standard deviations of the modes, within 4 standard errors and an allowance of 0.01."""
     world, shape = (PIXELS, (1250, 1, 4, 4)) if name == "pixels" else (IMAGES, (8000, 1, 2, 2))
-    images = states_of(sampler, world, FINE, shape)[-1]
-    truth = world.sample(400_000, torch.Generator().manual_seed(1))
+    drawn_already = name == "pixels" and isinstance(sampler, AncestralSampler)
+    images = ancestral_states("beta")[-1] if drawn_already else states_of(sampler, world, FINE, shape)[-1]
+    truth = truth_of(world)
 
     def modes(x: Tensor) -> Tensor:
         """The mode that each event is most likely from."""
