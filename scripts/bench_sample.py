@@ -36,7 +36,7 @@ try:
 
     from ddpm_lightning.export.diffusers import UNet2DNetwork
 except ImportError:
-    sys.exit("bench_sample: error: diffusers is missing: pip install 'ddpm-lightning[interchange]'")
+    sys.exit("bench_sample: error: diffusers is missing: pip install 'ddpm-lightning[export]'")
 
 T, SIZE = 1000, 28
 Draw = Callable[[int], Tensor]

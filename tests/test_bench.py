@@ -98,7 +98,7 @@ def test_bench_bound_reports_rates_and_memory(run: Callable[..., int], tmp_path:
 
 
 def test_bench_sample_compares_all(run: Callable[..., int], tmp_path: Path) -> None:
-    pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[export]'")
     options = [
         "--batch_size=2",
         "--steps=1",

@@ -169,8 +169,8 @@ def test_graphs_give_what_the_network_gives(name: str, tmp_path: Path) -> None:
     """For other batch sizes than the one that they were traced with."""
     model = models()[name]
     classes = 3 if name == "analytic" else None
-    onnx = pytest.importorskip("onnxruntime", reason="pip install 'ddpm-lightning[interchange]'")
-    pytest.importorskip("onnxscript", reason="pip install 'ddpm-lightning[interchange]'")
+    onnx = pytest.importorskip("onnxruntime", reason="pip install 'ddpm-lightning[export]'")
+    pytest.importorskip("onnxscript", reason="pip install 'ddpm-lightning[export]'")
     export_program(model, tmp_path / "network.pt2", SHAPE, classes)
     export_onnx(model, tmp_path / "network.onnx", SHAPE, classes)
     program = torch.export.load(tmp_path / "network.pt2").module()
@@ -193,7 +193,7 @@ def test_graphs_give_what_the_network_gives(name: str, tmp_path: Path) -> None:
 
 def diffusers_states(model: DiffusionModel, x: Tensor, kind: str) -> list[Tensor]:
     """x_{T-1}, ..., x_1 and diffusers' image, by its own loop."""
-    diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[export]'")
     from ddpm_lightning.export.diffusers import to_pipeline
 
     pipeline = to_pipeline(model, SHAPE)
@@ -238,7 +238,7 @@ def test_diffusers_walks_the_same_way(sampler: Sampler, kind: str, variance: Rev
 
 def test_a_diffusers_folder_loads_and_samples(trained: Path, tmp_path: Path) -> None:
     """The command's folder, loaded by diffusers, with the weights of the run's averaged model."""
-    diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[export]'")
     main(["export", str(trained), "--to=diffusers", f"--out={tmp_path}/folder"])
     model = Run(trained).load_module().ema_model
     for kind in ("DDPMPipeline", "DDIMPipeline"):
@@ -260,7 +260,7 @@ def test_a_diffusers_folder_loads_and_samples(trained: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("name", "word"), [("analytic", "AnalyticVariance"), ("range", "LearnedRangeVariance")])
 def test_what_diffusers_cannot_express_is_refused(name: str, word: str) -> None:
-    pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[export]'")
     from ddpm_lightning.export.diffusers import scheduler_for
 
     with pytest.raises(InputError, match=f"diffusers has no {word}"):
@@ -288,7 +288,7 @@ def test_the_command_writes_a_model_that_loads(
 
 def test_a_network_of_diffusers_is_told_its_own_timesteps() -> None:
     """State k + 1 of T, at the time (k + 1) / T, is timestep k = 0..T-1 there."""
-    pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[interchange]'")
+    pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[export]'")
     from ddpm_lightning.export.diffusers import UNet2DNetwork
 
     class Told(nn.Module):

@@ -28,7 +28,7 @@ try:
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.utils import BaseOutput
 except ImportError as error:
-    raise InputError(f"{error.name} is missing: pip install 'ddpm-lightning[interchange]'") from None
+    raise InputError(f"{error.name} is missing: pip install 'ddpm-lightning[export]'") from None
 
 __all__ = ["DiffusersUNet", "NoiseOutput", "UNet2DNetwork", "scheduler_for", "to_pipeline"]
 

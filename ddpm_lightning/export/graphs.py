@@ -64,7 +64,7 @@ def export_onnx(model: DiffusionModel, path: Path, shape: tuple[int, ...], num_c
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{error.name} is missing: pip install 'ddpm-lightning[interchange]'") from None
+        raise InputError(f"{error.name} is missing: pip install 'ddpm-lightning[export]'") from None
     inputs = network_inputs(shape, num_classes)
     batch = torch.export.Dim("batch", min=1)
     path.parent.mkdir(parents=True, exist_ok=True)
