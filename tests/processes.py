@@ -30,7 +30,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 @contextmanager
 def _as_in_a_process_of_its_own(arguments: list[str], cwd: Path, out: IO[str], err: IO[str]) -> Iterator[None]:
     """What a run changes in its process is put back after it; what it writes and warns of goes to ``out``, ``err``."""
-    argv, path, environment, filters = sys.argv, sys.path[:], dict(os.environ), warnings.filters[:]
+    argv, path, environment = sys.argv, sys.path[:], dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     loggers = [logging.getLogger(), *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
     levels = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
@@ -62,7 +62,6 @@ def _as_in_a_process_of_its_own(arguments: list[str], cwd: Path, out: IO[str], e
         sys.argv, sys.path[:] = argv, path
         os.environ.clear()
         os.environ.update(environment)
-        assert warnings.filters == filters
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for logger, level, kept in levels:
