@@ -1,5 +1,7 @@
-"""See ``ddpm_lightning.export.diffusers``."""
+"""See ``ddpm_lightning.export.diffusers``. diffusers looks for ModelMixin beside the class that it loads."""
 
-from ddpm_lightning.export.diffusers import DiffusersUNet, NoiseOutput
+from diffusers.models.modeling_utils import ModelMixin
 
-__all__ = ["DiffusersUNet", "NoiseOutput"]
+from ddpm_lightning.export.diffusers import DiffusersUNet
+
+__all__ = ["DiffusersUNet", "ModelMixin"]
