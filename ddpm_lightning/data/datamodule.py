@@ -63,9 +63,6 @@ class ImageDataModule(LightningDataModule):
         on_device: keep the uint8 images on the model's device and pick the batches there; "auto" does where they take
             less than half of a GPU's free memory. Otherwise a GPU gets each batch from page-locked memory, without
             waiting for it. The batches are the same.
-
-    Raises:
-        InputError: an argument out of its range.
     """
 
     shape: tuple[int, int, int]
@@ -121,11 +118,7 @@ class ImageDataModule(LightningDataModule):
             self.split(name)
 
     def split(self, name: SplitName) -> Split:
-        """The whole split, on every process, whatever the limits; loaded on first use.
-
-        Raises:
-            InputError: see ``setup``.
-        """
+        """The whole split, on every process, whatever the limits; loaded on first use."""
         if name not in self._splits:
             loaded = self.load(name)
             self._check(name, loaded)
@@ -133,11 +126,7 @@ class ImageDataModule(LightningDataModule):
         return self._splits[name]
 
     def train_dataloader(self) -> TrainBatches:
-        """Endless shuffled batches.
-
-        Raises:
-            InputError: batch_size larger than the training split, or not divisible by the number of processes.
-        """
+        """Endless shuffled batches."""
         rank, world = self._rank_and_world()
         return TrainBatches(self._placed("train"), self.batch_size, self.seed, self._batches_done, rank, world)
 

@@ -26,9 +26,6 @@ class Digits(ImageDataModule):
         limit_val: validate on the first that many images only; None for all 200.
         limit_test: test and predict on the first that many images only; None for all 297.
         on_device: keep the images on the model's device; "auto" does where they take less than half of its free memory.
-
-    Raises:
-        InputError: an argument out of its range.
     """
 
     shape = (1, 8, 8)

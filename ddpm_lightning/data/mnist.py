@@ -57,9 +57,6 @@ class MNIST(ImageDataModule):
         limit_test: test and predict on the first that many images only; None for all 10,000. The first 5,000 test
             images are the easier half (cleaner writing), so a limited result is not an estimate of the whole one.
         on_device: keep the images on the model's device; "auto" does where they take less than half of its free memory.
-
-    Raises:
-        InputError: an argument out of its range.
     """
 
     shape = (1, 28, 28)

@@ -18,9 +18,6 @@ def levels_to_model(images: Tensor, levels: int, dtype: torch.dtype = torch.floa
 
     Returns:
         ``[...]`` of ``dtype`` in [-1, 1], each value the closest that ``dtype`` has to 2 k / (levels - 1) - 1.
-
-    Raises:
-        InputError: levels outside 2..256.
     """
     _check_levels(levels)
     # 2k - (levels - 1) is a whole number, so the division is the only rounding. Its divisor is a tensor on the
@@ -38,9 +35,6 @@ def model_to_levels(x: Tensor, levels: int) -> Tensor:
 
     Returns:
         uint8 ``[...]``, values 0..levels-1.
-
-    Raises:
-        InputError: levels outside 2..256.
     """
     _check_levels(levels)
     if x.dtype != torch.float64:

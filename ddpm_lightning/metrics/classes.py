@@ -54,9 +54,6 @@ class ClassMetrics(Metric):
           missing.
         - ``spread``: root mean square distance of an image's features from the mean of those of its predicted class;
           0 where each class is one image over and over.
-
-        Raises:
-            InputError: no image.
         """
         n = self.counts.sum()
         if n == 0:

@@ -35,13 +35,9 @@ def dequantized_log_prob(
         log_density: images ``[B, C, H, W]`` in model range, float64 -> ``[B]`` nats.
         x0: images at grey levels, ``[B, C, H, W]`` in model range.
         levels: number of grey levels, at least 2.
-        generators: source of u.
 
     Returns:
         float64 ``[B]`` nats.
-
-    Raises:
-        InputError: ``levels`` < 2.
     """
     if levels < 2:
         raise InputError(f"levels = {levels} must be 2 or more: only grey levels can be dequantised")
@@ -71,8 +67,6 @@ def decoded_log_prob(
     Args:
         log_density: states x_1 ``[B, C, H, W]`` -> ``[B]`` nats, as ``ProbabilityFlow.log_likelihood`` gives it.
         model: the generative model; its decoder says what kind of bound this is (of grey levels, or of a density).
-        x0: images ``[B, C, H, W]`` in model range.
-        generators: source of x_1.
         cond: conditions, passed on to the network by the decoder.
 
     Returns:

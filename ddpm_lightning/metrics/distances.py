@@ -49,11 +49,7 @@ class FrechetDistance(FrechetInceptionDistance):
         super().__init__(feature=extractor, **kwargs)
 
     def compute(self) -> Tensor:
-        """The distance, a scalar.
-
-        Raises:
-            InputError: fewer than two images on a side.
-        """
+        """The distance, a scalar."""
         _check_count(
             "the Frechet distance", 2, int(self.real_features_num_samples), int(self.fake_features_num_samples)
         )
@@ -104,11 +100,7 @@ class KernelDistance(_FeatureSets):
     """
 
     def compute(self) -> Tensor:
-        """The squared distance, a float64 scalar.
-
-        Raises:
-            InputError: fewer than two images on a side.
-        """
+        """The squared distance, a float64 scalar."""
         real, fake = self._sets("the kernel distance", 2)
         return _mean_kernel(real) + _mean_kernel(fake) - 2 * _kernel_sum(real, fake) / (len(real) * len(fake))
 
@@ -126,11 +118,7 @@ class PrecisionRecall(_FeatureSets):
         self.k = k
 
     def compute(self) -> dict[str, Tensor]:
-        """``precision`` and ``recall``, float64 scalars.
-
-        Raises:
-            InputError: k images or fewer on a side.
-        """
+        """``precision`` and ``recall``, float64 scalars."""
         real, fake = self._sets(f"precision and recall by {self.k} neighbours", self.k + 1)
         return {"precision": self._covered(fake, real), "recall": self._covered(real, fake)}
 

@@ -45,11 +45,7 @@ class QualityMetrics(nn.Module):
             self.classes.update(images, label)
 
     def compute(self) -> dict[str, float]:
-        """``frechet``, ``kernel``, ``precision``, ``recall``, and ClassMetrics' of the samples; a collective.
-
-        Raises:
-            InputError: too few images.
-        """
+        """``frechet``, ``kernel``, ``precision``, ``recall``, and ClassMetrics' of the samples; a collective."""
         values: dict[str, Tensor] = {}
         for name, metric in self._distances().items():
             value = metric.compute()

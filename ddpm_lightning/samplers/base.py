@@ -19,9 +19,6 @@ class Context:
     """What is the same in all steps of one call.
 
     Attributes:
-        model: the generative model.
-        generators: source of the noise of the steps.
-        cond: conditions, passed on to the network.
     """
 
     model: DiffusionModel
@@ -101,20 +98,14 @@ class Sampler:
         The last step is the decoder's mode at the grid's first time above 0, so every image is made of grey levels.
 
         Args:
-            model: the generative model.
             x_T: ``[B, C, H, W]``, the start.
             grid: float64 ``[K + 1]``, increasing from the time of the data to 1, for ``evaluations(K)`` evaluations of
                 the network (``strided_grid``, ``logsnr_grid`` and ``karras_grid`` make one); None for all T steps of
                 the chain.
-            generators: source of the noise of the steps.
             callback: called with (x_s, s) after each step.
-            cond: conditions, passed on to the network.
 
         Returns:
             Images ``[B, C, H, W]`` in model range.
-
-        Raises:
-            InputError: a grid that does not increase from the time of the data to 1.
         """
         grid = model.grid if grid is None else grid
         data = float(model.grid[0])

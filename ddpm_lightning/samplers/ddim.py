@@ -15,9 +15,6 @@ class DDIMSampler(Sampler):
 
     Args:
         eta: 0 is deterministic, 1 has the ancestral sampler's small variance.
-
-    Raises:
-        InputError: eta outside [0, 1].
     """
 
     def __init__(self, eta: float = 0.0) -> None:

@@ -17,9 +17,7 @@ and the reverse SDE, of the same marginals, by
 
 In place of x0-hat(lambda) order 1 takes x0-hat at t, and order 2 (2M) its extrapolation to the middle of the step:
 
-.. math::
-
-    D = \hat x_{0,t} + \frac{h}{2 h_\text{before}} (\hat x_{0,t} - \hat x_{0,\text{before}})
+.. math:: D = \hat x_{0,t} + \frac{h}{2 h_\text{before}} (\hat x_{0,t} - \hat x_{0,\text{before}})
 
 .. math::
 
@@ -47,9 +45,6 @@ class DPMSolverSampler(Sampler):
     Args:
         order: 1 or 2.
         sde: draw noise at each step (SDE-DPM-Solver++).
-
-    Raises:
-        InputError: another order.
     """
 
     def __init__(self, order: int = 2, sde: bool = False) -> None:

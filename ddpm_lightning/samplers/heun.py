@@ -14,9 +14,7 @@ class HeunSampler(Sampler):
 
     In EDM's coordinates y = x / alpha and k = sigma / alpha = exp(gamma/2), of any schedule, the ODE is
 
-    .. math::
-
-        dy / dk = \hat\epsilon
+    .. math:: dy / dk = \hat\epsilon
 
     An Euler step of it is DDIM; Heun's takes the mean of eps-hat at both ends of that step.
     """

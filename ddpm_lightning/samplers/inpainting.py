@@ -23,9 +23,6 @@ class InpaintingSampler(Sampler):
         known: images in model range, ``[B, C, H, W]``, or ``[1, C, H, W]`` for one for all; any finite value where
             they are not known.
         mask: bool, True where a pixel is known: ``[C or 1, H, W]`` for all images or ``[B or 1, C or 1, H, W]``.
-
-    Raises:
-        InputError: from the methods, known images or a mask that do not fit the samples.
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor) -> None:
@@ -61,9 +58,6 @@ class ReplacementSampler(InpaintingSampler):
         known: as in :class:`InpaintingSampler`.
         mask: as there.
         resamplings: how often each step is taken, at least 1.
-
-    Raises:
-        InputError: no step at all.
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor, resamplings: int = 1) -> None:
@@ -101,9 +95,6 @@ class MomentMatchingSampler(InpaintingSampler):
         mask: as there.
         iterations: of conjugate gradients, at least 1.
         noise_var: variance with which the known pixels are believed, in the square of model range.
-
-    Raises:
-        InputError: no iterations, a variance that is not positive.
     """
 
     def __init__(

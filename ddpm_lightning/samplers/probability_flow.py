@@ -62,9 +62,6 @@ class HutchinsonDivergence(Divergence):
 
     Args:
         probes: number of vectors for each image.
-
-    Raises:
-        InputError: ``probes`` < 1.
     """
 
     def __init__(self, probes: int = 1) -> None:
@@ -140,7 +137,6 @@ class ProbabilityFlow:
             x1: states of time ``model.grid[1]``, ``[B, C, H, W]``.
             divergence: how the trace of the Jacobian is taken; None for :class:`ExactDivergence`.
             generators: source of the vectors of a random divergence.
-            cond: conditions, passed on to the network.
         """
         vectors = (ExactDivergence() if divergence is None else divergence).vectors(x1.double(), generators)
         x_T, integral = self._passage(model, x1, _moving(_field(model, cond), vectors), up=True)
@@ -159,9 +155,7 @@ class ProbabilityFlow:
     ) -> FlowLikelihood:
         r"""The density of x_1 / alpha_1, the first state read as an image, at ``x0`` ``[B, C, H, W]`` in model range.
 
-        .. math::
-
-            \log p(x_0) = \log p(x_1 = \alpha_1 x_0) + D \log \alpha_1
+        .. math:: \log p(x_0) = \log p(x_1 = \alpha_1 x_0) + D \log \alpha_1
 
         It is what :func:`~ddpm_lightning.metrics.dequantized_log_prob` asks for. Arguments as in
         :meth:`log_likelihood`.

@@ -1,5 +1,3 @@
-"""The bound, unreduced and by name."""
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,7 +32,6 @@ class ElboTerms:
 
     @property
     def total(self) -> Tensor:
-        """The bound (ELBO) of each image, ``[B]`` nats."""
         total = self.reconstruction
         for cost in self.costs.values():
             total = total - cost
