@@ -108,7 +108,7 @@ class DiffusionModel(nn.Module):
         return self._grid.on(device)
 
     def with_steps(self, T: int) -> "DiffusionModel":
-        """The same network and schedule, sharing their weights, as a chain of T states: its bound and samples differ."""
+        """The same network and schedule, sharing their weights, as a chain of T states with its own bound."""
         other = copy(self)
         other._grid = DeviceTable(self.schedule.grid(T))
         other._check_steps()

@@ -26,7 +26,6 @@ class Context:
     cond: Mapping[str, Any] = field(default_factory=dict)
 
     def predict(self, x_t: Tensor, t: Tensor) -> Prediction:
-        """The prediction of the reverse process' denoiser at (x_t, t), given the conditions."""
         return self.model.reverse_process.denoiser(x_t, t, **self.cond)
 
 
@@ -48,10 +47,7 @@ State = MultistepState | None
 
 
 class Sampler:
-    """Base of samplers: subclasses define :meth:`step`.
-
-    A sampler holds options only. What changes from step to step is in ``x_t`` and ``state``, so one sampler serves any
-    number of calls at once."""
+    """Base of samplers: subclasses define :meth:`step`. A sampler holds options only, so it serves many calls at once."""
 
     @property
     def is_deterministic(self) -> bool:
@@ -59,23 +55,11 @@ class Sampler:
         return False
 
     def evaluations(self, steps: int) -> int:
-        """Evaluations of the network on a grid of ``steps`` steps. One of them is the decoder's, which is not made
-        where the decoder works without the denoiser."""
+        """Evaluations of the network on a grid of ``steps`` steps, one of them for a decoder that uses the denoiser."""
         return steps
 
     def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """One step.
-
-        Args:
-            context: the model, the source of noise and the conditions.
-            x_t: ``[B, C, H, W]``.
-            t: the time of ``x_t``, a scalar.
-            s: the time to go to, a scalar, 0 < s < t.
-            state: what the step before returned; None at the first.
-
-        Returns:
-            x_s ``[B, C, H, W]``, and the state for the next step.
-        """
+        """x_s from x_t for scalar times 0 < s < t, and the ``state`` that the next step is given; None at first."""
         raise NotImplementedError
 
     def decode(self, context: Context, x1: Tensor, grid: Tensor) -> Tensor:
@@ -93,19 +77,15 @@ class Sampler:
         callback: Callable[[Tensor, Tensor], None] | None = None,
         **cond: Any,
     ) -> Tensor:
-        """An image from x_T ~ p(x_T), the model's prior.
+        """Images ``[B, C, H, W]`` in model range, from x_T ~ p(x_T), the model's prior.
 
-        The last step is the decoder's mode at the grid's first time above 0, so every image is made of grey levels.
+        The last step is the decoder's mode at the first state of the grid, so an image is made of grey levels.
 
         Args:
             x_T: ``[B, C, H, W]``, the start.
-            grid: float64 ``[K + 1]``, increasing from the time of the data to 1, for ``evaluations(K)`` evaluations of
-                the network (``strided_grid``, ``logsnr_grid`` and ``karras_grid`` make one); None for all T steps of
-                the chain.
+            grid: float64 ``[K + 1]``, increasing from the time of the data to 1, as ``strided_grid``, ``logsnr_grid``
+                and ``karras_grid`` make it; None for all T steps of the chain.
             callback: called with (x_s, s) after each step.
-
-        Returns:
-            Images ``[B, C, H, W]`` in model range.
         """
         grid = model.grid if grid is None else grid
         data = float(model.grid[0])

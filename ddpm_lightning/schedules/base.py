@@ -50,7 +50,7 @@ class Schedule(nn.Module):
         return type(self).log_unit_var is Schedule.log_unit_var
 
     def grid(self, T: int | None = None) -> Tensor:
-        """Times of a chain of T states, None for the schedule's own: float64 ``[T + 1]``, the data, then x_1, ..., x_T."""
+        """Times of the data and of T states (None: the schedule's own number), up to t = 1, float64 ``[T + 1]``."""
         raise NotImplementedError
 
     def gamma_slope(self, t: Tensor) -> Tensor:
