@@ -16,10 +16,7 @@ __all__ = ["Context", "MultistepState", "Sampler", "State"]
 
 @dataclass(frozen=True)
 class Context:
-    """What is the same in all steps of one call.
-
-    Attributes:
-    """
+    """What is the same in all steps of one call."""
 
     model: DiffusionModel
     generators: Generators = None
@@ -47,7 +44,7 @@ State = MultistepState | None
 
 
 class Sampler:
-    """Base of samplers: subclasses define :meth:`step`. A sampler holds options only, so it serves many calls at once."""
+    """Base of samplers: subclasses define :meth:`step`. A sampler holds options only and serves many calls at once."""
 
     @property
     def is_deterministic(self) -> bool:
