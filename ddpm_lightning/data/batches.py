@@ -136,7 +136,7 @@ class IndexBatches:
 
 
 class EvalBatches:
-    """The first ``limit`` images of a split (None: all), each once over all processes, shared out by ``IndexBatches``."""
+    """The first ``limit`` images of a split (None: all), shared out among the processes by ``IndexBatches``."""
 
     def __init__(self, split: Split, batch_size: int, rank: int = 0, world: int = 1, limit: int | None = None) -> None:
         n = len(split) if limit is None else min(limit, len(split))

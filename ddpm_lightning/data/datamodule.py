@@ -100,7 +100,7 @@ class ImageDataModule(LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the splits that ``stage`` (fit, validate, test, predict; None for all) needs and that are not yet there."""
+        """Load the splits that ``stage`` (fit, validate, test, predict; None for all) needs and that are not there."""
         for name in _SPLITS_OF_STAGE[stage]:
             self.split(name)
 

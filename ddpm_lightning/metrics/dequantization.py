@@ -56,13 +56,7 @@ def decoded_log_prob(
     and p(x_1) is q(x_1), every draw gives log P(x_0) itself. The decoder says what kind of bound this is: of grey
     levels, or of a density.
 
-    Args:
-        log_density: states x_1 ``[B, C, H, W]`` -> ``[B]`` nats, as ``ProbabilityFlow.log_likelihood`` gives it.
-        model: the generative model; its decoder says what kind of bound this is (of grey levels, or of a density).
-        cond: conditions, passed on to the network by the decoder.
-
-    Returns:
-        float64 ``[B]`` nats.
+    ``log_density`` maps states x_1 ``[B, C, H, W]`` to ``[B]`` nats, as ``ProbabilityFlow.log_likelihood`` does.
     """
     x0 = x0.double()
     q = model.forward_process.marginal(x0, model.grid[1].to(x0.device))

@@ -6,7 +6,7 @@ A factor r on the data's distribution (Sohl-Dickstein et al. 2015, arXiv 1503.03
 
 adds grad log r_t to the score. Since eps = -sigma_t score and x_t = alpha_t x0 + sigma_t eps,
 
-.. math:: \tilde\epsilon = \epsilon - \sigma_t \nabla \log r_t, \; \tilde x_0 = x_0 + \sigma_t^2/\alpha_t \nabla \log r_t
+.. math:: \tilde\epsilon = \epsilon - \sigma_t \nabla \log r_t, \tilde x_0 = x_0 + \sigma_t^2 \nabla \log r_t / \alpha_t
 
 Autograd gives the gradients in x_t, under ``torch.no_grad`` and ``torch.inference_mode`` too. No gradient reaches the
 weights of the network or anything outside of the wrapper. The exception is an ``x_t`` that requires a gradient, as in a

@@ -50,7 +50,8 @@ class ReplacementSampler(InpaintingSampler):
     2201.09865, algorithm 1) takes each step several times: it goes back from x_s to x_t by q(x_t | x_s), one step and
     not the paper's ten, and draws x_s again. This takes x_s towards its distribution given the known pixels.
 
-    ``resamplings`` is how often each step is taken, at least 1.
+    Args:
+        resamplings: how often each step is taken, at least 1.
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor, resamplings: int = 1) -> None:
