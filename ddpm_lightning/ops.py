@@ -59,21 +59,13 @@ class BatchGenerator:
 
     Each process draws for the whole batch and takes what belongs to its part. So the draws of an image do not depend on
     the number of processes. Each process holds the noise of the whole batch for a moment.
-
-    Attributes:
-        generator: in the same state on all processes; another state for another batch.
-        part: this process' part, 0..parts-1.
-        parts: number of parts.
-        step_generator: in the same state for all batches of one optimiser step; None for ``generator``.
-        batch: the place of this batch among those that the step accumulates, 0..batches-1.
-        batches: number of accumulated batches.
     """
 
-    generator: torch.Generator
-    part: int = 0
+    generator: torch.Generator  # in the same state on all processes; another state for another batch
+    part: int = 0  # this process' part
     parts: int = 1
-    step_generator: torch.Generator | None = None
-    batch: int = 0
+    step_generator: torch.Generator | None = None  # one state for all batches of an optimiser step; None: generator
+    batch: int = 0  # the place of this batch among those that the step accumulates
     batches: int = 1
 
     def own(self, draws: Tensor) -> Tensor:

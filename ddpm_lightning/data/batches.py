@@ -33,12 +33,9 @@ class Batch(NamedTuple):
 class Split:
     """One of train, val and test, whole and in memory on one device."""
 
-    images: Tensor
-    """uint8 ``[N, C, H, W]``."""
-    labels: Tensor
-    """int64 ``[N]``."""
-    pinned: bool = False
-    """Batches lie in page-locked memory, from where they go to a GPU while it computes."""
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    pinned: bool = False  # batches lie in page-locked memory, from where they go to a GPU while it computes
 
     def __len__(self) -> int:
         return len(self.images)

@@ -113,7 +113,6 @@ class ImageDataModule(LightningDataModule):
         return self._splits[name]
 
     def train_dataloader(self) -> TrainBatches:
-        """Endless shuffled batches."""
         rank, world = self._rank_and_world()
         return TrainBatches(self._placed("train"), self.batch_size, self.seed, self._batches_done, rank, world)
 

@@ -70,11 +70,7 @@ class MNIST(ImageDataModule):
         return (Path(self.root).expanduser() / "MNIST" / "raw").resolve()
 
     def prepare_data(self) -> None:
-        """Unpack or download what is missing, and check all four files.
-
-        Raises:
-            InputError: files are missing and cannot be had, or one is damaged.
-        """
+        """Unpack or download what is missing, and check all four files; InputError where that fails."""
         for name in self._missing():
             self._unpack(name)
         missing = self._missing()

@@ -12,14 +12,9 @@ __all__ = ["BoundMeans", "BoundScores", "Score"]
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over images.
-
-    Attributes:
-        mean: in ``unit``.
-        se: standard error of the mean over images, in ``unit``.
-        unit: "nats" of a whole image, or "bits/dim", which is always a code length: the smaller, the better.
-        kind: "log_prob" (the bound is one), "cost" (what the bound subtracts) or "diagnostic" (no part of the bound).
-    """
+    """A mean over images and its standard error, in nats of a whole image, or in bits/dim, which are always a code
+    length: the smaller, the better. ``kind`` is "log_prob" (the bound is one), "cost" (what the bound subtracts) or
+    "diagnostic" (no part of the bound)."""
 
     mean: float
     se: float

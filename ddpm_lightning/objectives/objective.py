@@ -21,12 +21,8 @@ class Objective(nn.Module):
         super().__init__()
 
     def check(self, model: DiffusionModel) -> None:
-        """Refuse a model that this objective cannot train.
-
-        Raises:
-            InputError: a learned schedule under a loss that is no bound; a learned variance under a loss that does not
-                depend on it.
-        """
+        """Raise InputError for a learned schedule under a loss that is no bound, which would only make its task easy,
+        and for a learned variance under a loss that does not depend on it."""
         variance = model.reverse_process.variance
         if variance.network_outputs > 1 and not self.trains_variance:
             raise InputError(

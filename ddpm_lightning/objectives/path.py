@@ -30,23 +30,15 @@ __all__ = ["PathLogProbs", "path_log_probs", "state_bound"]
 class PathLogProbs:
     """Log probabilities along one path x_1, ..., x_T for each image; column i belongs to the state x_{i+1}.
 
-    All but ``times`` and ``gamma`` are float64 nats for a whole image.
-
-    Attributes:
-        log_q_marginal: log q(x_t|x_0), ``[B, T]``.
-        log_q_step: log q(x_t|x_{t-1}), ``[B, T]``.
-        log_p_step: log p(x_t|x_{t+1}), and in the last column the prior's log p(x_T), ``[B, T]``.
-        log_p_data: log p(x_0|x_1), ``[B]``.
-        times: t of x_1, ..., x_T, float64 ``[T]``.
-        gamma: -log SNR of x_1, ..., x_T, float64 ``[T]``.
+    Log probabilities are float64 nats for a whole image.
     """
 
-    log_q_marginal: Tensor
-    log_q_step: Tensor
-    log_p_step: Tensor
-    log_p_data: Tensor
-    times: Tensor
-    gamma: Tensor
+    log_q_marginal: Tensor  # log q(x_t|x_0), [B, T]
+    log_q_step: Tensor  # log q(x_t|x_{t-1}), [B, T]
+    log_p_step: Tensor  # log p(x_t|x_{t+1}), and in the last column the prior's log p(x_T), [B, T]
+    log_p_data: Tensor  # log p(x_0|x_1), [B]
+    times: Tensor  # t of x_1, ..., x_T, float64 [T]
+    gamma: Tensor  # -log SNR of x_1, ..., x_T, float64 [T]
 
     @property
     def elbo(self) -> Tensor:

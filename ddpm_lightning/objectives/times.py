@@ -33,12 +33,7 @@ _LAST_BELOW_1 = math.nextafter(1.0, 0.0)
 
 @dataclass(frozen=True)
 class TimeDraw:
-    """One position for each image of a batch.
-
-    Attributes:
-        position: float64 ``[B]`` in [0, 1).
-        weight: float64 ``[B]``, by which the loss at this position is multiplied; its expectation is 1.
-    """
+    """A position in [0, 1) for each image of a batch, and the weight of the loss there: float64 ``[B]``."""
 
     position: Tensor
     weight: Tensor

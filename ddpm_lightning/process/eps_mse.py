@@ -1,5 +1,3 @@
-"""Measuring the denoiser's error as a function of the noise level: the table that AnalyticVariance needs."""
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,15 +34,8 @@ def eps_mse_table(
 ) -> tuple[list[float], list[float]]:
     """E|eps - eps-hat(x_t)|^2 / D at each time, for the denoiser that the reverse process uses (clipped or not).
 
-    One noise for each image and time, so K evaluations of the network for each image.
-
-    Args:
-        model: in evaluation mode.
-        batches: pairs of x0 and cond, at least one.
-        times: ``[K]``, increasing.
-
-    Returns:
-        gammas and eps_mse, K numbers each: the arguments of AnalyticVariance.
+    One noise for each image and time, so K evaluations of the network for each image. ``batches`` are pairs of x0 and
+    cond, at least one, and ``times`` ``[K]`` increase. Returns gammas and eps_mse, the arguments of AnalyticVariance.
     """
     sums, count = torch.zeros(len(times), dtype=torch.float64), 0
     for x0, cond in batches:

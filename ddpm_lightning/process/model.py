@@ -35,13 +35,9 @@ class DiffusionModel(nn.Module):
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers (never in the training loss).
             The bound is that of the model so clipped.
 
-    Raises:
-        InputError: a variance that needs a longer chain.
-
     Attributes:
         denoiser: the network's own prediction, unclipped; what the training objective sees.
         reverse_process: the reverse process, whose ``denoiser`` is clipped where ``clip_x0`` is set.
-        T: number of steps.
     """
 
     def __init__(

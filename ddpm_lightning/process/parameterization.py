@@ -21,19 +21,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prediction:
-    """A denoiser's answer at (x_t, t), in the canonical form.
-
-    Attributes:
-        x0: predicted clean image ``[B, C, H, W]``.
-        eps: predicted standardised noise ``[B, C, H, W]``; x_t = alpha_t x0 + sigma_t eps holds.
-        output: what the network itself returned for the image, ``[B, C, H, W]``.
-        variance_output: what it returned for the reverse variance, ``[B, C, H, W]``, or None.
-    """
+    """A denoiser's answer at (x_t, t), in the canonical form x_t = alpha_t x0 + sigma_t eps, ``[B, C, H, W]`` each."""
 
     x0: Tensor
     eps: Tensor
-    output: Tensor
-    variance_output: Tensor | None = None
+    output: Tensor  # what the network itself returned for the image
+    variance_output: Tensor | None = None  # what it returned for the reverse variance
 
     def clipped(self, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> "Prediction":
         """The same with x0 clipped to [-1, 1] and eps recomputed from it, so that the two stay consistent."""

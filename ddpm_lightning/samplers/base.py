@@ -28,12 +28,8 @@ class Context:
 
 @dataclass(frozen=True)
 class MultistepState:
-    """What a multistep sampler hands from one step to the next.
-
-    Attributes:
-        t: the time at which the last step began, float64, a scalar.
-        x0: x0-hat there, ``[B, C, H, W]``.
-    """
+    """What a multistep sampler hands from one step to the next: the scalar time at which the last step began, and the
+    prediction ``[B, C, H, W]`` of x_0 there."""
 
     t: Tensor
     x0: Tensor

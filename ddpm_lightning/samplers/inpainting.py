@@ -79,8 +79,11 @@ class ReplacementSampler(InpaintingSampler):
 class MomentMatchingSampler(InpaintingSampler):
     """Any sampler, run with the score of p(x_t | known pixels) as :class:`MMPSDenoiser` approximates it.
 
-    Each evaluation of the network comes with ``iterations`` (1 or more) + 1 gradients. ``noise_var`` > 0 is the
-    variance with which the known pixels are believed, in the square of model range.
+    Each evaluation of the network comes with ``iterations`` + 1 gradients.
+
+    Args:
+        iterations: of conjugate gradients, at least 1.
+        noise_var: variance with which the known pixels are believed, in the square of model range; positive.
     """
 
     def __init__(

@@ -71,13 +71,8 @@ class HutchinsonDivergence(Divergence):
 
 @dataclass(frozen=True)
 class FlowLikelihood:
-    """The density that the flow gives to states.
-
-    Attributes:
-        log_prob: log density of each state, float64 ``[B]`` nats.
-        x_T: the state at t = 1 to which the flow leads, float64 ``[B, C, H, W]``.
-        evaluations: evaluations of the network for each state.
-    """
+    """The log density that the flow gives to states, float64 ``[B]`` nats, the states x_T at t = 1 to which the flow
+    leads, float64 ``[B, C, H, W]``, and the evaluations of the network for each state."""
 
     log_prob: Tensor
     x_T: Tensor
