@@ -1,4 +1,7 @@
-"""The exceptions that the command line prints as one sentence, and the checks of a single argument."""
+"""The exceptions that the command line prints as one sentence, and the checks of a single argument.
+
+Where a docstring gives the range of an argument, any other value raises InputError, in ``networks`` ValueError.
+"""
 
 __all__ = ["InputError", "RunError", "at_least", "positive"]
 
@@ -16,22 +19,14 @@ class RunError(RuntimeError):
 
 
 def at_least(least: int, why: str = "", **arguments: int) -> None:
-    """Refuse whole numbers, given by name, that are below ``least``. ``why`` is added to the message.
-
-    Raises:
-        InputError: one is smaller.
-    """
+    """Refuse whole numbers, given by name, that are below ``least``. ``why`` is added to the message."""
     for name, value in arguments.items():
         if value < least:
             raise InputError(f"{name} = {value} must be {least} or more" + (f": {why}" if why else ""))
 
 
 def positive(why: str = "", **arguments: float) -> None:
-    """Refuse numbers, given by name, that are not positive and finite. ``why`` is added to the message.
-
-    Raises:
-        InputError: one is not.
-    """
+    """Refuse numbers, given by name, that are not positive and finite. ``why`` is added to the message."""
     for name, value in arguments.items():
         if not 0 < value < float("inf"):
             raise InputError(f"{name} = {value:g} must be positive and finite" + (f": {why}" if why else ""))

@@ -20,15 +20,10 @@ __all__ = ["drawn", "forward_strip", "nearest_neighbours", "save_gif", "save_png
 
 
 def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
-    """Images side by side.
+    """Images uint8 ``[n, C, H, W]`` of that many grey levels side by side: a picture, uint8 ``[3, height, width]``.
 
-    Args:
-        images: uint8 ``[n, C, H, W]``, grey levels.
-        levels: number of grey levels; the highest is shown white.
-        columns: images in a row; None for as square a picture as can be.
-
-    Returns:
-        uint8 ``[3, height, width]``, 0..255, small images enlarged by a whole factor.
+    The highest level is white. Small images are enlarged by a whole factor. ``columns`` is the number of images in a
+    row; None makes the picture as square as possible.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     scaled = (images.cpu().double() * (255 / (levels - 1))).round().to(torch.uint8)
@@ -38,15 +33,8 @@ def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
 
 
 def nearest_neighbours(samples: Tensor, nearest: Tensor, levels: int) -> Tensor:
-    """Each sample above the training images nearest to it: a copy shows as an image twice in a column.
-
-    Args:
-        samples: uint8 ``[n, C, H, W]``, grey levels; a column each.
-        nearest: uint8 ``[n, k, C, H, W]``, one below the other.
-        levels: number of grey levels.
-
-    Returns:
-        uint8 ``[3, height, width]``, the samples set off from the rest by a white line.
+    """Samples uint8 ``[n, C, H, W]``, a column each, and below a white line the ``nearest`` training images of each,
+    uint8 ``[n, k, C, H, W]``. A sample that is a copy shows twice in its column.
     """
     top = tile(samples, levels, columns=len(samples))
     below = tile(nearest.transpose(0, 1).flatten(0, 1), levels, columns=len(samples))
@@ -55,16 +43,8 @@ def nearest_neighbours(samples: Tensor, nearest: Tensor, levels: int) -> Tensor:
 
 
 def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, generators: Generators = None) -> Tensor:
-    """Images losing their signal along one path of the forward process each.
-
-    Args:
-        forward_process: q.
-        x0: ``[n, C, H, W]`` in model range; a row each.
-        times: ``[K]`` increasing in (0, 1]; a column each, after the clean image.
-        generators: source of the noise.
-
-    Returns:
-        uint8 ``[3, height, width]``; model range is shown from black to white and clipped outside.
+    """Images that lose their signal, each along one path of the forward process: a row for each image, a column for the
+    clean image and for each of the increasing ``times`` ``[K]`` in (0, 1]. Model range goes from black to white.
     """
     states = [x0, *forward_process.path(x0, times, generators)]
     rows = torch.stack(states, 1).flatten(0, 1)
@@ -73,15 +53,7 @@ def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, ge
 
 
 def schedule_curves(schedules: Mapping[str, Schedule], points: int = 201) -> Tensor:
-    """gamma and its slope against the time, a curve for each schedule.
-
-    Args:
-        schedules: by the name that the legend gives.
-        points: number of times, from the first state's to 1.
-
-    Returns:
-        uint8 ``[3, height, width]``.
-    """
+    """gamma and its slope at ``points`` times from the first state to 1, a curve for each schedule by its name."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, schedule in schedules.items():
@@ -112,13 +84,8 @@ def save_png(picture: Tensor, path: Path) -> None:
 def save_gif(pictures: Sequence[Tensor], path: Path, seconds: float = 0.1, hold: float = 2.0) -> None:
     """Write uint8 ``[3, height, width]`` pictures as an animation that repeats; folders are made.
 
-    Grey pictures keep their grey levels, of colours a GIF has 256.
-
-    Args:
-        pictures: the frames.
-        path: the file.
-        seconds: how long a frame is shown.
-        hold: how long the last one is.
+    A frame is shown for ``seconds``, the last one for ``hold`` seconds. Grey pictures keep their grey levels; of
+    colours a GIF has 256.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = [Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())) for picture in pictures]

@@ -3,9 +3,18 @@
 Shape rule of the whole package: a quantity that belongs to an image and a time (alpha_t, log_var, t, ...) has shape
 ``[B]`` and is expanded with :func:`expand_to` to ``[B, 1, 1, 1]`` before it meets images ``[B, C, H, W]``. Nothing
 relies on trailing-dimension broadcasting, so B == W is not a special case.
+
+These arguments mean the same in all modules, and docstrings do not explain them again::
+
+    model         the generative model, a process.DiffusionModel
+    x0            images [B, C, H, W] in model range [-1, 1]
+    x_t, x_s, x1  states of the forward process at times s < t, and its first state, [B, C, H, W]
+    t, s          times [B], or [] for one time of the whole batch
+    generators    source of all random draws, see Generators
+    cond          conditions by name (label, ...), passed on to the network
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +40,9 @@ __all__ = [
 
 
 class DeviceTable:
-    """A tensor that is copied to each device once, where it is first asked for: a copy in each step would make the host
-    wait for the device.
+    """A tensor that is copied to each device once. A copy in each step would make the host wait for the device.
 
-    It is not a buffer, since ``module.half()`` and precision plugins cast buffers and a float64 table must stay one.
-    """
+    It is no buffer: ``module.half()`` and precision plugins cast buffers, and a float64 table must stay float64."""
 
     def __init__(self, table: Tensor) -> None:
         self._copies = {table.device: table}
@@ -52,22 +59,13 @@ class BatchGenerator:
 
     Each process draws for the whole batch and takes what belongs to its part. So the draws of an image do not depend on
     the number of processes. Each process holds the noise of the whole batch for a moment.
-
-    Attributes:
-        generator: in the same state on all processes, and in another one for another batch.
-        part: this process' part, 0..parts-1.
-        parts: number of parts.
-        step_generator: in the same state for all batches of one optimiser step, and in another one for another step;
-            None for ``generator``, where a step has one batch.
-        batch: the place of this batch among those that the step accumulates, 0..batches-1.
-        batches: number of accumulated batches.
     """
 
-    generator: torch.Generator
-    part: int = 0
+    generator: torch.Generator  # in the same state on all processes; another state for another batch
+    part: int = 0  # this process' part
     parts: int = 1
-    step_generator: torch.Generator | None = None
-    batch: int = 0
+    step_generator: torch.Generator | None = None  # one state for all batches of an optimiser step; None: generator
+    batch: int = 0  # the place of this batch among those that the step accumulates
     batches: int = 1
 
     def own(self, draws: Tensor) -> Tensor:
@@ -76,7 +74,7 @@ class BatchGenerator:
 
 
 Generators = torch.Generator | BatchGenerator | Sequence[torch.Generator] | None
-"""One generator for the batch; those of a batch in training; one for each image; or None for torch's global generator.
+"""One generator for the batch, a BatchGenerator, one generator for each image, or None for torch's global generator.
 
 With one generator for each image, the draws of an image do not depend on the other images of the batch. Exceptions are
 StratifiedTimes and EquispacedTimes, which divide the time axis among the images of a batch."""
@@ -88,14 +86,9 @@ def expand_to(values: Tensor, like: Tensor) -> Tensor:
 
 
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of pixels for images ``[B, C, H, W]``, on their device and broadcastable to them.
+    """A mask for images ``like`` ``[B, C, H, W]``, on their device and broadcastable to them.
 
-    Args:
-        mask: bool, ``[C, H, W]`` for all images or ``[B, C, H, W]``; any of the dimensions may be 1.
-        like: the images.
-
-    Raises:
-        InputError: another shape, or no bool.
+    ``mask`` is bool, ``[C, H, W]`` for all images or ``[B, C, H, W]``. Any dimension may be 1.
     """
     full = (1,) * (like.ndim - mask.ndim) + mask.shape
     fits = like.ndim - mask.ndim in (0, 1) and all(m in (1, n) for m, n in zip(full, like.shape, strict=True))
@@ -108,11 +101,7 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def as_times(t: Tensor | float, like: Tensor) -> Tensor:
-    """Times as float64 on the device of ``like``, either ``[]`` (one for the batch) or ``[B]`` (one for each image).
-
-    Raises:
-        ValueError: another shape.
-    """
+    """Times as float64 on the device of ``like``, either ``[]`` (one for the batch) or ``[B]`` (one for each image)."""
     times = torch.as_tensor(t, dtype=torch.float64, device=like.device)
     if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != like.shape[0]):
         raise ValueError(f"expected one time for each of {like.shape[0]} images, got shape {tuple(times.shape)}")
@@ -137,10 +126,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def image_generators(seed: int, indices: Sequence[int] | Tensor) -> list[torch.Generator]:
-    """A generator for each image, a function of (seed, index of the image) and of nothing else.
-
-    They live on the CPU, so that a seed means the same noise on any device.
-    """
+    """A CPU generator for each image. It depends on (seed, index of the image) only, so not on the device either."""
     # one transfer from the device, not one for each index
     numbers = indices.tolist() if isinstance(indices, Tensor) else indices
     # torch's CPU generator keeps the low 32 bits of a seed: the prime keeps images of different seeds apart
@@ -149,31 +135,12 @@ def image_generators(seed: int, indices: Sequence[int] | Tensor) -> list[torch.G
 
 def randn_like(x: Tensor, generators: Generators) -> Tensor:
     """Standard normal noise ``[B, ...]`` of the shape, dtype and device of ``x``."""
-    if isinstance(generators, Sequence):
-        _check_count(x.shape[0], generators)
-        noise = torch.empty(x.shape, dtype=x.dtype)
-        for row, generator in zip(noise, generators, strict=True):
-            torch.randn(row.shape, generator=generator, dtype=x.dtype, out=row)
-        return noise.to(x.device)
-    if isinstance(generators, BatchGenerator):
-        whole = x.new_empty(()).expand(generators.parts * x.shape[0], *x.shape[1:])
-        return generators.own(randn_like(whole, generators.generator))
-    device = x.device if generators is None else generators.device
-    return torch.randn(x.shape, generator=generators, dtype=x.dtype, device=device).to(x.device)
+    return _draw(torch.randn, x.shape, x.dtype, x.device, generators)
 
 
 def rand(like: Tensor, generators: Generators) -> Tensor:
     """Numbers ``[B]`` uniform in [0, 1), float64, on the device of ``like`` (B = ``like.shape[0]``)."""
-    count = like.shape[0]
-    if isinstance(generators, Sequence):
-        _check_count(count, generators)
-        draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
-        return torch.stack(draws).to(like.device)
-    if isinstance(generators, BatchGenerator):
-        whole = like.new_empty(()).expand(generators.parts * count)
-        return generators.own(rand(whole, generators.generator))
-    device = like.device if generators is None else generators.device
-    return torch.rand(count, generator=generators, dtype=torch.float64, device=device).to(like.device)
+    return _draw(torch.rand, like.shape[:1], torch.float64, like.device, generators)
 
 
 def shuffled_places(like: Tensor, generators: Generators) -> tuple[Tensor, int]:
@@ -186,6 +153,19 @@ def shuffled_places(like: Tensor, generators: Generators) -> tuple[Tensor, int]:
     return torch.argsort(rand(like, generators)).double(), like.shape[0]
 
 
-def _check_count(count: int, generators: Sequence[torch.Generator]) -> None:
-    if len(generators) != count:
-        raise InputError(f"{len(generators)} generators for a batch of {count} images: give one for each image")
+def _draw(
+    kind: Callable[..., Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device, generators: Generators
+) -> Tensor:
+    """A draw of ``torch.rand`` or ``torch.randn``. The first dimension of ``shape`` counts images."""
+    if isinstance(generators, BatchGenerator):
+        whole = torch.Size((generators.parts * shape[0], *shape[1:]))
+        return generators.own(_draw(kind, whole, dtype, device, generators.generator))
+    if isinstance(generators, Sequence):
+        if len(generators) != shape[0]:
+            raise InputError(f"{len(generators)} generators for a batch of {shape[0]} images: give one for each image")
+        draws = torch.empty(shape, dtype=dtype)
+        for row, generator in zip(draws, generators, strict=True):
+            kind(row.shape, generator=generator, dtype=dtype, out=row)
+        return draws.to(device)
+    source = device if generators is None else generators.device
+    return kind(shape, generator=generators, dtype=dtype, device=source).to(device)

@@ -31,17 +31,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One of train, val and test, whole and in memory: images uint8 ``[N, C, H, W]``, labels int64 ``[N]``.
+    """One of train, val and test, whole and in memory on one device."""
 
-    Attributes:
-        images: on any device.
-        labels: on the same.
-        pinned: batches lie in page-locked memory, from where they go to a GPU while it computes.
-    """
-
-    images: Tensor
-    labels: Tensor
-    pinned: bool = False
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    pinned: bool = False  # batches lie in page-locked memory, from where they go to a GPU while it computes
 
     def __len__(self) -> int:
         return len(self.images)
@@ -53,7 +47,6 @@ class Split:
         return Batch(*(column.pin_memory() for column in batch)) if self.pinned else batch
 
     def to(self, device: torch.device) -> "Split":
-        """The same on a device."""
         return Split(self.images.to(device), self.labels.to(device))
 
     def chosen(self, count: int, seed: int) -> Batch:
@@ -65,29 +58,20 @@ class TrainBatches:
     """Endless shuffled batches whose order is a pure function of (seed, number of batches done).
 
     Batch b belongs to epoch e = b // len(self), which has its own permutation of the images; the last n mod batch_size
-    images of a permutation are dropped. No state has to be saved: a resumed run that knows how many batches it has done
-    goes on with the very next one, in the middle of an epoch as well as between two.
+    images of a permutation are dropped. No state has to be saved: a resumed run knows how many batches it has done and
+    goes on with the next one, in the middle of an epoch too.
 
     Args:
         split: the training images.
-        batch_size: images per batch, over all processes together.
+        batch_size: images per batch, over all processes together: a multiple of ``world``, at most ``len(split)``.
         seed: a whole number >= 0; another seed is another order.
         position: the number of batches done, asked for whenever an iteration starts.
         rank: this process, 0..world-1; it gets its contiguous share of each batch.
         world: number of processes. The batches together do not depend on it.
-
-    Raises:
-        InputError: batch_size larger than the split, or not divisible by world.
     """
 
     def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        seed: int,
-        position: Callable[[], int],
-        rank: int = 0,
-        world: int = 1,
+        self, split: Split, batch_size: int, seed: int, position: Callable[[], int], rank: int = 0, world: int = 1
     ) -> None:
         if batch_size % world:
             raise InputError(
@@ -98,10 +82,7 @@ class TrainBatches:
             raise InputError(
                 f"--data.batch_size={batch_size} is larger than the training split: choose at most {len(split)}"
             )
-        self.split = split
-        self.batch_size = batch_size
-        self.seed = seed
-        self.position = position
+        self.split, self.batch_size, self.seed, self.position = split, batch_size, seed, position
         share = batch_size // world
         self._share = slice(rank * share, (rank + 1) * share)
 
@@ -123,7 +104,7 @@ class TrainBatches:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Does nothing; see ``state_dict``."""
+        """See ``state_dict``."""
 
     def _permutation(self, epoch: int) -> Tensor:
         # Hashed, because torch's CPU generator keeps only the low 32 bits of its seed: with seed * constant + epoch
@@ -135,14 +116,8 @@ class TrainBatches:
 class IndexBatches:
     """The indices 0..n-1, each once over all processes; the last batch is shorter rather than padded.
 
-    Rank r of w gets r, r + w, r + 2w, ... The numbers per rank may differ by one, so a mean over ranks is not the mean
-    over indices: sum and count instead.
-
-    Args:
-        n: number of indices.
-        batch_size: indices per batch of this process.
-        rank: this process, 0..world-1.
-        world: number of processes.
+    Rank r of w gets r, r + w, r + 2w, ... in batches of ``batch_size``. The numbers per rank may differ by one, so a
+    mean over ranks is not the mean over indices: sum and count instead.
     """
 
     def __init__(self, n: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
@@ -150,7 +125,6 @@ class IndexBatches:
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        """Batches of this process."""
         return -(-len(self._indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -159,24 +133,14 @@ class IndexBatches:
 
 
 class EvalBatches:
-    """The images of a split, each once over all processes, in order of rows and shared out as by ``IndexBatches``.
-
-    Args:
-        split: the images.
-        batch_size: images per batch of this process.
-        rank: this process, 0..world-1.
-        world: number of processes.
-        limit: only the first that many images of the split; None for all.
-    """
+    """The first ``limit`` images of a split (None: all), shared out among the processes by ``IndexBatches``."""
 
     def __init__(self, split: Split, batch_size: int, rank: int = 0, world: int = 1, limit: int | None = None) -> None:
         n = len(split) if limit is None else min(limit, len(split))
-        self.split = split
-        self.batch_size = batch_size
+        self.split, self.batch_size = split, batch_size
         self._rows = IndexBatches(n, batch_size, rank, world)
 
     def __len__(self) -> int:
-        """Batches of this process."""
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,5 +1,3 @@
-"""The base class of every data set here, and the template for one's own."""
-
 from dataclasses import replace
 from typing import Literal
 
@@ -33,7 +31,7 @@ def batches_done(trainer: Trainer) -> int:
 class ImageDataModule(LightningDataModule):
     """Labelled uint8 images that fit into memory.
 
-    A data set of your own states three facts about its images, tells the sizes of its splits and loads them::
+    Your own data set states three facts about its images, tells the sizes of its splits and loads them::
 
         class Photos(ImageDataModule):
             shape = (3, 32, 32)  # channels, height, width
@@ -50,7 +48,7 @@ class ImageDataModule(LightningDataModule):
 
     Then ``--data my_package.Photos --data.root ...`` trains on it. Override ``prepare_data`` to download or to check
     files; it runs once per machine and must not keep anything in ``self``. What ``load`` returns is compared with the
-    stated facts, so a mistake shows before the first step.
+    three facts and the sizes, so a mistake shows before the first step.
 
     Args:
         sizes: number of images in "train", "val" and "test".
@@ -63,9 +61,6 @@ class ImageDataModule(LightningDataModule):
         on_device: keep the uint8 images on the model's device and pick the batches there; "auto" does where they take
             less than half of a GPU's free memory. Otherwise a GPU gets each batch from page-locked memory, without
             waiting for it. The batches are the same.
-
-    Raises:
-        InputError: an argument out of its range.
     """
 
     shape: tuple[int, int, int]
@@ -87,45 +82,30 @@ class ImageDataModule(LightningDataModule):
         on_device: OnDevice = "auto",
     ) -> None:
         super().__init__()
-        _check_at_least(1, "batch_size", batch_size)
-        _check_at_least(1, "eval_batch_size", eval_batch_size)
-        _check_at_least(0, "seed", seed)
-        if limit_val is not None:
-            _check_at_least(1, "limit_val", limit_val)
-        if limit_test is not None:
-            _check_at_least(1, "limit_test", limit_test)
-        self.sizes = sizes
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.seed = seed
-        self.limit_val = limit_val
-        self.limit_test = limit_test
-        self.on_device = on_device
+        _check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        _check_at_least(0, seed=seed)
+        limits = {"limit_val": limit_val, "limit_test": limit_test}
+        _check_at_least(1, **{name: limit for name, limit in limits.items() if limit is not None})
+        self.sizes, self.seed, self.on_device = sizes, seed, on_device
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.limit_val, self.limit_test = limit_val, limit_test
         self._splits: dict[SplitName, Split] = {}
 
     def load(self, split: SplitName) -> Split:
         """Read one split: images uint8 ``[N, *shape]`` with values 0..levels-1, labels int64 ``[N]``.
 
-        Called at most once per split and process. It must return the same images in the same order every time:
-        the training order and the indices in a batch refer to rows.
+        Called at most once per split and process. The images and their order must be the same every time: the training
+        order and the indices in a batch refer to rows.
         """
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the splits that ``stage`` (fit, validate, test, predict; None for all) needs and that are not yet there.
-
-        Raises:
-            InputError: files are missing or damaged, or ``load`` returned other data than the class states.
-        """
+        """Load the splits that ``stage`` (fit, validate, test, predict; None for all) needs and that are not there."""
         for name in _SPLITS_OF_STAGE[stage]:
             self.split(name)
 
     def split(self, name: SplitName) -> Split:
-        """The whole split, on every process, whatever the limits; loaded on first use.
-
-        Raises:
-            InputError: see ``setup``.
-        """
+        """The whole split, on every process, whatever the limits; loaded on first use."""
         if name not in self._splits:
             loaded = self.load(name)
             self._check(name, loaded)
@@ -133,24 +113,16 @@ class ImageDataModule(LightningDataModule):
         return self._splits[name]
 
     def train_dataloader(self) -> TrainBatches:
-        """Endless shuffled batches.
-
-        Raises:
-            InputError: batch_size larger than the training split, or not divisible by the number of processes.
-        """
         rank, world = self._rank_and_world()
         return TrainBatches(self._placed("train"), self.batch_size, self.seed, self._batches_done, rank, world)
 
     def val_dataloader(self) -> EvalBatches:
-        """The validation images, each once."""
         return self._eval_batches("val", self.limit_val)
 
     def test_dataloader(self) -> EvalBatches:
-        """The test images, each once."""
         return self._eval_batches("test", self.limit_test)
 
     def predict_dataloader(self) -> EvalBatches:
-        """The test images, each once."""
         return self.test_dataloader()
 
     def _eval_batches(self, name: SplitName, limit: int | None) -> EvalBatches:
@@ -176,12 +148,11 @@ class ImageDataModule(LightningDataModule):
         return 0 if self.trainer is None else batches_done(self.trainer)
 
     def _check(self, name: SplitName, split: Split) -> None:
-        images, labels = split.images, split.labels
         n = self.sizes[name]
         source = f"{type(self).__name__}.load({name!r})"
         for what, tensor, dtype, shape, top in (
-            ("images", images, torch.uint8, (n, *self.shape), self.levels - 1),
-            ("labels", labels, torch.int64, (n,), self.num_classes - 1),
+            ("images", split.images, torch.uint8, (n, *self.shape), self.levels - 1),
+            ("labels", split.labels, torch.int64, (n,), self.num_classes - 1),
         ):
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise InputError(
@@ -192,6 +163,7 @@ class ImageDataModule(LightningDataModule):
                 raise InputError(f"{source} returned {what} from {low} to {high}, expected values in 0..{top}")
 
 
-def _check_at_least(least: int, name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"--data.{name}={value!r} must be a whole number >= {least}")
+def _check_at_least(least: int, **arguments: int) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"--data.{name}={value!r} must be a whole number >= {least}")

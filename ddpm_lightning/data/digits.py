@@ -1,9 +1,9 @@
-"""scikit-learn's handwritten digits: embedded, so they need no download."""
+from typing import Any
 
 import torch
 
 from ddpm_lightning.data.batches import Split
-from ddpm_lightning.data.datamodule import ImageDataModule, OnDevice, SplitName
+from ddpm_lightning.data.datamodule import ImageDataModule, SplitName
 
 __all__ = ["Digits"]
 
@@ -14,45 +14,18 @@ _SPLIT_SEED = 1_797
 
 
 class Digits(ImageDataModule):
-    """1,797 images of 8x8 pixels with 17 grey levels, 10 classes (``sklearn.datasets.load_digits``).
+    """1,797 handwritten digits of 8x8 pixels with 17 grey levels, 10 classes (``sklearn.datasets.load_digits``).
 
     There is no official split; 1,300 train, 200 validation and 297 test images are drawn once and for all. They come
-    from the same 43 writers, so a test result says less about new writers than MNIST's does.
-
-    Args:
-        batch_size: training images per step over all processes together.
-        eval_batch_size: images per batch in validation, test and predict, per process.
-        seed: order of the training images; the splits do not depend on it.
-        limit_val: validate on the first that many images only; None for all 200.
-        limit_test: test and predict on the first that many images only; None for all 297.
-        on_device: keep the images on the model's device; "auto" does where they take less than half of its free memory.
-
-    Raises:
-        InputError: an argument out of its range.
+    from the same 43 writers, so a test result says less about new writers than MNIST's does. No download is needed.
     """
 
     shape = (1, 8, 8)
     levels = 17
     num_classes = 10
 
-    def __init__(
-        self,
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        seed: int = 0,
-        limit_val: int | None = None,
-        limit_test: int | None = None,
-        on_device: OnDevice = "auto",
-    ) -> None:
-        super().__init__(
-            dict(_SIZES),
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
-            limit_val=limit_val,
-            limit_test=limit_test,
-            on_device=on_device,
-        )
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(dict(_SIZES), **kwargs)
 
     def load(self, split: SplitName) -> Split:
         from sklearn.datasets import load_digits  # a slow import that MNIST users need not wait for

@@ -13,13 +13,14 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from ddpm_lightning.data.batches import Split
-from ddpm_lightning.data.datamodule import ImageDataModule, OnDevice, SplitName
+from ddpm_lightning.data.datamodule import ImageDataModule, SplitName
 from ddpm_lightning.errors import InputError
 
 __all__ = ["MNIST"]
@@ -43,55 +44,25 @@ class MNIST(ImageDataModule):
     """The official 60,000 training and 10,000 test images, untouched; 256 grey levels, 10 classes.
 
     The validation images are drawn from the training images once and for all: for a given val_size they are the same
-    in every run, and those of a smaller val_size are among those of a larger one.
+    in every run, and a larger val_size adds images to them. The first 5,000 test images are the easier half (cleaner
+    writing), so a result with limit_test is no estimate of the whole one.
 
     Args:
         root: folder that holds ``MNIST/raw`` with the four unpacked idx files (or their .gz). Nothing is written to it
             when they are there.
-        val_size: how many of the 60,000 training images are set aside for validation.
+        val_size: how many of the 60,000 training images are set aside for validation, 1..59999.
         download: fetch the files on first use when they are missing.
-        batch_size: training images per step over all processes together.
-        eval_batch_size: images per batch in validation, test and predict, per process.
-        seed: order of the training images; the splits do not depend on it.
-        limit_val: validate on the first that many images only; None for the whole split.
-        limit_test: test and predict on the first that many images only; None for all 10,000. The first 5,000 test
-            images are the easier half (cleaner writing), so a limited result is not an estimate of the whole one.
-        on_device: keep the images on the model's device; "auto" does where they take less than half of its free memory.
-
-    Raises:
-        InputError: an argument out of its range.
     """
 
     shape = (1, 28, 28)
     levels = 256
     num_classes = 10
 
-    def __init__(
-        self,
-        root: str = "data",
-        val_size: int = 5_000,
-        download: bool = True,
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        seed: int = 0,
-        limit_val: int | None = None,
-        limit_test: int | None = None,
-        on_device: OnDevice = "auto",
-    ) -> None:
+    def __init__(self, root: str = "data", val_size: int = 5_000, download: bool = True, **kwargs: Any) -> None:
         if not isinstance(val_size, int) or not 1 <= val_size < 60_000:
             raise InputError(f"--data.val_size={val_size!r} must be a whole number from 1 to 59999")
-        super().__init__(
-            {"train": 60_000 - val_size, "val": val_size, "test": 10_000},
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
-            limit_val=limit_val,
-            limit_test=limit_test,
-            on_device=on_device,
-        )
-        self.root = root
-        self.val_size = val_size
-        self.download = download
+        super().__init__({"train": 60_000 - val_size, "val": val_size, "test": 10_000}, **kwargs)
+        self.root, self.val_size, self.download = root, val_size, download
 
     @property
     def raw(self) -> Path:
@@ -99,11 +70,7 @@ class MNIST(ImageDataModule):
         return (Path(self.root).expanduser() / "MNIST" / "raw").resolve()
 
     def prepare_data(self) -> None:
-        """Unpack or download what is missing, and check all four files.
-
-        Raises:
-            InputError: files are missing and cannot be had, or one is damaged.
-        """
+        """Unpack or download what is missing, and check all four files; InputError where that fails."""
         for name in self._missing():
             self._unpack(name)
         missing = self._missing()
@@ -198,11 +165,7 @@ def _quiet_and_impatient() -> Iterator[None]:
 
 
 def _check_idx(path: Path) -> None:
-    """Compare an idx file's header (big-endian: magic number, then one length per dimension) and size with MNIST's.
-
-    Raises:
-        InputError: the file cannot be read, has another size, or another header.
-    """
+    """Compare an idx file's header (big-endian: magic number, then one length per dimension) and size with MNIST's."""
     shape = _FILES[path.name]
     remedy = "Delete it and run again (--data.download=true fetches it anew), or put a good copy there"
     header = struct.Struct(f">{1 + len(shape)}I")

@@ -1,4 +1,4 @@
-"""Grey levels 0..levels-1 to model range [-1, 1] and back: level k sits at 2 k / (levels - 1) - 1."""
+"""Grey levels 0..levels-1 (2..256 levels) to model range [-1, 1] and back: level k sits at 2 k / (levels - 1) - 1."""
 
 import torch
 from torch import Tensor
@@ -9,18 +9,10 @@ __all__ = ["levels_to_model", "model_to_levels"]
 
 
 def levels_to_model(images: Tensor, levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Grey levels to model range; ``model_to_levels`` undoes it bit for bit.
+    """Grey levels, uint8 ``[...]`` in 0..levels-1, to model range; ``model_to_levels`` undoes it bit for bit.
 
-    Args:
-        images: uint8 ``[...]``, values 0..levels-1.
-        levels: number of grey levels, 2..256.
-        dtype: torch.float32 or torch.float64 (a half-precision type cannot tell 256 levels apart).
-
-    Returns:
-        ``[...]`` of ``dtype`` in [-1, 1], each value the closest that ``dtype`` has to 2 k / (levels - 1) - 1.
-
-    Raises:
-        InputError: levels outside 2..256.
+    Each value is the closest that ``dtype`` has to 2 k / (levels - 1) - 1. A half-precision type cannot tell 256 levels
+    apart.
     """
     _check_levels(levels)
     # 2k - (levels - 1) is a whole number, so the division is the only rounding. Its divisor is a tensor on the
@@ -30,18 +22,7 @@ def levels_to_model(images: Tensor, levels: int, dtype: torch.dtype = torch.floa
 
 
 def model_to_levels(x: Tensor, levels: int) -> Tensor:
-    """Model range to the nearest grey level; what lies outside [-1, 1] goes to the lowest or highest level.
-
-    Args:
-        x: floating point ``[...]`` in model range, finite.
-        levels: number of grey levels, 2..256.
-
-    Returns:
-        uint8 ``[...]``, values 0..levels-1.
-
-    Raises:
-        InputError: levels outside 2..256.
-    """
+    """Finite numbers ``[...]`` in model range to the nearest grey level, uint8 in 0..levels-1, ends beyond [-1, 1]."""
     _check_levels(levels)
     if x.dtype != torch.float64:
         x = x.float()

@@ -1,5 +1,3 @@
-"""The bound of a set of images: every term's mean with its standard error."""
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -14,15 +12,9 @@ __all__ = ["BoundMeans", "BoundScores", "Score"]
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over images.
-
-    Attributes:
-        mean: in ``unit``.
-        se: standard error of the mean over images, in ``unit``.
-        unit: "nats" of a whole image, or "bits/dim", which is always a code length: the smaller, the better.
-        kind: what was averaged: "log_prob" (the bound is one), "cost" (what the bound subtracts) or "diagnostic" (a
-            divergence that is no part of the bound).
-    """
+    """A mean over images and its standard error, in nats of a whole image, or in bits/dim, which are always a code
+    length: the smaller, the better. ``kind`` is "log_prob" (the bound is one), "cost" (what the bound subtracts) or
+    "diagnostic" (no part of the bound)."""
 
     mean: float
     se: float
@@ -41,18 +33,16 @@ BoundScores = dict[str, dict[str, Score]]
 
 
 class BoundMeans(nn.Module):
-    """Accumulates the terms of one or more forms of the bound, each image once, on any number of processes.
+    """Means of the terms of one or more forms of the bound, each image once, on any number of processes.
 
-    Args:
-        term_kinds: for each form the kind of each term by its name; ``elbo`` is one of them.
+    ``term_kinds[form][name]`` is the kind of each term; ``elbo`` is one of the names.
     """
 
     def __init__(self, term_kinds: Mapping[str, Mapping[str, str]]) -> None:
         super().__init__()
         self._kinds = {form: dict(kinds) for form, kinds in term_kinds.items()}
-        self.forms = nn.ModuleDict(
-            {form: nn.ModuleDict({name: MeanAndError() for name in kinds}) for form, kinds in term_kinds.items()}
-        )
+        means = {form: nn.ModuleDict({name: MeanAndError() for name in kinds}) for form, kinds in term_kinds.items()}
+        self.forms = nn.ModuleDict(means)
 
     def _means(self) -> dict[str, dict[str, MeanAndError]]:
         return cast(dict[str, dict[str, MeanAndError]], self.forms)
@@ -76,7 +66,6 @@ class BoundMeans(nn.Module):
         return scores, count
 
     def reset(self) -> None:
-        """Forget all."""
         for means in self._means().values():
             for mean in means.values():
                 mean.reset()

@@ -1,5 +1,3 @@
-"""What a classifier makes of samples: are they of the class asked for, of all classes, and different within one?"""
-
 from typing import Any
 
 import torch
@@ -13,11 +11,7 @@ __all__ = ["ClassMetrics"]
 
 
 class ClassMetrics(Metric):
-    """Accuracy of a classifier on images of known class, and the diversity of images, on any number of processes.
-
-    Args:
-        classifier: judges the images.
-    """
+    """Accuracy of a classifier on images of known class, and the diversity of images, on any number of processes."""
 
     full_state_update = False
     hits: Tensor
@@ -47,16 +41,12 @@ class ClassMetrics(Metric):
         self.squares.index_add_(0, predicted, features.square().sum(1))
 
     def compute(self) -> dict[str, Tensor]:
-        """Float64 scalars.
+        """Float64 scalars of one image or more.
 
-        - ``accuracy``: share of the images with a label that are given it; left out where none has one.
-        - ``class_entropy``: entropy of the histogram of predicted classes, nats; log K at most, less where classes are
-          missing.
-        - ``spread``: root mean square distance of an image's features from the mean of those of its predicted class;
+        - ``accuracy``: share of the labelled images whose predicted class is the label; left out without labels.
+        - ``class_entropy``: entropy of the histogram of predicted classes, nats; at most log K.
+        - ``spread``: root mean square distance of an image's features from the mean features of its predicted class;
           0 where each class is one image over and over.
-
-        Raises:
-            InputError: no image.
         """
         n = self.counts.sum()
         if n == 0:

@@ -6,15 +6,13 @@ With features f(x) of dimension d, of real images r_1..r_m and samples s_1..s_n:
 
     \text{Frechet} &= |\mu_r - \mu_s|^2 + \mathrm{tr}(C_r + C_s - 2 (C_r C_s)^{1/2}) \\
     \text{kernel} &= \mathop{\mathrm{mean}}_{i \ne j} k(r_i, r_j) + \mathop{\mathrm{mean}}_{i \ne j} k(s_i, s_j)
-        - 2 \mathop{\mathrm{mean}}_{i, j} k(r_i, s_j), \quad k(a, b) = (a \cdot b / d + 1)^3 \\
-    \text{precision} &= \text{share of samples
-        within the } k \text{-th nearest neighbour's distance of some real image} \\
-    \text{recall} &= \text{share of real images within that distance of some sample}
+        - 2 \mathop{\mathrm{mean}}_{i, j} k(r_i, s_j), \quad k(a, b) = (a \cdot b / d + 1)^3
 
-(Heusel et al. 2017, arXiv 1706.08500; Binkowski et al. 2018, arXiv 1801.01401; Kynkaanniemi et al. 2019, arXiv
-1904.06991). The kernel distance is unbiased, and below 0 by chance. The Frechet distance of finite sets is too large
-by about (1/m + 1/n) times a constant of the data. Compare values at equal m and n only, and beside a floor: as many
-training images against the same real ones.
+Precision is the share of samples within the k-th nearest neighbour's distance of some real image, recall the share of
+real images within that distance of some sample (Heusel et al. 2017, arXiv 1706.08500; Binkowski et al. 2018, arXiv
+1801.01401; Kynkaanniemi et al. 2019, arXiv 1904.06991). The kernel distance is unbiased, and below 0 by chance. The
+Frechet distance of finite sets is too large by about (1/m + 1/n) times a constant of the data. Compare values at equal
+m and n only, and with the distance of as many training images from the same real ones.
 
 An extractor is a module with the attribute ``num_features`` that maps what ``update`` is given (images in model range,
 for :class:`~ddpm_lightning.metrics.ClassifierFeatures`) to ``[B, num_features]``.
@@ -37,35 +35,22 @@ _CHUNK = 1000
 
 
 class FrechetDistance(FrechetInceptionDistance):
-    """Frechet distance of Gaussians fitted to the features of real images and of samples, on any number of processes.
-
-    torchmetrics' metric as it is, with float64 sums; but for the error when there are too few images.
-
-    Args:
-        extractor: images to features.
-    """
+    """Frechet distance of Gaussians fitted to the features of two or more real images and samples: torchmetrics'
+    metric, with an error of our own where there are too few images."""
 
     def __init__(self, extractor: nn.Module, **kwargs: Any) -> None:
         super().__init__(feature=extractor, **kwargs)
 
     def compute(self) -> Tensor:
-        """The distance, a scalar.
-
-        Raises:
-            InputError: fewer than two images on a side.
-        """
-        _check_count(
-            "the Frechet distance", 2, int(self.real_features_num_samples), int(self.fake_features_num_samples)
-        )
+        counts = int(self.real_features_num_samples), int(self.fake_features_num_samples)
+        _check_count("the Frechet distance", 2, *counts)
         return super().compute()
 
 
 class _FeatureSets(Metric):
     """Keeps the features of both sides, float64, on any number of processes that have seen images of both.
 
-    Args:
-        extractor: images to features.
-        reset_real_features: False lets ``reset`` keep the real images.
+    With ``reset_real_features=False`` a ``reset`` keeps the real images.
     """
 
     full_state_update = False
@@ -97,45 +82,29 @@ class _FeatureSets(Metric):
 class KernelDistance(_FeatureSets):
     """Unbiased squared MMD with the cubic polynomial kernel over all pairs.
 
-    Not torchmetrics' KernelInceptionDistance, which averages over random subsets drawn from torch's global generator.
-
-    Args:
-        extractor: images to features.
+    torchmetrics' KernelInceptionDistance averages over random subsets from torch's global generator instead.
     """
 
     def compute(self) -> Tensor:
-        """The squared distance, a float64 scalar.
-
-        Raises:
-            InputError: fewer than two images on a side.
-        """
+        """A float64 scalar, from two images or more on each side."""
         real, fake = self._sets("the kernel distance", 2)
         return _mean_kernel(real) + _mean_kernel(fake) - 2 * _kernel_sum(real, fake) / (len(real) * len(fake))
 
 
 class PrecisionRecall(_FeatureSets):
-    """Precision and recall of samples by k-nearest-neighbour balls (torchmetrics has neither).
-
-    Args:
-        extractor: images to features.
-        k: the neighbour whose distance is a ball's radius, the image itself not counted.
-    """
+    """Precision and recall of samples by balls around more than k images a side. The radius of a ball is the distance
+    of the k-th neighbour, the image itself not counted."""
 
     def __init__(self, extractor: nn.Module, k: int = 3, **kwargs: Any) -> None:
         super().__init__(extractor, **kwargs)
         self.k = k
 
     def compute(self) -> dict[str, Tensor]:
-        """``precision`` and ``recall``, float64 scalars.
-
-        Raises:
-            InputError: k images or fewer on a side.
-        """
+        """``precision`` and ``recall``, float64 scalars."""
         real, fake = self._sets(f"precision and recall by {self.k} neighbours", self.k + 1)
         return {"precision": self._covered(fake, real), "recall": self._covered(real, fake)}
 
     def _covered(self, queries: Tensor, points: Tensor) -> Tensor:
-        """Share of the queries that lie in the ball of some point."""
         radius = nearest(points, points, self.k + 1)[0][:, -1]
         inside = [(torch.cdist(part, points) <= radius).any(1) for part in queries.split(_CHUNK)]
         return torch.cat(inside).double().mean()
@@ -147,7 +116,6 @@ def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mean_kernel(a: Tensor) -> Tensor:
-    """Mean of the kernel over pairs of different rows."""
     own = (a.square().sum(1) / a.shape[1] + 1).pow(3).sum()
     return (_kernel_sum(a, a) - own) / (len(a) * (len(a) - 1))
 

@@ -1,8 +1,8 @@
 """The feature space in which samples are compared with data: a classifier of that very kind of data.
 
-The distances of natural images (FID, KID) are taken in features of Inception, trained on ImageNet, which strokes on a
-black ground mean little to. Here each kind of data has a small classifier of its own, so scores compare between models
-of the same data measured with the same classifier, and with no published FID.
+FID and KID take their features from Inception, trained on ImageNet, to which strokes on a black ground mean little.
+Here each kind of data has a small classifier of its own. Compare scores of the same data and the same classifier only,
+never with a published FID.
 """
 
 import json
@@ -23,11 +23,7 @@ _SHIPPED: dict[tuple[tuple[int, ...], int], str] = {((1, 28, 28), 256): "mnist",
 
 
 class ClassifierFeatures(nn.Module):
-    """A classifier's features as a module of their own, which is what the distances take for an extractor.
-
-    Args:
-        classifier: whose features.
-    """
+    """A classifier's features as a module of their own: an extractor for the distances."""
 
     def __init__(self, classifier: FeatureClassifier) -> None:
         super().__init__()
@@ -40,11 +36,7 @@ class ClassifierFeatures(nn.Module):
 
 
 def classifier_for(shape: tuple[int, ...], levels: int) -> str:
-    """Name of the shipped classifier for images of ``shape`` (C, H, W) and so many grey levels.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Name of the shipped classifier for images of ``shape`` (C, H, W) and so many grey levels, else InputError."""
     try:
         return _SHIPPED[tuple(shape), levels]
     except KeyError:
@@ -56,14 +48,10 @@ def classifier_for(shape: tuple[int, ...], levels: int) -> str:
 
 
 def load_classifier(name: str) -> FeatureClassifier:
-    """A trained classifier, in evaluation mode and without gradients. Draws no random number.
+    """A trained classifier, in evaluation mode and without gradients, else InputError. Draws no random number.
 
-    Args:
-        name: a shipped one, ``mnist`` or ``digits``, or the path of a safetensors file with the constructor's arguments
-            as JSON under ``init_args`` in its metadata, as ``scripts/train_classifier.py`` writes it.
-
-    Raises:
-        InputError: no such classifier, or a file that holds none.
+    ``name`` is ``mnist`` or ``digits``, or the path of a safetensors file with the constructor's arguments as JSON
+    under ``init_args`` in its metadata, as ``scripts/train_classifier.py`` writes it.
     """
     if name in _SHIPPED.values():
         with as_file(files("ddpm_lightning.metrics") / "weights" / f"{name}.safetensors") as path:

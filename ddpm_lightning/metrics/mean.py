@@ -1,5 +1,3 @@
-"""A mean over images with its standard error."""
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -10,9 +8,8 @@ __all__ = ["MeanAndError"]
 class MeanAndError(Metric):
     """Mean and standard error of a value over images, each image once, on any number of processes.
 
-    Keeps float64 count, mean and sum of squared deviations and merges them exactly (Chan et al. 1979), so batches and
-    processes of unequal size weigh as they should. The standard error is that of the mean over images:
-    std / sqrt(N); nan for N = 1.
+    Keeps float64 count, mean and sum of squared deviations and merges them exactly (Chan et al. 1979), for batches and
+    processes of unequal size. The standard error is std / sqrt(N); nan for N = 1.
     """
 
     full_state_update = False
@@ -43,7 +40,7 @@ class MeanAndError(Metric):
         return {"mean": mean, "se": (m2 / (count - 1) / count).sqrt(), "count": count}
 
     def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All entries as one: there are several after a synchronisation, and while a batch is added."""
+        """All entries as one. After a synchronisation, and while a batch is added, there are several."""
         count = self.count.sum()
         mean = (self.count * self.mean).sum() / count
         m2 = (self.m2 + self.count * (self.mean - mean).square()).sum()

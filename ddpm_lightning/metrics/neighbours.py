@@ -1,5 +1,3 @@
-"""Nearest neighbours by Euclidean distance, in pieces that fit into memory."""
-
 import torch
 from torch import Tensor
 
@@ -9,16 +7,8 @@ _CHUNK = 500
 
 
 def nearest(queries: Tensor, points: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """The k points nearest to each query.
-
-    Args:
-        queries: floating point ``[n, D]``.
-        points: ``[N, D]``, N >= k.
-        k: how many.
-
-    Returns:
-        Distances ``[n, k]`` and rows of ``points`` ``[n, k]``, nearest first.
-    """
+    """Euclidean distances ``[n, k]`` from ``queries`` ``[n, D]`` to the k nearest ``points`` ``[N, D]``, nearest first,
+    and their rows ``[n, k]``, in pieces that fit into memory."""
     found = [torch.cdist(part, points).topk(k, largest=False).indices for part in queries.split(_CHUNK)]
     rows = torch.cat(found)
     # anew from differences: cdist's matrix product leaves equal images a distance above 0

@@ -1,5 +1,3 @@
-"""All measures of samples' quality at once."""
-
 from collections.abc import Collection
 from typing import cast
 
@@ -17,11 +15,8 @@ __all__ = ["QualityMetrics"]
 class QualityMetrics(nn.Module):
     """Distances of samples from real images, and the classes of the samples, on any number of processes.
 
-    ``reset`` forgets the samples and keeps the real images, for the next set of samples.
-
-    Args:
-        classifier: gives the features and judges the classes.
-        only: which of ``frechet``, ``kernel``, ``precision_recall`` and ``classes`` to measure; None for all.
+    ``reset`` forgets the samples and keeps the real images. ``only`` names what to measure of ``frechet``, ``kernel``,
+    ``precision_recall`` and ``classes``; None for all.
     """
 
     def __init__(self, classifier: FeatureClassifier, only: Collection[str] | None = None) -> None:
@@ -45,11 +40,7 @@ class QualityMetrics(nn.Module):
             self.classes.update(images, label)
 
     def compute(self) -> dict[str, float]:
-        """``frechet``, ``kernel``, ``precision``, ``recall``, and ClassMetrics' of the samples; a collective.
-
-        Raises:
-            InputError: too few images.
-        """
+        """``frechet``, ``kernel``, ``precision``, ``recall``, and ClassMetrics' of the samples; a collective."""
         values: dict[str, Tensor] = {}
         for name, metric in self._distances().items():
             value = metric.compute()
@@ -59,7 +50,6 @@ class QualityMetrics(nn.Module):
         return {name: float(value) for name, value in values.items()}
 
     def reset(self) -> None:
-        """Forget the samples."""
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()

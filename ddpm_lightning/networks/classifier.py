@@ -1,17 +1,16 @@
-"""A small convolutional classifier whose last hidden layer is the space in which samples are compared with data."""
-
 from torch import Tensor, nn
 
 __all__ = ["FeatureClassifier"]
 
 
 class FeatureClassifier(nn.Module):
-    """Classes of images ``[B, channels, size, size]`` in model range [-1, 1], and features of them.
+    """Classes of images ``[B, channels, size, size]`` in model range [-1, 1], and the features in which samples are
+    compared with data.
 
-    A 3x3 convolution, then strided ones that halve the image until it has at most 4 x 4 pixels, one more, and two
-    linear layers; GroupNorm and SiLU between, so an image's features depend on no other image and on no mode. The
-    features are the first linear layer's output, before its SiLU: real-valued without a floor at 0, as a Gaussian
-    fitted to them wants it. 28 x 28 images, width 24: 123,306 parameters.
+    A 3x3 convolution, strided ones that halve the image until it has at most 4 x 4 pixels, one more, and two linear
+    layers. Between them are GroupNorm and SiLU, so the features of an image depend on no other image and on no mode.
+    The features are the first linear layer's output before its SiLU. They have no floor at 0, as a Gaussian fitted to
+    them needs it. 28 x 28 images, width 24: 123,306 parameters. All arguments are at least 1.
 
     Args:
         channels: image channels.
@@ -19,9 +18,6 @@ class FeatureClassifier(nn.Module):
         num_classes: number of classes.
         width: channels at full resolution; twice as many below.
         num_features: dimensions of the features.
-
-    Raises:
-        ValueError: an argument below 1.
     """
 
     def __init__(
@@ -41,11 +37,7 @@ class FeatureClassifier(nn.Module):
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(num_features, num_classes))
 
     def features(self, x: Tensor) -> Tensor:
-        """Features ``[B, num_features]`` of images ``[B, channels, size, size]`` in model range.
-
-        Raises:
-            ValueError: images of another shape, or grey levels, which are not floating point.
-        """
+        """Features ``[B, num_features]`` of images ``[B, channels, size, size]`` in model range."""
         expected = (self.channels, self.size, self.size)
         if tuple(x.shape[1:]) != expected or not x.is_floating_point():
             raise ValueError(

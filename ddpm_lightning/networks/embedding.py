@@ -14,20 +14,15 @@ class SinusoidalEmbedding(nn.Module):
 
     With s = ``scale``, P = ``max_period`` and d = ``dim`` the features are
 
-    .. math::
+    .. math:: (\cos \omega_k s t, \; \sin \omega_k s t), \quad \omega_k = P^{-k / (d/2 - 1)}, \; k = 0, \dots, d/2 - 1
 
-        (\cos \omega_k s t, \; \sin \omega_k s t), \qquad \omega_k = P^{-k / (d/2 - 1)}, \quad k = 0, \dots, d/2 - 1
-
-    With ``scale = 1000``, steps that are 1/1000 apart differ by a whole radian at the highest frequency, and the
-    sines tell t from -t. Each entry is in [-1, 1], so bfloat16 keeps neighbouring steps apart.
+    With ``scale = 1000``, steps that are 1/1000 apart differ by a whole radian at the highest frequency. Each entry is
+    in [-1, 1], so bfloat16 keeps neighbouring steps apart.
 
     Args:
         dim: number of features, even and at least 4.
-        scale: factor on t, in radians at the highest frequency.
-        max_period: ratio of the highest to the lowest frequency.
-
-    Raises:
-        ValueError: if ``dim`` is odd or below 4, or ``scale`` or ``max_period`` is out of range.
+        scale: factor on t, in radians at the highest frequency; positive.
+        max_period: ratio of the highest to the lowest frequency, at least 1.
     """
 
     def __init__(self, dim: int, scale: float = 1000.0, max_period: float = 10_000.0) -> None:
@@ -36,14 +31,12 @@ class SinusoidalEmbedding(nn.Module):
             raise ValueError(f"dim must be even and at least 4, got {dim}")
         if not (scale > 0 and max_period >= 1):
             raise ValueError(f"need scale > 0 and max_period >= 1, got scale={scale}, max_period={max_period}")
-        self.dim = dim
-        self.scale = scale
-        self.max_period = max_period
+        self.dim, self.scale, self.max_period = dim, scale, max_period
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed ``t`` ``[B]`` as ``[B, dim]``, in float32 or in float64 if ``t`` is float64."""
-        # never below float32: bfloat16 has 8 bits, and 1000 t needs 10 of them before the point. The frequencies
-        # are no buffer for the same reason: module.bfloat16() would round them.
+        # never below float32: bfloat16 has 8 bits, and 1000 t needs 10 of them before the point. For the same reason
+        # the frequencies are no buffer: module.bfloat16() would round them
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         half = self.dim // 2
         k = torch.arange(half, dtype=t.dtype, device=t.device)
@@ -55,18 +48,13 @@ class SinusoidalEmbedding(nn.Module):
 class FourierFeatures(nn.Module):
     r"""An image with its own sines and cosines as further channels (Kingma et al. 2021, arXiv 2107.00630, section 3.4).
 
-    .. math::
-
-        (x, \; \sin 2\pi f_1 x, \; \cos 2\pi f_1 x, \; \sin 2\pi f_2 x, \; \dots)
+    .. math:: (x, \; \sin 2\pi f_1 x, \; \cos 2\pi f_1 x, \; \sin 2\pi f_2 x, \; \dots)
 
     Args:
-        frequencies: f_1, f_2, ... in cycles per unit of x; without any the image is returned as it is.
+        frequencies: f_1, f_2, ... in cycles per unit of x, positive; without any the image is returned as it is.
 
     Attributes:
         copies: channels of the output for each channel of the input, 1 + 2 len(frequencies).
-
-    Raises:
-        ValueError: a frequency that is not positive.
     """
 
     def __init__(self, frequencies: Sequence[float] = ()) -> None:

@@ -1,5 +1,3 @@
-"""The lecture's baseline network, mended so that it runs."""
-
 from torch import Tensor, nn
 
 __all__ = ["SimpleUNet"]
@@ -8,18 +6,15 @@ __all__ = ["SimpleUNet"]
 class SimpleUNet(nn.Module):
     """Four 3x3 convolutions with an embedding of t added in the middle: the lecture's ``SimpleUNet``.
 
-    As printed, the lecture adds 64 features of the time to 128 channels, which does not run. The least change mends
-    it: the last linear layer of the time's MLP gives 128 features.
+    As printed, the lecture adds 64 features of the time to 128 channels, which does not run. Here the last linear layer
+    of the time's MLP gives 128 features.
 
-    There is no down-sampling and no skip connection, so it is a U-Net in name only. One output pixel sees 9 x 9
-    input pixels and nothing beyond: it denoises local strokes but cannot draw global structure (a whole digit).
-    It takes no label.
+    The network has no down-sampling and no skip connection: it is a U-Net in name only. One output pixel sees 9 x 9
+    input pixels, so the network denoises local strokes but cannot draw global structure (a whole digit). It takes no
+    label.
 
     Args:
-        channels: number of image channels C, both in and out.
-
-    Raises:
-        ValueError: if ``channels`` is below 1.
+        channels: number of image channels C, both in and out, at least 1.
     """
 
     def __init__(self, channels: int = 1) -> None:
@@ -32,17 +27,11 @@ class SimpleUNet(nn.Module):
         )
         self.time_mlp = nn.Sequential(nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 128))
         self.decoder = nn.Sequential(
-            nn.ConvTranspose2d(128, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(64, channels, 3, padding=1),
+            nn.ConvTranspose2d(128, 64, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(64, channels, 3, padding=1)
         )
 
     def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
-        """Map images ``x`` ``[B, C, H, W]`` and times ``t`` ``[B]`` to ``[B, C, H, W]`` in the dtype of ``x``.
-
-        Raises:
-            ValueError: if a label is given, or if ``x`` or ``t`` has another shape.
-        """
+        """Map images ``x`` ``[B, C, H, W]`` and times ``t`` ``[B]`` to ``[B, C, H, W]`` in the dtype of ``x``."""
         if label is not None:
             raise ValueError("SimpleUNet is unconditional: leave label out, or use UNet(num_classes=...)")
         if x.ndim != 4 or x.shape[1] != self.channels:

@@ -5,9 +5,9 @@ Dhariwal 2021 (arXiv 2102.09672):
 
     block(h, e) = shortcut(h) + conv(dropout(silu((1 + scale(e)) norm(conv(silu(norm(h)))) + shift(e))))
 
-where e = MLP(sinusoids(time_scale t)) + class embedding. Two economies against the original keep a CPU busy with
-convolutions at low resolution: every block of the way down has one partner on the way up (not blocks + 1), and
-channels are changed by a 1x1 convolution before up-sampling, with which nearest-neighbour up-sampling commutes.
+where e = MLP(sinusoids(time_scale t)) + class embedding. It is cheaper than the original in two places. Every block of
+the way down has one partner on the way up (not blocks + 1). A 1x1 convolution changes the channels before up-sampling,
+with which nearest-neighbour up-sampling commutes.
 
 On a CPU in bfloat16, keep the default memory format: channels_last makes the convolutions a fifth faster but
 GroupNorm seven to ten times slower (torch 2.14), which costs a quarter of the speed of a training step.
@@ -39,22 +39,18 @@ class UNet(nn.Module):
         multipliers: channels of each level in units of ``width``, full resolution first.
         blocks: residual blocks of each level on the way down, and as many on the way up; one number for all levels
             or one for each. Fewer at full resolution is cheaper at nearly the same number of parameters.
-        attention: levels (0 = full resolution) whose blocks end in self-attention. If the last level is among
-            them, so does the middle.
+        attention: levels (0 = full resolution) whose blocks end in self-attention; with the last level the middle too.
         heads: attention heads; must divide the channels of the levels with attention. One, as in Ho et al. 2020: on
             a CPU in bfloat16, the cost of few pixels grows with the number of heads.
         dropout: probability of dropping an activation in a residual branch, in [0, 1).
         num_classes: number of classes K of a conditional network; None for an unconditional one. Labels are
             0..K-1, and K stands for "no class".
         out_channels: channels of the output; None for ``channels``. Use ``2 * channels`` to predict a variance too.
-        time_scale: factor on t before the sinusoids. The inverse of the smallest difference in t that matters.
-        fourier: frequencies, in cycles per unit of x, at which sines and cosines of the input join it
-            (:class:`FourierFeatures`); none by default. They show the network noise that is far smaller than the
-            image, which a likelihood is made of and samples are not: for L grey levels on [-1, 1] the frequency
-            (L - 1) / 2 has the period of one level.
-
-    Raises:
-        ValueError: if an argument is out of its range.
+        time_scale: factor on t before the sinusoids: the inverse of the smallest difference in t that matters.
+        fourier: frequencies, in cycles per unit of x, of sines and cosines of the input that join it
+            (:class:`FourierFeatures`). They show the network noise that is far smaller than the image. A likelihood
+            depends on this noise, samples do not. For L grey levels on [-1, 1] the frequency (L - 1) / 2 has the
+            period of one level.
     """
 
     def __init__(
@@ -72,18 +68,10 @@ class UNet(nn.Module):
         fourier: Sequence[float] = (),
     ) -> None:
         super().__init__()
-        self.channels = channels
-        self.width = width
-        self.multipliers = multipliers
-        self.blocks = blocks
-        self.attention = attention
-        self.heads = heads
-        self.dropout = dropout
-        self.num_classes = num_classes
-        self.out_channels = out_channels
-        self.time_scale = time_scale
-        self.fourier = fourier
-
+        self.channels, self.out_channels, self.num_classes = channels, out_channels, num_classes
+        self.width, self.multipliers, self.blocks = width, multipliers, blocks
+        self.attention, self.heads, self.dropout = attention, heads, dropout
+        self.time_scale, self.fourier = time_scale, fourier
         counts = [blocks] * len(multipliers) if isinstance(blocks, int) else list(blocks)
         self._check_arguments(counts)
         widths = [width * multiplier for multiplier in multipliers]
@@ -95,9 +83,7 @@ class UNet(nn.Module):
 
         self.sinusoids = SinusoidalEmbedding(embedding_width, scale=time_scale)
         self.time_mlp = nn.Sequential(
-            nn.Linear(embedding_width, embedding_width),
-            nn.SiLU(),
-            nn.Linear(embedding_width, embedding_width),
+            nn.Linear(embedding_width, embedding_width), nn.SiLU(), nn.Linear(embedding_width, embedding_width)
         )
         self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_width)
         self.features = FourierFeatures(fourier)
@@ -115,18 +101,12 @@ class UNet(nn.Module):
         self.out_conv = _zeroed(nn.Conv2d(widths[0], out_channels or channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
-        """Evaluate the network.
+        """``[B, out_channels, H, W]`` in the dtype of ``x``, under autocast too.
 
         Args:
             x: images ``[B, C, H, W]``; H and W are divisible by ``2 ** (len(multipliers) - 1)``.
             t: one real number for each image, ``[B]``.
             label: classes ``[B]``, int64, in 0..num_classes; None (or ``num_classes``) is "no class".
-
-        Returns:
-            ``[B, out_channels, H, W]`` in the dtype of ``x``, under autocast too.
-
-        Raises:
-            ValueError: if a shape is wrong, H or W is not divisible, or an unconditional network gets a label.
         """
         self._check_inputs(x, t, label)
         embedding: Tensor = silu(self._embed(x, t, label))
@@ -157,7 +137,6 @@ class UNet(nn.Module):
         return embedding
 
     def _check_arguments(self, counts: Sequence[int]) -> None:
-        """Raise a ValueError that names the first argument out of its range."""
         levels = len(self.multipliers)
         if min(self.channels, self.width, *self.multipliers, *counts) < 1 or not levels:
             raise ValueError("channels, width, every entry of multipliers and every entry of blocks must be >= 1")

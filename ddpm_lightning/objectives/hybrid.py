@@ -1,5 +1,3 @@
-"""The objective of Nichol & Dhariwal 2021 for a reverse variance that is learned beside the mean."""
-
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +14,8 @@ __all__ = ["HybridObjective"]
 
 
 class HybridObjective(Objective):
-    r"""L_simple + vlb_weight * L_vlb, one time for each image (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 16).
+    r"""L_simple + vlb_weight * L_vlb, one time for each image, for a reverse variance that is learned beside the mean
+    (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 16).
 
     .. math::
 
@@ -26,16 +25,12 @@ class HybridObjective(Objective):
         &= -\tfrac{T}{D} \log p(x_0|x_1) \quad \text{for } i = 1
 
     in nats a dimension (D = C H W). In L_vlb the mean is detached, so only the variance learns from it. For i uniform
-    on 1..T its expectation is -ELBO / D without the prior matching, which has nothing to learn. One evaluation of the
-    network serves both parts; x0 is not clipped. The authors' code counts L_vlb in bits, so their 0.001 weighs as much
-    as 0.00144 here.
+    on 1..T the expectation of L_vlb is -ELBO / D without the prior matching. One evaluation of the network serves both
+    parts; x0 is not clipped. The authors' code counts L_vlb in bits, so their 0.001 is 0.00144 here.
 
     Args:
         times: draws the steps.
         vlb_weight: weight of L_vlb, not negative.
-
-    Raises:
-        InputError: a negative weight.
     """
 
     trains_variance = True
@@ -47,11 +42,7 @@ class HybridObjective(Objective):
         self.times, self.vlb_weight = times, vlb_weight
 
     def check(self, model: DiffusionModel) -> None:
-        """Refuse a model that this objective cannot train.
-
-        Raises:
-            InputError: a variance that takes nothing from the network, or a learned schedule.
-        """
+        """As in the base class; a variance that takes nothing from the network is refused too."""
         super().check(model)
         variance = model.reverse_process.variance
         if variance.network_outputs == 1:
@@ -61,7 +52,6 @@ class HybridObjective(Objective):
             )
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """L_simple + vlb_weight * L_vlb, ``[B]``. In training mode the time sampler learns from it."""
         draw = self.times(x0, generators)
         steps = steps_of(draw, model.T)
         t = torch.take(model.grid_on(x0.device), steps)
@@ -79,7 +69,7 @@ def _step_cost(model: DiffusionModel, x0: Tensor, x_t: Tensor, steps: Tensor, pr
     """KL of the step i in 2..T that ends at x_t, or -log p(x_0|x_1) where i = 1: ``[B]`` nats."""
     process, reverse, grid = model.forward_process, model.reverse_process, model.grid_on(x0.device)
     first = steps == 1
-    # Each image needs one of the two costs and both are evaluated for all, the other one where it is finite: the
+    # Both costs are evaluated for all images, the one that an image does not need at a place where it is finite: the
     # gradient of a NaN that where() discards is still a NaN.
     later = steps.clamp(min=2)
     s, t = torch.take(grid, later - 1), torch.take(grid, later)

@@ -1,5 +1,3 @@
-"""The bound itself as a training objective."""
-
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +13,7 @@ __all__ = ["ContinuousNegativeElbo", "NegativeElbo"]
 
 
 class NegativeElbo(Objective):
-    """-ELBO in nats a dimension, by any estimator of it: minimising it maximises the likelihood's bound.
+    """-ELBO in nats a dimension, by any estimator of the bound.
 
     Args:
         bound: the estimator. ``DenoisingElbo(steps=1)`` costs two evaluations of the network for each image.
@@ -36,12 +34,11 @@ class ContinuousNegativeElbo(Objective):
     """-ELBO of the limit T -> infinity in nats a dimension, at one time for each image; the way to train a learned
     schedule in continuous time (Kingma et al. 2021, arXiv 2107.00630, section 5 and appendix I.2).
 
-    The network and the ends of gamma are moved by the bound. The bound does not depend on the shape of gamma between
-    its ends, which is moved by the second moment of the diffusion term's estimator instead, that is by its variance. A
-    term of value 0 carries that gradient, so the value is the bound's for every schedule. Predicted x0 is not clipped.
+    The bound trains the network and the ends of gamma. It does not depend on the shape of gamma between the ends. The
+    shape minimises the second moment of the diffusion term's estimator, that is its variance. A term of value 0 carries
+    that gradient, so the value of the loss is -ELBO for every schedule. Predicted x0 is not clipped.
 
-    With a decoder that uses the denoiser this costs two evaluations of the network for each image, with
-    ``CategoricalDecoder`` one.
+    The cost is two evaluations of the network for each image, with ``CategoricalDecoder`` one.
 
     Args:
         times: draws the times between the first state and the last.
@@ -54,11 +51,7 @@ class ContinuousNegativeElbo(Objective):
         self.times = times
 
     def check(self, model: DiffusionModel) -> None:
-        """Refuse what continuous time has no place for.
-
-        Raises:
-            InputError: a schedule without a slope, or a learned variance, which this limit does not depend on.
-        """
+        """As in the base class; a schedule without ``gamma_slope`` is refused too."""
         super().check(model)
         schedule = model.schedule
         try:

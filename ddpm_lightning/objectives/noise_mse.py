@@ -1,5 +1,3 @@
-"""The training objective of Ho et al. 2020, equation 14: the mean squared error of the predicted noise."""
-
 from ddpm_lightning.objectives.times import TimeSampler
 from ddpm_lightning.objectives.weighted_mse import WeightedMSE
 
@@ -7,7 +5,7 @@ __all__ = ["NoiseMSE"]
 
 
 class NoiseMSE(WeightedMSE):
-    """|eps - eps_theta(x_t, t)|^2 averaged over dimensions, at one step of the chain for each image.
+    """|eps - eps_theta(x_t, t)|^2 averaged over dimensions, at one step for each image (Ho et al. 2020, equation 14).
 
     Args:
         times: draws the times.

@@ -1,5 +1,3 @@
-"""The interface of training objectives."""
-
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ __all__ = ["Objective"]
 
 
 class Objective(nn.Module):
-    """A loss for each image, to be averaged and minimised. Its own state is in buffers, so it is saved."""
+    """A loss for each image, to be averaged and minimised. Its own state is in buffers, so checkpoints hold it."""
 
     is_bound = False
     """True where the loss is minus the bound, so that a schedule can be learned by it."""
@@ -23,12 +21,8 @@ class Objective(nn.Module):
         super().__init__()
 
     def check(self, model: DiffusionModel) -> None:
-        """Refuse a model that this objective cannot train.
-
-        Raises:
-            InputError: a learned schedule under a loss that is no bound, which would only make its task easy; a learned
-                variance under a loss that does not depend on it.
-        """
+        """Raise InputError for a learned schedule under a loss that is no bound, which would only make its task easy,
+        and for a learned variance under a loss that does not depend on it."""
         variance = model.reverse_process.variance
         if variance.network_outputs > 1 and not self.trains_variance:
             raise InputError(
@@ -42,15 +36,5 @@ class Objective(nn.Module):
             )
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """Losses of a batch.
-
-        Args:
-            model: the generative model.
-            x0: images ``[B, C, H, W]`` in model range.
-            generators: source of noise and times.
-            cond: conditions, passed on to the network.
-
-        Returns:
-            ``[B]``.
-        """
+        """Loss of each image, ``[B]``. In training mode a time sampler learns from it."""
         raise NotImplementedError

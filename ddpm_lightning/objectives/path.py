@@ -7,7 +7,7 @@ A path x_1, ..., x_T of q ties every log probability of the chain together. From
     \log p(x_n) \ge E_{q(x_{n+1}, \dots, x_T | x_n)} \left[ \log p(x_T)
         + \sum_{m=n+1}^T \log p(x_{m-1}|x_m) - \log q(x_m|x_{m-1}) \right]
 
-where p(x_n) is the model's own marginal, log p(x_0|x_1) is the decoder's, and the gap is the KL divergence of
+where p(x_n) is the model's own marginal and log p(x_0|x_1) is the decoder's. The gap is the KL divergence of
 q(x_{n+1}, ..., x_T | x_n) from p(x_{n+1}, ..., x_T | x_n). At n = 0 this is the trajectory form of the bound, at n = T
 it is log p(x_T) itself.
 """
@@ -30,23 +30,15 @@ __all__ = ["PathLogProbs", "path_log_probs", "state_bound"]
 class PathLogProbs:
     """Log probabilities along one path x_1, ..., x_T for each image; column i belongs to the state x_{i+1}.
 
-    All but ``times`` and ``gamma`` are float64 nats for a whole image.
-
-    Attributes:
-        log_q_marginal: log q(x_t|x_0), ``[B, T]``.
-        log_q_step: log q(x_t|x_{t-1}), ``[B, T]``.
-        log_p_step: log p(x_t|x_{t+1}), and in the last column the prior's log p(x_T), ``[B, T]``.
-        log_p_data: log p(x_0|x_1), ``[B]``.
-        times: t of x_1, ..., x_T, float64 ``[T]``.
-        gamma: -log SNR of x_1, ..., x_T, float64 ``[T]``.
+    Log probabilities are float64 nats for a whole image.
     """
 
-    log_q_marginal: Tensor
-    log_q_step: Tensor
-    log_p_step: Tensor
-    log_p_data: Tensor
-    times: Tensor
-    gamma: Tensor
+    log_q_marginal: Tensor  # log q(x_t|x_0), [B, T]
+    log_q_step: Tensor  # log q(x_t|x_{t-1}), [B, T]
+    log_p_step: Tensor  # log p(x_t|x_{t+1}), and in the last column the prior's log p(x_T), [B, T]
+    log_p_data: Tensor  # log p(x_0|x_1), [B]
+    times: Tensor  # t of x_1, ..., x_T, float64 [T]
+    gamma: Tensor  # -log SNR of x_1, ..., x_T, float64 [T]
 
     @property
     def elbo(self) -> Tensor:
@@ -57,13 +49,8 @@ class PathLogProbs:
 def path_log_probs(model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> PathLogProbs:
     """Every log probability of one path of the model's chain, with T evaluations of the network.
 
-    Of the path one step is kept at a time, so memory grows with T by the ``[B, T]`` results only (without gradients).
-
-    Args:
-        model: the generative model; ``model.with_steps(T)`` for another number of states.
-        x0: images ``[B, C, H, W]`` in model range.
-        generators: source of the noise; the path is the one that ``TrajectoryElbo`` draws from them.
-        cond: conditions, passed on to the network.
+    The path is the one that ``TrajectoryElbo`` draws. One step is kept at a time, so memory grows with T by the
+    ``[B, T]`` results only (without gradients). For another number of states give ``model.with_steps(T)``.
     """
     times = model.grid[1:].to(x0.device)
     q_marginals, q_steps, p_steps = [], [], []
@@ -72,34 +59,19 @@ def path_log_probs(model: DiffusionModel, x0: Tensor, generators: Generators = N
         q_steps.append(log_q)
         p_steps.append(log_p)
     p_steps.append(model.prior(x0).log_prob(x_t))
-    return PathLogProbs(
-        log_q_marginal=torch.stack(q_marginals, 1),
-        log_q_step=torch.stack(q_steps, 1),
-        log_p_step=torch.stack(p_steps[1:], 1),
-        log_p_data=p_steps[0],
-        times=times,
-        gamma=model.schedule.gamma(times),
-    )
+    log_q_marginal, log_q_step, log_p_step = (torch.stack(each, 1) for each in (q_marginals, q_steps, p_steps[1:]))
+    return PathLogProbs(log_q_marginal, log_q_step, log_p_step, p_steps[0], times, model.schedule.gamma(times))
 
 
 def state_bound(
     model: DiffusionModel, x_n: Tensor, index: int, generators: Generators = None, paths: int = 1, **cond: Any
 ) -> Tensor:
-    """Estimates of the lower bound on log p(x_n) of single states, T - n evaluations of the network for each path.
+    """Estimates of the lower bound on log p(x_n), float64 nats ``[paths, B]``. Their mean over paths has no bias.
 
     Args:
-        model: the generative model; ``model.with_steps(T)`` for another number of states.
         x_n: states of step n of the chain, ``[B, C, H, W]``, however they came about.
         index: n in 0..T; 0 for data, whose bound is the ELBO.
-        generators: source of the noise.
-        paths: number of paths drawn from each state, one after the other.
-        cond: conditions, passed on to the network.
-
-    Returns:
-        float64 nats ``[paths, B]``. Their mean over paths estimates the bound without bias.
-
-    Raises:
-        InputError: ``index`` outside 0..T, or ``paths`` < 1.
+        paths: number of paths from each state, at least 1, each with T - n evaluations of the network.
     """
     if not 0 <= index <= model.T:
         raise InputError(f"index = {index} must lie between 0 (data) and the chain's T = {model.T}")

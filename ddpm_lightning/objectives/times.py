@@ -2,11 +2,9 @@ r"""How training draws its times, and how an estimator of the bound picks its st
 
 A draw is a position u on the unit interval, from the first state's end of the time axis to t = 1, and a weight w with
 
-.. math::
+.. math:: E[w f(u)] = \int_0^1 f(u) \, du
 
-    E[w f(u)] = \int_0^1 f(u) \, du
-
-for every f, so that what is minimised does not depend on how it is sampled. A discrete chain takes step 1 + floor(u T)
+for every f, so the expected loss does not depend on the sampler. A discrete chain takes step 1 + floor(u T)
 (:func:`steps_of`), continuous time takes u itself, stretched over its axis.
 """
 
@@ -35,12 +33,7 @@ _LAST_BELOW_1 = math.nextafter(1.0, 0.0)
 
 @dataclass(frozen=True)
 class TimeDraw:
-    """One position for each image of a batch.
-
-    Attributes:
-        position: float64 ``[B]`` in [0, 1).
-        weight: float64 ``[B]``, by which the loss at this position is multiplied; its expectation is 1.
-    """
+    """A position in [0, 1) for each image of a batch, and the weight of the loss there: float64 ``[B]``."""
 
     position: Tensor
     weight: Tensor
@@ -52,7 +45,7 @@ def steps_of(draw: TimeDraw, T: int) -> Tensor:
 
 
 class TimeSampler(nn.Module):
-    """Draws a position for each image of a batch. What it learns from the losses is in buffers, so it is saved."""
+    """Draws a position for each image of a batch. What it learns is in buffers, so checkpoints hold it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +55,6 @@ class TimeSampler(nn.Module):
 
         Args:
             like: ``[B, ...]``.
-            generators: source of the draws.
         """
         raise NotImplementedError
 
@@ -78,11 +70,10 @@ class UniformTimes(TimeSampler):
 
 
 class StratifiedTimes(TimeSampler):
-    """One draw in each of B equal parts of the time axis, in shuffled order: each is uniform by itself, and a batch
-    covers all noise levels, which lowers the variance of the loss (after Kingma et al. 2021, appendix I.1).
+    """One draw in each of B equal parts of the time axis, in shuffled order (after Kingma et al. 2021, appendix I.1).
 
-    The strata are those of one call, or of all processes' together under a
-    :class:`~ddpm_lightning.ops.BatchGenerator`: each accumulated batch covers the axis by itself.
+    Each draw is uniform by itself, and a batch covers all noise levels, which lowers the variance of the loss. B counts
+    the images of all processes. Each accumulated batch covers the axis by itself.
     """
 
     def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
@@ -93,16 +84,11 @@ class StratifiedTimes(TimeSampler):
 class EquispacedTimes(TimeSampler):
     r"""Equally spaced times with one random offset (Kingma et al. 2021, arXiv 2107.00630, appendix I.1):
 
-    .. math::
+    .. math:: u_j = (u_0 + j/N) \bmod 1, \quad j = 0, \dots, N - 1
 
-        u_j = (u_0 + j/N) \bmod 1, \quad j = 0, \dots, N - 1
-
-    over all N images of an optimiser step. Batch p of P accumulated ones takes every P-th of them, j = p, p + P, ...,
-    in shuffled order, so that it covers the whole axis too (:class:`~ddpm_lightning.ops.BatchGenerator` holds p and P).
-    Every single u_j is uniform.
-
-    If the batches differ in size, each is equally spaced by itself and unbiased, but their union is no longer equally
-    spaced. The same holds where some batches are left out, as in the last accumulation of an epoch.
+    over all N images of an optimiser step. Every single u_j is uniform. Batch p of P accumulated ones takes
+    j = p, p + P, ... in shuffled order, and so covers the whole axis too. If batches differ in size or are left out, as
+    in the last accumulation of an epoch, the union is unbiased, but no longer equally spaced.
     """
 
     def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
@@ -127,19 +113,16 @@ class ImportanceTimes(TimeSampler):
     uniformly within the bin; E[L_k^2] is the mean over the bin's last ``history`` losses. Until every bin has that
     many, draws are uniform. Whatever the history holds, the draw is unbiased: the weight belongs to the p_k in use.
 
-    The history is kept in buffers, so a checkpoint goes on with it. Under DistributedDataParallel every process draws
-    from its own copy and notes its own losses, and the first process' buffers replace the others' at the next
-    optimiser step (DDP's ``broadcast_buffers``), so the history is made of the first process' losses. Without that
-    broadcast the histories drift apart, which leaves the gradient unbiased. Losses that are not finite are not noted.
+    Under DistributedDataParallel every process notes its own losses, and at the next optimiser step the buffers of the
+    first process replace all others (``broadcast_buffers``). So the history holds the losses of the first process.
+    Without that broadcast the histories differ, and the gradient stays unbiased. Losses that are not finite are not
+    noted.
 
     Args:
-        bins: number of equal parts of the axis. The original has one for each step of the chain, which takes
-            ``bins * history`` losses or more to fill.
+        bins: number of equal parts of the axis. The original has one for each step of the chain. At least
+            ``bins * history`` losses fill them.
         history: number of losses that a bin remembers.
         uniform: share of the draws that are uniform, in (0, 1]: it bounds the weights by 1 / uniform.
-
-    Raises:
-        InputError: an argument out of its range.
     """
 
     losses: Tensor
@@ -176,7 +159,7 @@ class ImportanceTimes(TimeSampler):
     def update(self, position: Tensor, loss: Tensor) -> None:
         """Remember the losses ``[B]`` at positions ``[B]``, the batch's later ones as the more recent."""
         # Tensors of unknown size would make the host wait for the device. So losses that must not be kept are written
-        # too, to one extra cell and one extra bin that are cut off again.
+        # too, to an extra cell and an extra bin that are cut off again.
         index = (position * self.bins).long().clamp_(max=self.bins - 1)
         index = torch.where(torch.isfinite(loss), index, self.bins)
         ordered, order = torch.sort(index, stable=True)
@@ -202,17 +185,11 @@ def _uniform_draw(position: Tensor) -> TimeDraw:
 def stratified_steps(
     count: int, steps: int | None, like: Tensor, generators: Generators = None
 ) -> tuple[Tensor, Tensor]:
-    """A stratified choice out of step indices 1..count, for each image its own.
+    """A stratified choice out of step indices 1..count: indices int64 ``[K, B]``, increasing along K, and weights
+    float64 ``[K]``, so that ``sum_k weights[k] f(indices[k])`` is an unbiased estimate of ``sum_{i=1..count} f(i)``.
 
-    The indices are cut into ``steps`` runs of nearly equal length and one index is drawn from each, so
-    ``sum_k weights[k] f(indices[k])`` is an unbiased estimate of ``sum_{i=1..count} f(i)``. With ``steps=None``, or
-    as many as there are indices, every index is taken once with weight 1 and nothing is drawn.
-
-    Returns:
-        indices int64 ``[K, B]``, increasing along K, and weights float64 ``[K]`` (the lengths of the runs).
-
-    Raises:
-        InputError: ``steps`` < 1.
+    The indices are cut into ``steps`` runs of nearly equal length, and one index is drawn from each. With
+    ``steps=None`` or ``steps >= count`` every index is taken once with weight 1, and nothing is drawn.
     """
     if steps is not None:
         at_least(1, "None stands for all of them", steps=steps)

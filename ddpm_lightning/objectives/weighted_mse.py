@@ -1,7 +1,6 @@
-r"""The mean squared error of the denoiser, in any of its parameterisations and under any weighting.
+"""The mean squared error of the denoiser, in any of its parameterisations and under any weighting.
 
-Since x_t = alpha_t x_0 + sigma_t eps ties the errors of x_0 and of eps together, the squared error of each target is
-that of eps times a factor:
+By x_t = alpha_t x_0 + sigma_t eps the squared error of each target is the squared error of eps times a factor:
 
     eps    1
     x_0    sigma_t^2 / alpha_t^2 = exp(gamma_t)
@@ -26,24 +25,18 @@ __all__ = ["WeightedMSE"]
 
 
 class WeightedMSE(Objective):
-    r"""w(t) |target - prediction|^2 averaged over dimensions, at one time for each image:
+    """w(t) |target - prediction|^2 averaged over dimensions, at one time for each image.
 
-    .. math::
-
-        E \, \text{loss} &= \tfrac1T \sum_{i=1}^T w(t_i) \, E|\dots|^2 / D \quad \text{on the chain's grid} \\
-        E \, \text{loss} &= \int w(t) \, E|\dots|^2 / D \, dt
-            \quad \text{in continuous time, from the first state to } 1
+    Its expectation is the mean over the states of the chain, or in continuous time the integral over t from the first
+    state to 1.
 
     Args:
         times: draws the times.
         target: what the error is measured in; None for eps. It need not be what the network's output means.
         weighting: w(t), made for the error of eps; None for 1.
-        continuous: draw times from the whole axis, not from the chain's grid: for schedules and conditionings that are
-            defined there, and a model that is to be evaluated or sampled with any number of steps.
+        continuous: draw times from the whole axis, not from the chain's grid, for a model that is evaluated or sampled
+            with any number of steps. The schedule and the conditioning must be defined there.
         T: train on the states of a chain of that many steps; None for the model's own.
-
-    Raises:
-        InputError: when called, a T with too few states.
     """
 
     def __init__(
@@ -58,7 +51,6 @@ class WeightedMSE(Objective):
         self.times, self.target, self.weighting, self.continuous, self.T = times, target, weighting, continuous, T
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
-        """Weighted mean squared error, ``[B]``, float64. In training mode the time sampler learns from it."""
         if self.T is not None:
             model = model.with_steps(self.T)
         draw = self.times(x0, generators)

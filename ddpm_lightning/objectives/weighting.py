@@ -7,10 +7,10 @@ A weight w(t) on |eps - eps_theta|^2 at times uniform in t is the same loss as
     \tfrac12 \int w_\text{rel}(\gamma) \, |\epsilon - \epsilon_\theta|^2 \, d\gamma,
         \qquad w_\text{rel} = 2 w(t) / \gamma'(t)
 
-which no longer knows how the schedule moves through the noise levels. w_rel is the weight relative to the variational
-bound, whose own is 1 everywhere; where it increases with the noise (falls with the SNR) the loss is still a bound, on
-noisy data (Kingma & Gao 2023, arXiv 2303.00848, theorem 1). :class:`ElboWeighting` and :class:`EDMWeighting` are given
-by their w_rel, so gamma'(t) appears in them and the schedule cancels; the others are given by w and depend on it.
+which does not depend on how the schedule moves through the noise levels. w_rel is the weight relative to the
+variational bound. Where w_rel increases with the noise, the loss is still a bound, on noisy data (Kingma & Gao 2023,
+arXiv 2303.00848, theorem 1). :class:`ElboWeighting` and :class:`EDMWeighting` are given by their w_rel: gamma'(t)
+appears in them and the schedule cancels. The others are given by w and depend on the schedule.
 """
 
 import math
@@ -21,21 +21,13 @@ from torch import Tensor
 from ddpm_lightning.errors import positive
 from ddpm_lightning.schedules import Schedule
 
-__all__ = [
-    "EDMWeighting",
-    "ElboWeighting",
-    "MinSNRWeighting",
-    "P2Weighting",
-    "UniformWeighting",
-    "Weighting",
-]
+__all__ = ["EDMWeighting", "ElboWeighting", "MinSNRWeighting", "P2Weighting", "UniformWeighting", "Weighting"]
 
 
 class Weighting:
-    """The weight of the squared error of eps at a time."""
+    """The weight w(t) of the squared error of eps, shape of ``t``, float64. At all ``t`` gamma is finite."""
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """w(t), shape of ``t``, float64. Times are those of states, where gamma is finite."""
         raise NotImplementedError
 
 
@@ -52,10 +44,7 @@ class MinSNRWeighting(Weighting):
     1 where the SNR is below ``clip``; less in nearly clean images.
 
     Args:
-        clip: the largest weight on the error of x_0.
-
-    Raises:
-        InputError: ``clip`` is not positive.
+        clip: the largest weight on the error of x_0, positive.
     """
 
     def __init__(self, clip: float = 5.0) -> None:
@@ -70,11 +59,8 @@ class P2Weighting(Weighting):
     """1 / (k + SNR)^power (Choi et al. 2022, arXiv 2204.00227).
 
     Args:
-        k: keeps the weight of pure noise finite.
-        power: how much clean images are played down; 0 is the simple loss.
-
-    Raises:
-        InputError: ``k`` is not positive.
+        k: keeps the weight of pure noise finite; positive.
+        power: the larger, the less clean images weigh; 0 is the simple loss.
     """
 
     def __init__(self, k: float = 1.0, power: float = 1.0) -> None:
@@ -94,21 +80,16 @@ class EDMWeighting(Weighting):
             + \sigma_\text{data}^2}{(\sigma \sigma_\text{data})^2} |x_0 - \hat x_0|^2 \right]
 
     with sigma = sigma_t / alpha_t = exp(gamma/2), the noise beside an unscaled image. The error of x_0 is sigma times
-    that of eps, and gamma = 2 log sigma ~ N(2 mean, (2 std)^2) has the density p, so at times uniform in t
+    the error of eps, and gamma = 2 log sigma ~ N(2 mean, (2 std)^2) has the density p. So at times uniform in t
 
-    .. math::
-
-        w(t) = p(\gamma) \, \gamma'(t) \, (1 + \sigma^2 / \sigma_\text{data}^2)
+    .. math:: w(t) = p(\gamma) \, \gamma'(t) \, (1 + \sigma^2 / \sigma_\text{data}^2)
 
     It is exact in continuous time, but for the noise levels that the schedule does not reach.
 
     Args:
-        sigma_data: standard deviation of the data.
+        sigma_data: standard deviation of the data, positive.
         mean: mean of log sigma.
-        std: standard deviation of log sigma.
-
-    Raises:
-        InputError: a standard deviation is not positive.
+        std: standard deviation of log sigma, positive.
     """
 
     def __init__(self, sigma_data: float = 0.5, mean: float = -1.2, std: float = 1.2) -> None:
@@ -125,8 +106,7 @@ class EDMWeighting(Weighting):
 class ElboWeighting(Weighting):
     """gamma'(t) / 2: the diffusion term of the continuous bound (Kingma et al. 2021, equation 18), nats a dimension.
 
-    In continuous time ``WeightedMSE`` has exactly that expectation, since its integral runs over the same axis, from
-    the first state to 1. On a grid it is a Riemann sum of it.
+    In continuous time ``WeightedMSE`` has exactly this expectation. On a grid it is a Riemann sum.
     """
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:

@@ -8,10 +8,9 @@ __all__ = ["GammaConditioning", "NoiseConditioning", "TimeConditioning"]
 
 
 class NoiseConditioning:
-    """Maps the time t ``[B]`` of a schedule to the scalar ``[B]`` that the network receives."""
+    """Maps the time t ``[B]`` of a schedule to the scalar that the network receives, float64 ``[B]``."""
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """The network's second argument, float64 ``[B]``."""
         raise NotImplementedError
 
 

@@ -1,4 +1,6 @@
-r"""Decoders p(x_0 | x_1): from the last Gaussian of the reverse process to the data's grey levels."""
+"""Decoders p(x_0 | x_1): from the last Gaussian of the reverse process to the data's grey levels."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,9 +18,6 @@ class Decoder:
 
     Args:
         levels: number of grey levels of the data, 2..256; level k sits at 2 k / (levels - 1) - 1.
-
-    Raises:
-        InputError: levels outside 2..256.
     """
 
     uses_denoiser = True
@@ -43,7 +42,7 @@ class Decoder:
         return self._level_index(x) * self.spacing - 1
 
     def log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
-        """log p(x_0 | x_1) in nats, float64 ``[B]``, for images ``[B, C, H, W]`` in model range."""
+        """log p(x_0 | x_1) in nats, float64 ``[B]``."""
         raise NotImplementedError
 
     def mode(self, gaussian: DiagonalGaussian) -> Tensor:
@@ -58,8 +57,8 @@ class Decoder:
 class DiscretizedGaussian(Decoder):
     """The Gaussian's mass in a bin of half a level to either side (Ho et al. 2020, equation 13).
 
-    The bins of the lowest and of the highest level reach to infinity, so the probabilities of all levels sum to 1 for
-    every mean and variance. Nothing is clamped: the logarithm of the mass is formed from log-cdfs.
+    The bins of the lowest and of the highest level reach to infinity, so the probabilities of all levels sum to 1.
+    Nothing is clamped: the logarithm of the mass is formed from log-cdfs.
     """
 
     is_density = False
@@ -82,26 +81,22 @@ class DiscretizedGaussian(Decoder):
         return torch.where(index == 0, below_upper, torch.where(index == self.levels - 1, above_lower, inner))
 
     def log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
-        """Sum of :meth:`level_log_prob` over pixels, ``[B]`` nats."""
         return sum_per_image(self.level_log_prob(x0, gaussian))
 
     def mode(self, gaussian: DiagonalGaussian) -> Tensor:
-        """The level nearest to the mean (its mass is the largest but for the end bins' tails)."""
+        """The level nearest to the mean. Its mass is the largest, but for the tails of the end bins."""
         return self._nearest_level(gaussian.mean)
 
     def sample(self, gaussian: DiagonalGaussian, generators: Generators = None) -> Tensor:
-        """A Gaussian draw moved to its bin's level: exactly the distribution of :meth:`level_log_prob`."""
         return self._nearest_level(gaussian.sample(generators))
 
 
 class CategoricalDecoder(Decoder):
     r"""q(x_1 | x_0) over the levels of each pixel, normalised (Kingma et al. 2021, arXiv 2107.00630, section 3.3).
 
-    .. math::
+    .. math:: p(x_0 | x_1) = \prod_i \frac{q(x_{1,i} | x_{0,i})}{\sum_k q(x_{1,i} | \text{level } k)}
 
-        p(x_0 | x_1) = \prod_i \frac{q(x_{1,i} | x_{0,i})}{\sum_k q(x_{1,i} | \text{level } k)}
-
-    The network has no part in it: it is the exact posterior of independent pixels with equally likely levels, and
+    The network has no part in this: it is the exact posterior of independent pixels with equally likely levels. It is
     good where the first state is so clean that each level can be told from the next.
     """
 
@@ -126,22 +121,21 @@ class CategoricalDecoder(Decoder):
         return (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
 
     def log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
-        """Sum of :meth:`level_log_prob` over pixels, ``[B]`` nats."""
-        log_var = gaussian.log_var.expand(len(x0), *gaussian.log_var.shape[1:])
-        # a few images at once: their logits are ``levels`` times as large as they are
-        parts = zip(*(values.split(self._images_at_once) for values in (x0, gaussian.mean, log_var)), strict=True)
-        return torch.cat([sum_per_image(self.level_log_prob(x, DiagonalGaussian(m, v))) for x, m, v in parts])
+        return torch.cat([sum_per_image(self.level_log_prob(x, part)) for x, part in self._parts(x0, gaussian)])
 
     def mode(self, gaussian: DiagonalGaussian) -> Tensor:
-        """The level nearest to x_1 / alpha_1."""
         return self._nearest_level(gaussian.mean)
 
     def sample(self, gaussian: DiagonalGaussian, generators: Generators = None) -> Tensor:
         uniform = torch.special.ndtr(randn_like(gaussian.mean, generators))
-        log_var = gaussian.log_var.expand(len(uniform), *gaussian.log_var.shape[1:])
-        parts = zip(*(values.split(self._images_at_once) for values in (uniform, gaussian.mean, log_var)), strict=True)
-        index = torch.cat([self._inverse_cdf(u, DiagonalGaussian(m, v)) for u, m, v in parts])
+        index = torch.cat([self._inverse_cdf(u, part) for u, part in self._parts(uniform, gaussian)])
         return index * self.spacing - 1
+
+    def _parts(self, values: Tensor, gaussian: DiagonalGaussian) -> Iterator[tuple[Tensor, DiagonalGaussian]]:
+        """A few images at once, since their logits are ``levels`` times as large as they are."""
+        log_var = gaussian.log_var.expand(len(values), *gaussian.log_var.shape[1:])
+        for v, *part in zip(*(x.split(self._images_at_once) for x in (values, gaussian.mean, log_var)), strict=True):
+            yield v, DiagonalGaussian(*part)
 
     def _inverse_cdf(self, uniform: Tensor, gaussian: DiagonalGaussian) -> Tensor:
         cdf = self._logits(gaussian).softmax(-1).cumsum(-1)[..., :-1]
@@ -154,7 +148,6 @@ class PlainGaussian(Decoder):
     is_density = True
 
     def log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
-        """log density on [-1, 1]^D, ``[B]`` nats."""
         return gaussian.log_prob(x0)
 
     def mode(self, gaussian: DiagonalGaussian) -> Tensor:

@@ -15,12 +15,11 @@ __all__ = ["ClippedDenoiser", "Denoiser", "NetworkDenoiser"]
 
 
 class Denoiser:
-    """Base of denoisers. Calls take ``x_t`` ``[B, C, H, W]``, ``t`` ``[B]`` or ``[]``, and conditions by name."""
+    """Base of denoisers: a call gives the prediction at (x_t, t)."""
 
     schedule: Schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Prediction at (x_t, t)."""
         raise NotImplementedError
 
     def scales(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,14 +49,11 @@ class NetworkDenoiser(Denoiser):
         conditioning: NoiseConditioning,
         outputs: int = 1,
     ) -> None:
-        self.network = network
-        self.schedule = schedule
-        self.parameterization = parameterization
-        self.conditioning = conditioning
-        self.outputs = outputs
+        self.network, self.schedule, self.outputs = network, schedule, outputs
+        self.parameterization, self.conditioning = parameterization, conditioning
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Prediction at (x_t, t); only the network runs in its own precision, the rest in that of ``x_t``."""
+        """Only the network runs in its own precision, the rest in the precision of ``x_t``."""
         dtype = next((p.dtype for p in self.network.parameters()), x_t.dtype)
         # never below float32: bfloat16 cannot tell the steps of a long chain apart
         level = self.conditioning(self.schedule, as_times(t, x_t)).to(torch.promote_types(dtype, torch.float32))
@@ -80,9 +76,7 @@ class ClippedDenoiser(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
-        self.schedule = denoiser.schedule
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """The wrapped prediction, clipped, with eps to match."""
         return self.denoiser(x_t, t, **cond).clipped(x_t, *self.scales(x_t, t))

@@ -1,5 +1,3 @@
-"""Measuring the denoiser's error as a function of the noise level: the table that AnalyticVariance needs."""
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,16 +12,10 @@ __all__ = ["eps_mse_table", "spread_times"]
 
 
 def spread_times(model: DiffusionModel, points: int) -> Tensor:
-    """At most ``points`` of the chain's own times, both ends included, nearly equally spaced in gamma.
+    """At most ``points`` (2 or more) times of the chain, both ends included, nearly equally spaced in gamma.
 
-    Being the chain's own, they show the network no noise level that it was not trained at; where the chain has fewer
-    noise levels than a region of gamma asks for, there are fewer times.
-
-    Returns:
-        float64 ``[K]``, increasing.
-
-    Raises:
-        InputError: ``points`` < 2.
+    The network was trained at these times. Where the chain has too few noise levels in a region of gamma, there are
+    fewer times. Float64 ``[K]``, increasing.
     """
     at_least(2, "both ends of the chain", points=points)
     times = model.grid[1:]
@@ -42,19 +34,8 @@ def eps_mse_table(
 ) -> tuple[list[float], list[float]]:
     """E|eps - eps-hat(x_t)|^2 / D at each time, for the denoiser that the reverse process uses (clipped or not).
 
-    One noise for each image and time, so K network evaluations an image.
-
-    Args:
-        model: the generative model, in evaluation mode.
-        batches: images ``[B, C, H, W]`` in model range, and the conditions that the network is given with them.
-        times: ``[K]``, increasing.
-        generators: source of the noise.
-
-    Returns:
-        gammas and eps_mse, K numbers each: the arguments of AnalyticVariance.
-
-    Raises:
-        InputError: no images.
+    One noise for each image and time, so K evaluations of the network for each image. ``batches`` are pairs of x0 and
+    cond, at least one, and ``times`` ``[K]`` increase. Returns gammas and eps_mse, the arguments of AnalyticVariance.
     """
     sums, count = torch.zeros(len(times), dtype=torch.float64), 0
     for x0, cond in batches:

@@ -13,10 +13,7 @@ __all__ = ["ForwardProcess"]
 
 
 class ForwardProcess:
-    """q(x_t | x_0), q(x_t | x_s), q(x_s | x_t, x_0) and whole paths of them.
-
-    Images are ``[B, C, H, W]`` in model range; times are ``[B]`` or ``[]`` in [0, 1] with s < t.
-    """
+    """q(x_t | x_0), q(x_t | x_s), q(x_s | x_t, x_0) and whole paths of them."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -28,7 +25,7 @@ class ForwardProcess:
         return DiagonalGaussian(alpha_t * x0, expand_to(self.schedule.log_sigma2(t), x0))
 
     def noised(self, x0: Tensor, t: Tensor, generators: Generators = None) -> tuple[Tensor, Tensor]:
-        """A draw x_t = alpha_t x_0 + sigma_t eps, and the standard normal eps in it: ``[B, C, H, W]`` both."""
+        """A draw x_t = alpha_t x_0 + sigma_t eps, and its standard normal eps: ``[B, C, H, W]`` both."""
         eps = randn_like(x0, generators)
         marginal = self.marginal(x0, t)
         return marginal.mean + marginal.std * eps, eps
@@ -37,9 +34,8 @@ class ForwardProcess:
         """q(x_t | x_0) as a function of x_0, normalised: N(x_0; x_t / alpha_t, sigma_t^2 / alpha_t^2 I)."""
         t = as_times(t, x_t)
         inverse_alpha = torch.exp(-self.schedule.log_alpha(t))
-        return DiagonalGaussian(
-            expand_to(inverse_alpha, x_t).to(x_t.dtype) * x_t, expand_to(self.schedule.gamma(t), x_t)
-        )
+        mean = expand_to(inverse_alpha, x_t).to(x_t.dtype) * x_t
+        return DiagonalGaussian(mean, expand_to(self.schedule.gamma(t), x_t))
 
     def transition(self, x_s: Tensor, s: Tensor, t: Tensor) -> DiagonalGaussian:
         """q(x_t | x_s) = N(alpha_t/alpha_s x_s, sigma^2_{t|s} I); from the time of the data this is the marginal."""
@@ -65,16 +61,9 @@ class ForwardProcess:
     def path(
         self, x: Tensor, times: Tensor, generators: Generators = None, start: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """One joint draw of x at increasing times, one time after the other; one state is kept.
+        """A joint draw of q(x_{t_1}, ..., x_{t_K} | x), one state after the other; one state is kept.
 
-        Args:
-            x: the state to start from, ``[B, C, H, W]``.
-            times: ``[K]``, strictly increasing, the first above ``start``.
-            generators: source of the noise.
-            start: time of ``x``; None where ``x`` are the data x_0.
-
-        Yields:
-            K times ``[B, C, H, W]``, jointly distributed as q(x_{t_1}, ..., x_{t_K} | x).
+        ``times`` ``[K]`` increase strictly from above ``start``, the time of ``x``. None stands for data x_0.
         """
         x_t, s = x, start
         for t in times:

@@ -1,21 +1,16 @@
 r"""Guidance: a denoiser that wraps a denoiser, so that every sampler has it.
 
-Multiplying the data's distribution by a factor r (Sohl-Dickstein et al. 2015, arXiv 1503.03585, section 2.5),
+A factor r on the data's distribution (Sohl-Dickstein et al. 2015, arXiv 1503.03585, section 2.5),
 
-.. math::
+.. math:: \tilde p(x_0) \propto p(x_0) r(x_0), \quad \tilde q(x_t) \propto q(x_t) r_t(x_t), \quad r_t = E[r(x_0) | x_t],
 
-    \tilde p(x_0) \propto p(x_0) r(x_0), \quad \tilde q(x_t) \propto q(x_t) r_t(x_t), \quad r_t(x_t) = E[r(x_0) | x_t],
+adds grad log r_t to the score. Since eps = -sigma_t score and x_t = alpha_t x0 + sigma_t eps,
 
-adds grad log r_t to the score, and since eps = -sigma_t score and x_t = alpha_t x0 + sigma_t eps,
+.. math:: \tilde\epsilon = \epsilon - \sigma_t \nabla \log r_t, \tilde x_0 = x_0 + \sigma_t^2 \nabla \log r_t / \alpha_t
 
-.. math::
-
-    \tilde\epsilon &= \epsilon - \sigma_t \nabla \log r_t(x_t) \\
-    \tilde x_0 &= x_0 + \tfrac{\sigma_t^2}{\alpha_t} \nabla \log r_t(x_t)
-
-Gradients in x_t are taken by autograd, under ``torch.no_grad`` and ``torch.inference_mode`` too. They reach neither the
-weights of the network nor anything outside of the wrapper, unless ``x_t`` itself requires a gradient, as it does where
-one wrapper stands inside another.
+Autograd gives the gradients in x_t, under ``torch.no_grad`` and ``torch.inference_mode`` too. No gradient reaches the
+weights of the network or anything outside of the wrapper. The exception is an ``x_t`` that requires a gradient, as in a
+wrapper inside another.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,24 +50,17 @@ class ProductDenoiser(Denoiser):
     """The denoiser of p(x_t) r_t(x_t), for any differentiable log r_t.
 
     With r_t(x_t) = E[r(x_0) | x_t] small reverse steps sample p(x_0) r(x_0); with any other r_t they sample something
-    else. Several factors: add their logarithms, or wrap again.
+    else. For several factors, add their logarithms, or wrap again.
 
     Args:
         denoiser: of p(x_t).
-        log_factor: log r_t(x_t, x0_hat, t), ``[B]`` nats, up to a constant; x0_hat is the denoiser's x0 at x_t, through
-            which it is differentiated.
+        log_factor: log r_t(x_t, x0_hat, t), ``[B]`` nats, up to a constant; x0_hat is the denoiser's x0 at x_t.
     """
 
     def __init__(self, denoiser: Denoiser, log_factor: LogFactor) -> None:
-        self.denoiser, self.log_factor = denoiser, log_factor
-        self.schedule = denoiser.schedule
+        self.denoiser, self.schedule, self.log_factor = denoiser, denoiser.schedule, log_factor
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """The wrapped prediction, with grad log r_t in its score.
-
-        Raises:
-            ValueError: a factor that is not one number for each image.
-        """
         with differentiable(x_t) as (x, nested):
             t, cond = fresh(t), {name: fresh(value) for name, value in cond.items()}
             prediction = self.denoiser(x, t, **cond)
@@ -87,13 +75,13 @@ class ProductDenoiser(Denoiser):
 class ClassifierDenoiser(Denoiser):
     """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.1): p(x_t) p(class | x_t)^scale.
 
-    At scale 1 and with the exact class posterior it samples the class. Calls take the class as ``label`` ``[B]``, which
-    is for the classifier alone: the wrapped denoiser is asked without.
+    At scale 1 and with the exact class posterior it samples the class. Calls need the class, ``label`` ``[B]``. Only
+    the classifier is given the label, not the wrapped denoiser.
 
     Args:
         denoiser: of p(x_t), unconditional.
-        classifier: ``classifier(x, c) -> [B, K]`` logits of the class of a noisy image. It is given what the network is
-            given: x_t / sqrt(alpha_t^2 + sigma_t^2) and the scalar c ``[B]`` of ``conditioning``.
+        classifier: ``classifier(x, c) -> [B, K]`` logits of the class, with x and c as for the network:
+            x_t / sqrt(alpha_t^2 + sigma_t^2) and the scalar c ``[B]`` of ``conditioning``.
         scale: weight of the classifier; 0 switches it off.
         conditioning: the scalar that the classifier is given for t.
     """
@@ -110,11 +98,6 @@ class ClassifierDenoiser(Denoiser):
         self.schedule = denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, *, label: Tensor | None = None, **cond: Any) -> Prediction:
-        """The wrapped prediction, with scale grad log p(label | x_t) in its score.
-
-        Raises:
-            InputError: no label, or one that the classifier does not know.
-        """
         if label is None:
             raise InputError("classifier guidance needs to know the class to draw: give label")
         prediction = self.denoiser(x_t, t, **cond)
@@ -132,24 +115,19 @@ class ClassifierDenoiser(Denoiser):
 class ClassifierFreeDenoiser(Denoiser):
     r"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, equation 6):
 
-    .. math::
-
-        \tilde\epsilon = \epsilon(x_t) + \text{scale} \, (\epsilon(x_t, \text{label}) - \epsilon(x_t))
+    .. math:: \tilde\epsilon = \epsilon(x_t) + \text{scale} \, (\epsilon(x_t, \text{label}) - \epsilon(x_t))
 
     Scale 1 is the conditional model, 0 the unconditional one; the paper's w is scale - 1. The factor is the model's own
-    implicit classifier, r_t = (q(x_t | label) / q(x_t))^scale. Above 1 that is not E[r(x_0) | x_t], so what is drawn is
-    sharper than the class and not p(x_0) p(label | x_0)^scale.
+    implicit classifier, r_t = (q(x_t | label) / q(x_t))^scale. Above 1 this is not E[r(x_0) | x_t]: the samples are
+    sharper than the class and do not follow p(x_0) p(label | x_0)^scale.
 
-    Each prediction costs two evaluations of the network, one at scales 1 and 0. What the network says of the reverse
-    variance is that of the class.
+    Each prediction costs two evaluations of the network, one at scales 1 and 0. The reverse variance is the variance of
+    the class. Calls need ``label`` ``[B]`` in 0..num_classes, where num_classes is "no class".
 
     Args:
         denoiser: takes ``label`` ``[B]``, or None for no class; its network was trained with ``label_dropout``.
         scale: weight of the class.
         num_classes: number of classes of the network; None for an unconditional one, which is refused.
-
-    Raises:
-        InputError: an unconditional model.
     """
 
     def __init__(self, denoiser: Denoiser, scale: float, num_classes: int | None) -> None:
@@ -158,15 +136,9 @@ class ClassifierFreeDenoiser(Denoiser):
                 "classifier-free guidance needs a class-conditional model: train one with "
                 "class_conditional = true and label_dropout = 0.1"
             )
-        self.denoiser, self.scale, self.num_classes = denoiser, scale, num_classes
-        self.schedule = denoiser.schedule
+        self.denoiser, self.schedule, self.scale, self.num_classes = denoiser, denoiser.schedule, scale, num_classes
 
     def __call__(self, x_t: Tensor, t: Tensor, *, label: Tensor | None = None, **cond: Any) -> Prediction:
-        """The guided prediction.
-
-        Raises:
-            InputError: no label, or one outside 0..num_classes (num_classes is "no class").
-        """
         if label is None:
             raise InputError("classifier-free guidance needs to know the class to draw: give label")
         _check_label(label, len(x_t), self.num_classes)

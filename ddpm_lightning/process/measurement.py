@@ -42,21 +42,12 @@ class DenoisingOperator(LinearOperator):
 
 
 class MaskOperator(LinearOperator):
-    """Some of the pixels; A x has the shape of x, with 0 at the others.
-
-    Args:
-        mask: bool, True where the pixel is measured: ``[C or 1, H, W]`` for all images or ``[B or 1, C or 1, H, W]``.
-    """
+    """The pixels where ``mask`` (shapes: ``ops.expand_mask``) is True; A x has the shape of x, with 0 elsewhere."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = _kept(mask)
 
     def apply(self, x: Tensor) -> Tensor:
-        """x where it is measured, else 0.
-
-        Raises:
-            InputError: a mask of another shape.
-        """
         return torch.where(expand_mask(self.mask, x), x, 0)
 
     def adjoint(self, y: Tensor) -> Tensor:
@@ -64,44 +55,23 @@ class MaskOperator(LinearOperator):
 
 
 class AverageOperator(LinearOperator):
-    """Averages of squares of pixels: an image of lower resolution.
-
-    Args:
-        factor: side of a square; H and W are multiples of it.
-
-    Raises:
-        InputError: a factor below 1.
-    """
+    """Averages of squares of ``factor`` x ``factor`` pixels. H and W are multiples of ``factor`` (1 or more)."""
 
     def __init__(self, factor: int) -> None:
         at_least(1, "the side of the squares that are averaged", factor=factor)
         self.factor = factor
 
     def apply(self, x: Tensor) -> Tensor:
-        """Averages ``[B, C, H / factor, W / factor]``.
-
-        Raises:
-            InputError: an image that does not divide into squares.
-        """
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise InputError(f"factor = {self.factor} does not divide images of {x.shape[2]} x {x.shape[3]} pixels")
         return avg_pool2d(x, self.factor)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Each average shared out among its pixels."""
         return interpolate(y, scale_factor=float(self.factor), mode="nearest") / self.factor**2
 
 
 class MatrixOperator(LinearOperator):
-    """Any A, as a matrix.
-
-    Args:
-        matrix: ``[M, C * H * W]``.
-        shape: (C, H, W) of the images.
-
-    Raises:
-        InputError: a matrix of another width.
-    """
+    """Any A, as a matrix ``[M, C * H * W]`` for images of ``shape`` (C, H, W)."""
 
     def __init__(self, matrix: Tensor, shape: tuple[int, int, int]) -> None:
         if matrix.ndim != 2 or matrix.shape[1] != math.prod(shape):
@@ -121,10 +91,7 @@ class LinearMeasurement:
     Args:
         operator: A.
         y: ``[B, ...]``, or ``[1, ...]`` for one measurement of all images.
-        noise_var: variance of the noise for each component of y, in the square of model range.
-
-    Raises:
-        InputError: a variance that is not positive.
+        noise_var: variance of the noise for each component of y, in the square of model range; positive.
     """
 
     def __init__(self, operator: LinearOperator, y: Tensor, noise_var: float) -> None:
@@ -136,11 +103,7 @@ class LinearMeasurement:
         self.operator, self.y, self.noise_var = operator, _kept(y), noise_var
 
     def residual(self, x0: Tensor) -> Tensor:
-        """y - A x0, ``[B, ...]``.
-
-        Raises:
-            InputError: y has another shape than A x0.
-        """
+        """y - A x0, ``[B, ...]``."""
         expected = self.operator.apply(x0)
         if self.y.shape[1:] != expected.shape[1:] or self.y.shape[0] not in (1, expected.shape[0]):
             raise InputError(f"y has shape {list(self.y.shape)}, a measurement of these images {list(expected.shape)}")

@@ -35,13 +35,9 @@ class DiffusionModel(nn.Module):
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers (never in the training loss).
             The bound is that of the model so clipped.
 
-    Raises:
-        InputError: a variance that needs a longer chain.
-
     Attributes:
         denoiser: the network's own prediction, unclipped; what the training objective sees.
         reverse_process: the reverse process, whose ``denoiser`` is clipped where ``clip_x0`` is set.
-        T: number of steps.
     """
 
     def __init__(
@@ -55,28 +51,26 @@ class DiffusionModel(nn.Module):
         clip_x0: bool = True,
     ) -> None:
         super().__init__()
-        # The two nn.Modules are held here and nowhere else; processes and denoisers are views of them, so that a
-        # state dict names each tensor once and a deep copy of the model is a model of its own.
-        self.network = network
-        self.schedule = schedule
-        self.decoder = decoder
-        self.clip_x0 = clip_x0
+        # The two nn.Modules are held here and nowhere else; processes and denoisers are views of them. So a state dict
+        # names each tensor once, and a deep copy of the model is a model of its own.
+        self.network, self.schedule = network, schedule
+        self.decoder, self.clip_x0 = decoder, clip_x0
         self._wraps: tuple[Callable[[Denoiser], Denoiser], ...] = ()
-        self._set_views(schedule, parameterization, conditioning, variance)
+        self._set_views(parameterization, conditioning, variance)
         self._grid = DeviceTable(schedule.grid())
         self._check_steps()
 
     def _set_views(
-        self,
-        schedule: Schedule,
-        parameterization: Parameterization,
-        conditioning: NoiseConditioning,
-        variance: ReverseVariance,
+        self, parameterization: Parameterization, conditioning: NoiseConditioning, variance: ReverseVariance
     ) -> None:
-        """Processes and denoisers of the network and a schedule."""
-        outputs = variance.network_outputs
-        self.forward_process = ForwardProcess(schedule)
-        self.denoiser = NetworkDenoiser(self.network, schedule, parameterization, conditioning, outputs)
+        """Processes and denoisers of the network and the schedule."""
+        self.forward_process = ForwardProcess(self.schedule)
+        self.denoiser = NetworkDenoiser(
+            self.network, self.schedule, parameterization, conditioning, variance.network_outputs
+        )
+        self._set_reverse_process(variance)
+
+    def _set_reverse_process(self, variance: ReverseVariance) -> None:
         reverse: Denoiser = self.denoiser
         for wrap in self._wraps:
             reverse = wrap(reverse)
@@ -107,53 +101,39 @@ class DiffusionModel(nn.Module):
         return self._grid.on(torch.device("cpu"))
 
     def grid_on(self, device: torch.device) -> Tensor:
-        """``grid`` on a device."""
         return self._grid.on(device)
 
     def with_steps(self, T: int) -> "DiffusionModel":
-        """The same network and schedule as a chain of T states: a model of its own, with its own bound and samples.
-
-        Nothing is copied: both share their weights.
-
-        Raises:
-            InputError: too few states.
-        """
+        """The same network and schedule, sharing their weights, as a chain of T states with its own bound."""
         other = copy(self)
         other._grid = DeviceTable(self.schedule.grid(T))
         other._check_steps()
         return other
 
     def with_denoiser(self, wrap: Callable[[Denoiser], Denoiser]) -> "DiffusionModel":
-        """The same model with another denoiser in its reverse steps, decoder and samplers.
+        """The same model, sharing its weights, with another denoiser in its reverse steps, decoder and samplers.
 
-        ``denoiser``, which a training objective sees, stays. Nothing is copied: both share their weights.
-
-        Args:
-            wrap: makes it of the denoiser that the reverse steps have now, before clipping; where ``clip_x0`` is set,
-                its x0 is clipped in turn.
+        ``wrap`` makes it of the denoiser that the reverse steps have now, before clipping. Where ``clip_x0`` is set,
+        the result is clipped too. ``denoiser``, which a training objective sees, stays.
         """
-        other, reverse = copy(self), self.reverse_process
-        wrapped = wrap(reverse.denoiser.denoiser if isinstance(reverse.denoiser, ClippedDenoiser) else reverse.denoiser)
-        denoiser = ClippedDenoiser(wrapped) if self.clip_x0 else wrapped
-        other.reverse_process = ReverseProcess(denoiser, self.forward_process, reverse.variance)
+        other = copy(self)
         other._wraps = (*self._wraps, wrap)
+        other._set_reverse_process(self.reverse_process.variance)
         return other
 
     def tabulated(self, times: Tensor) -> tuple["DiffusionModel", tuple[Tensor, ...]]:
-        """The same model with its schedule computed beforehand at ``times``, and the scalars to ask it for.
+        """The same model, sharing its weights, with its schedule computed beforehand at ``times``, float64 ``[K]``
+        without the time of the data; and the scalars to ask it for.
 
         A sampler asks for gamma, alpha and sigma several times in each step. With a small network that is a good part
-        of the cost. Nothing of the model is copied.
-
-        Args:
-            times: float64 ``[K]``, not the time of the data.
+        of the cost.
         """
         table = TabulatedSchedule(self.schedule, times)
         other = copy(self)
         # a module keeps its parts in a dictionary that a copy would share
         other._modules = {**self._modules, "schedule": table}
         denoiser = self.denoiser
-        other._set_views(table, denoiser.parameterization, denoiser.conditioning, self.reverse_process.variance)
+        other._set_views(denoiser.parameterization, denoiser.conditioning, self.reverse_process.variance)
         return other, table.times
 
     def prior(self, like: Tensor) -> DiagonalGaussian:
@@ -163,15 +143,12 @@ class DiffusionModel(nn.Module):
     def decoder_gaussian(
         self, x1: Tensor, grid: Tensor | None = None, prediction: Prediction | None = None, **cond: Any
     ) -> DiagonalGaussian:
-        """The Gaussian over x_0 that the decoder starts from, given the chain's first state x_1.
-
-        A decoder that works without the denoiser starts from q(x_1 | x_0), read as a function of x_0.
+        """The Gaussian over x_0 that the decoder starts from; without the denoiser q(x_1 | x_0) as a function of x_0.
 
         Args:
-            x1: the first state, ``[B, C, H, W]``.
-            grid: the chain that it belongs to, ``[K + 1]`` increasing times; None for the model's own.
-            prediction: the denoiser's at x_1, where it has been made; None to make it where it is needed.
-            cond: conditions, passed on to the network.
+            x1: the first state of the chain.
+            grid: the times of the chain, ``[K + 1]`` increasing; None for the model's own.
+            prediction: the denoiser's at x_1; None to make it where it is needed.
         """
         grid = self.grid_on(x1.device) if grid is None else grid
         if not self.decoder.uses_denoiser:

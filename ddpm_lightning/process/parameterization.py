@@ -21,20 +21,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prediction:
-    """A denoiser's answer at (x_t, t), in the canonical form.
-
-    Attributes:
-        x0: predicted clean image ``[B, C, H, W]``.
-        eps: predicted standardised noise ``[B, C, H, W]``; x_t = alpha_t x0 + sigma_t eps holds.
-        output: what the network itself returned for the image, ``[B, C, H, W]``.
-        variance_output: what it returned for the reverse variance, ``[B, C, H, W]``; None from a network that returns
-            an image only.
-    """
+    """A denoiser's answer at (x_t, t), in the canonical form x_t = alpha_t x0 + sigma_t eps, ``[B, C, H, W]`` each."""
 
     x0: Tensor
     eps: Tensor
-    output: Tensor
-    variance_output: Tensor | None = None
+    output: Tensor  # what the network itself returned for the image
+    variance_output: Tensor | None = None  # what it returned for the reverse variance
 
     def clipped(self, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> "Prediction":
         """The same with x0 clipped to [-1, 1] and eps recomputed from it, so that the two stay consistent."""
@@ -47,7 +39,6 @@ class Prediction:
         return replace(self, x0=x0, eps=self.eps - sigma_t * gradient)
 
     def detached(self) -> "Prediction":
-        """The same without its history."""
         variance_output = None if self.variance_output is None else self.variance_output.detach()
         return Prediction(self.x0.detach(), self.eps.detach(), self.output.detach(), variance_output)
 
@@ -68,7 +59,6 @@ class EpsParameterization(Parameterization):
     """The output is eps, the standardised noise (Ho et al. 2020, equation 11)."""
 
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
-        """x0 = (x_t - sigma_t eps) / alpha_t."""
         # alpha_t can be as small as 1e-5 at the end of a cosine chain: divide in the images' own dtype, never in half
         return Prediction(x0=(x_t - sigma_t * output) / alpha_t, eps=output, output=output)
 
@@ -80,7 +70,6 @@ class X0Parameterization(Parameterization):
     """The output is x0 itself."""
 
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
-        """eps = (x_t - alpha_t x0) / sigma_t."""
         return Prediction(x0=output, eps=(x_t - alpha_t * output) / sigma_t, output=output)
 
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
@@ -95,7 +84,6 @@ class VParameterization(Parameterization):
     """
 
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
-        """x0 = (alpha_t x_t / n - sigma_t v) / n, eps = (sigma_t x_t / n + alpha_t v) / n."""
         n = torch.hypot(alpha_t, sigma_t)
         x0 = (alpha_t / n * x_t - sigma_t * output) / n
         return Prediction(x0=x0, eps=(sigma_t / n * x_t + alpha_t * output) / n, output=output)
@@ -105,11 +93,9 @@ class VParameterization(Parameterization):
 
 
 class ScoreParameterization(Parameterization):
-    """The output is the score, the gradient of log q(x_t) in x_t: -eps / sigma_t (Song et al. 2021,
-    arXiv 2011.13456)."""
+    """The output is the score -eps / sigma_t, the gradient of log q(x_t) (Song et al. 2021, arXiv 2011.13456)."""
 
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
-        """eps = -sigma_t score, x0 = (x_t + sigma_t^2 score) / alpha_t."""
         return Prediction(x0=(x_t + sigma_t.square() * output) / alpha_t, eps=-sigma_t * output, output=output)
 
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:

@@ -1,12 +1,10 @@
 r"""Denoisers of p(x_t | y) for a linear measurement y = A x_0 + noise: guidance by the likelihood p(y | x_t).
 
-p(y | x_t) = E[p(y | x_0) | x_t] is not known in closed form; with p(x_0 | x_t) taken as N(x0_hat, V_t),
+p(y | x_t) = E[p(y | x_0) | x_t] has no closed form. With p(x_0 | x_t) taken as N(x0_hat, V_t),
 
-.. math::
+.. math:: p(y | x_t) = N(y; \; A \hat x_0, \; \sigma_y^2 I + A V_t A^T), \qquad \sigma_y^2 = \text{noise\_var}
 
-    p(y | x_t) = N(y; \; A \hat x_0, \; \sigma_y^2 I + A V_t A^T), \qquad \sigma_y^2 = \text{noise\_var}
-
-DPS takes V_t = 0, MMPS the true covariance, by Tweedie's formula V_t = sigma_t^2 / alpha_t d x0_hat / d x_t.
+DPS takes V_t = 0. MMPS takes the true covariance, by Tweedie's formula V_t = sigma_t^2 / alpha_t d x0_hat / d x_t.
 """
 
 from collections.abc import Callable
@@ -28,10 +26,10 @@ __all__ = ["DPSDenoiser", "MMPSDenoiser", "conjugate_gradients"]
 class DPSDenoiser(ProductDenoiser):
     """Diffusion posterior sampling (Chung et al. 2023, arXiv 2209.14687): p(y | x_t) = p(y | x_0 = x0_hat(x_t)).
 
-    One evaluation of the network and its gradient. DPS treats x0_hat as if it were the image, so at high noise its
-    gradient is too large, and more so where noise_var is small against the covariance of x_0 given x_t. Then the
-    samples vary too little, and a coarse grid diverges. The paper's algorithm has a step size over the norm of the
-    residual in the place of 1 / (2 noise_var), which is not a likelihood; here ``scale`` can be adjusted.
+    One evaluation of the network and its gradient. DPS treats x0_hat as if it were the image, so its gradient is too
+    large at high noise, mostly where noise_var is small against the covariance of x_0 given x_t. Then the samples vary
+    too little, and a coarse grid diverges. The paper's algorithm has a step size over the norm of the residual in the
+    place of 1 / (2 noise_var), which is not a likelihood. Here ``scale`` can be adjusted.
 
     Args:
         denoiser: of p(x_t).
@@ -55,9 +53,9 @@ class MMPSDenoiser(Denoiser):
         \nabla \log p(y | x_t) = J^T A^T (\sigma_y^2 I + A V_t A^T)^{-1} (y - A \hat x_0),
             \qquad J = \partial \hat x_0 / \partial x_t
 
-    with V_t = sigma_t^2 / alpha_t J^T, whose products with vectors are vector-Jacobian products of the denoiser; the
-    system is solved by conjugate gradients, image by image. It is exact for Gaussian data, where V_t does not depend on
-    x_t, once there are as many iterations as the matrix has different eigenvalues.
+    with V_t = sigma_t^2 / alpha_t J^T. Products of V_t with vectors are vector-Jacobian products of the denoiser.
+    Conjugate gradients solve the system, image by image. For Gaussian data, where V_t does not depend on x_t, the
+    result is exact after as many iterations as the matrix has different eigenvalues.
 
     One evaluation of the network and ``iterations`` + 1 gradients.
 
@@ -65,18 +63,14 @@ class MMPSDenoiser(Denoiser):
         denoiser: of p(x_t).
         measurement: y, A and the variance of the noise.
         iterations: of conjugate gradients, at least 1.
-
-    Raises:
-        InputError: no iterations.
     """
 
     def __init__(self, denoiser: Denoiser, measurement: LinearMeasurement, iterations: int = 5) -> None:
         at_least(1, "steps of conjugate gradients", iterations=iterations)
-        self.denoiser, self.measurement, self.iterations = denoiser, measurement, iterations
-        self.schedule = denoiser.schedule
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+        self.measurement, self.iterations = measurement, iterations
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """The wrapped prediction, with grad log p(y | x_t) in its score."""
         operator, noise_var = self.measurement.operator, self.measurement.noise_var
         with differentiable(x_t) as (x, nested):
             t, cond = fresh(t), {name: fresh(value) for name, value in cond.items()}
@@ -84,7 +78,6 @@ class MMPSDenoiser(Denoiser):
             tweedie = sigma_t.square() / alpha_t
             prediction = self.denoiser(x, t, **cond)
             x0 = prediction.x0
-
             if not nested:
                 tweedie = tweedie.detach()
 
@@ -104,11 +97,8 @@ class MMPSDenoiser(Denoiser):
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
     """An approximate solution of M z = b for each image, from z = 0 (Hestenes & Stiefel 1952).
 
-    Args:
-        matrix: v -> M v for ``[B, ...]``, symmetric and positive definite for each image.
-        b: ``[B, ...]``.
-        iterations: as many as wanted; none is made for an image that is solved, or along a direction in which M is not
-            positive, as it can be for a network.
+    ``matrix`` maps v ``[B, ...]`` to M v, symmetric and positive definite for each image. An image that is solved takes
+    no more steps, and no step goes along a direction in which M is not positive, as it can be for a network.
     """
     z, r, p = torch.zeros_like(b), b, b
     square = sum_per_image(r.square())
@@ -122,5 +112,4 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b where b is positive, else 0."""
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)

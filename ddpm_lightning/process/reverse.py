@@ -1,5 +1,3 @@
-"""The learned reverse process p: Gaussian steps and a decoder at the end."""
-
 from typing import Any
 
 from torch import Tensor
@@ -15,31 +13,15 @@ __all__ = ["ReverseProcess"]
 
 
 class ReverseProcess:
-    """p(x_s | x_t): the posterior q(x_s | x_t, x_0) at the denoiser's x_0, with a variance of its own.
-
-    Args:
-        denoiser: predicts x_0.
-        forward_process: gives the posterior's mean.
-        variance: the variance of each step.
-    """
+    """The learned p(x_s | x_t): the posterior q(x_s | x_t, x_0) at the denoiser's x_0, with a variance of its own."""
 
     def __init__(self, denoiser: Denoiser, forward_process: ForwardProcess, variance: ReverseVariance) -> None:
-        self.denoiser = denoiser
-        self.forward_process = forward_process
-        self.variance = variance
+        self.denoiser, self.forward_process, self.variance = denoiser, forward_process, variance
 
     def transition(
         self, x_t: Tensor, s: Tensor, t: Tensor, prediction: Prediction | None = None, **cond: Any
     ) -> DiagonalGaussian:
-        """p(x_s | x_t) for 0 < s < t.
-
-        Args:
-            x_t: ``[B, C, H, W]``.
-            s: ``[B]`` or ``[]``.
-            t: as ``s``.
-            prediction: the denoiser's at (x_t, t), where it has been made; None to make it.
-            cond: conditions, passed on to the network.
-        """
+        """p(x_s | x_t) for 0 < s < t. ``prediction`` is the denoiser's at (x_t, t); None to make it."""
         prediction = self.denoiser(x_t, t, **cond) if prediction is None else prediction
         mean = self.forward_process.posterior_mean(prediction.x0, x_t, s, t)
         schedule = self.forward_process.schedule
@@ -47,14 +29,7 @@ class ReverseProcess:
         return DiagonalGaussian(mean, expand_to(log_var, x_t))
 
     def decoder_gaussian(self, prediction: Prediction, x1: Tensor, t1: Tensor, t2: Tensor) -> DiagonalGaussian:
-        """The Gaussian that the decoder starts from, N(x0-hat(x_1), sigma_1^2).
-
-        Args:
-            prediction: the denoiser's at (x_1, t1).
-            x1: ``[B, C, H, W]``.
-            t1: the chain's first time, ``[B]`` or ``[]``.
-            t2: its second time.
-        """
+        """N(x0-hat(x_1), sigma_1^2), from which the decoder starts. t1, t2: the first two times of the chain."""
         schedule = self.forward_process.schedule
         log_var = self.variance.decoder_log_var(schedule, as_times(t1, x1), as_times(t2, x1), prediction)
         return DiagonalGaussian(prediction.x0, expand_to(log_var, x1))

@@ -1,4 +1,4 @@
-"""Variances of the reverse steps p(x_s | x_t). Named by what they are; all return natural logarithms of variances."""
+"""Variances of the reverse steps p(x_s | x_t), as natural logarithms."""
 
 import math
 from itertools import pairwise
@@ -11,20 +11,13 @@ from ddpm_lightning.ops import DeviceTable, expand_to
 from ddpm_lightning.process.parameterization import Prediction
 from ddpm_lightning.schedules import Schedule
 
-__all__ = [
-    "AnalyticVariance",
-    "FixedLargeVariance",
-    "FixedSmallVariance",
-    "LearnedRangeVariance",
-    "ReverseVariance",
-]
+__all__ = ["AnalyticVariance", "FixedLargeVariance", "FixedSmallVariance", "LearnedRangeVariance", "ReverseVariance"]
 
 
 class ReverseVariance:
     """log sigma_p^2 of the reverse step from t to s.
 
-    Both methods are given times ``[B]`` or ``[]`` and the prediction at the later one, and return float64 of the shape
-    of the times, for one variance an image, or ``[B, C, H, W]``, for one variance a pixel.
+    Both methods return float64: the shape of the times for one variance an image, ``[B, C, H, W]`` for one a pixel.
     """
 
     network_outputs: int = 1
@@ -45,11 +38,9 @@ class FixedLargeVariance(ReverseVariance):
     """beta_t: the variance of q(x_t | x_s); right for data ~ N(0, I) (Ho et al. 2020, section 3.2)."""
 
     def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """log sigma^2_{t|s}."""
         return schedule.log_step_var(s, t)
 
     def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
-        """log beta_1."""
         return schedule.log_sigma2(t1)
 
 
@@ -59,38 +50,32 @@ class FixedSmallVariance(ReverseVariance):
     min_T = 2
 
     def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """log of sigma_s^2 (1 - SNR(t)/SNR(s))."""
         return schedule.log_posterior_var(s, t)
 
     def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
         """beta-tilde_1 is 0, so beta-tilde_2 stands in for it (Nichol & Dhariwal 2021).
 
-        With a schedule in continuous time, whose first state stays where it is when T grows, it goes to 0 as 1/T: take
-        ``CategoricalDecoder`` there, which needs no variance, or few steps."""
+        In continuous time the first state does not move when T grows, and beta-tilde_2 goes to 0 as 1/T. There take
+        ``CategoricalDecoder``, which needs no variance, or few steps."""
         return schedule.log_posterior_var(t1, t2)
 
 
 class LearnedRangeVariance(ReverseVariance):
-    r"""Between beta-tilde_t and beta_t, pixel by pixel, as the network says (Nichol & Dhariwal 2021, arXiv 2102.09672,
-    equation 15):
+    r"""Between beta-tilde_t and beta_t of the step that is taken, pixel by pixel, as the network says (Nichol &
+    Dhariwal 2021, arXiv 2102.09672, equation 15):
 
-    .. math::
+    .. math:: \log \sigma_p^2 = v \log \beta_t + (1 - v) \log \tilde\beta_t, \quad v = (\text{variance\_output} + 1) / 2
 
-        \log \sigma_p^2 = v \log \beta_t + (1 - v) \log \tilde\beta_t, \qquad v = (\text{variance\_output} + 1) / 2
-
-    The interpolation is in the logarithm, and its ends are those of the step that is taken, so a strided grid has its
-    own. v is not held to [0, 1]. HybridObjective and NegativeElbo train it.
+    v is not held to [0, 1]. HybridObjective and NegativeElbo train it.
     """
 
     network_outputs = 2
     min_T = 2
 
     def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """Between log beta-tilde and log beta of the step s -> t, ``[B, C, H, W]``."""
         return self._between(schedule.log_posterior_var(s, t), schedule.log_step_var(s, t), prediction)
 
     def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
-        """Between log beta-tilde_2 (beta-tilde_1 is 0) and log beta_1, ``[B, C, H, W]``."""
         return self._between(schedule.log_posterior_var(t1, t2), schedule.log_sigma2(t1), prediction)
 
     @staticmethod
@@ -107,27 +92,22 @@ class AnalyticVariance(ReverseVariance):
 
     By the law of total variance the expected KL(q(x_s|x_t, x_0) || p(x_s|x_t)) is smallest, for *any* denoiser, at
 
-    .. math::
+    .. math:: \sigma_p^2 = \tilde\beta + c_0^2 \, E|x_0 - \hat x_0(x_t)|^2 / D
 
-        \sigma_p^2 = \tilde\beta + c_0^2 \, E|x_0 - \hat x_0(x_t)|^2 / D
-
-    with c_0 the weight of x_0 in the posterior's mean and D the number of dimensions. With
-    E|x_0 - x0-hat|^2 = exp(gamma) E|eps - eps-hat|^2 this follows from one function of the noise level,
+    with c_0 the weight of x_0 in the posterior's mean and D the number of dimensions. Since
+    E|x_0 - x0-hat|^2 = exp(gamma) E|eps - eps-hat|^2, one function of the noise level is enough:
     eps_mse(gamma) = E|eps - eps-hat|^2 / D. For the optimal denoiser eps_mse = 1 - sigma_t^2 E|score|^2 / D, and the
     variance is that of Analytic-DPM (Bao et al. 2022, arXiv 2201.06503, theorem 1).
 
     The decoder's variance, E|x_0 - x0-hat(x_1)|^2 / D, maximises the expected Gaussian density. For the discretised
-    Gaussian, whose end bins are open and whose bins may be wider than it, another one can be better.
+    Gaussian another variance can be better: its end bins are open, and its bins may be wider than the Gaussian.
 
-    As a function of gamma the table serves any number of steps and any schedule. Between its entries log eps_mse is
-    linear in gamma, beyond them constant. ``ddpm evaluate variance`` measures it.
+    The table serves any number of steps and any schedule. Between its entries log eps_mse is linear in gamma, beyond
+    them constant. ``ddpm evaluate variance`` measures it.
 
     Args:
         gammas: noise levels gamma = -log SNR, increasing.
-        eps_mse: mean squared error of the predicted eps for a dimension at each of them, positive.
-
-    Raises:
-        InputError: lists of different length or none, gammas that do not increase, an error that is not positive.
+        eps_mse: mean squared error of the predicted eps for a dimension at each gamma, positive.
     """
 
     def __init__(self, gammas: list[float], eps_mse: list[float]) -> None:
@@ -147,7 +127,6 @@ class AnalyticVariance(ReverseVariance):
         self._table = DeviceTable(torch.stack([knots[0], knots[1].log()]))
 
     def log_eps_mse(self, gamma: Tensor) -> Tensor:
-        """log eps_mse, interpolated at ``gamma``: the same shape, float64."""
         knots, values = self._table.on(gamma.device)
         upper = torch.searchsorted(knots, gamma.double()).clamp(1, len(knots) - 1)
         # take, since indexing with a scalar tensor would wait for the device
@@ -160,11 +139,9 @@ class AnalyticVariance(ReverseVariance):
         return gamma + self.log_eps_mse(gamma)
 
     def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """log(beta-tilde + c_0^2 E|x_0 - x0-hat(x_t)|^2 / D) of the step s -> t."""
         log_weight_x0 = schedule.log_step_fraction(s, t) + schedule.log_alpha(s)
         explained = 2 * log_weight_x0 + self._log_x0_mse(schedule, t)
         return torch.logaddexp(schedule.log_posterior_var(s, t), explained)
 
     def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
-        """log(E|x_0 - x0-hat(x_1)|^2 / D)."""
         return self._log_x0_mse(schedule, t1)

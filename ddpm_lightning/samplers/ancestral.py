@@ -1,5 +1,3 @@
-"""Ancestral sampling: the reverse process itself (Ho et al. 2020, arXiv 2006.11239, algorithm 2)."""
-
 from torch import Tensor
 
 from ddpm_lightning.samplers.base import Context, Sampler, State
@@ -8,7 +6,10 @@ __all__ = ["AncestralSampler"]
 
 
 class AncestralSampler(Sampler):
-    """Each step draws from p(x_s | x_t). On a strided grid the steps' variances are those of the strided chain."""
+    """Each step draws from p(x_s | x_t), the reverse process (Ho et al. 2020, arXiv 2006.11239, algorithm 2).
+
+    On a strided grid the variances are those of the strided chain.
+    """
 
     def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
         reverse = context.model.reverse_process.transition(x_t, s, t, **context.cond)

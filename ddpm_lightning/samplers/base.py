@@ -16,31 +16,20 @@ __all__ = ["Context", "MultistepState", "Sampler", "State"]
 
 @dataclass(frozen=True)
 class Context:
-    """What is the same in all steps of one call.
-
-    Attributes:
-        model: the generative model.
-        generators: source of the noise of the steps.
-        cond: conditions, passed on to the network.
-    """
+    """What is the same in all steps of one call."""
 
     model: DiffusionModel
     generators: Generators = None
     cond: Mapping[str, Any] = field(default_factory=dict)
 
     def predict(self, x_t: Tensor, t: Tensor) -> Prediction:
-        """The prediction of the reverse process' denoiser at (x_t, t), given the conditions."""
         return self.model.reverse_process.denoiser(x_t, t, **self.cond)
 
 
 @dataclass(frozen=True)
 class MultistepState:
-    """What a multistep sampler hands from one step to the next.
-
-    Attributes:
-        t: the time at which the last step began, float64, a scalar.
-        x0: x0-hat there, ``[B, C, H, W]``.
-    """
+    """What a multistep sampler hands from one step to the next: the scalar time at which the last step began, and the
+    prediction ``[B, C, H, W]`` of x_0 there."""
 
     t: Tensor
     x0: Tensor
@@ -51,10 +40,7 @@ State = MultistepState | None
 
 
 class Sampler:
-    """Base of samplers: subclasses define :meth:`step`.
-
-    A sampler holds options only. What changes from step to step is in ``x_t`` and ``state``, so one sampler serves any
-    number of calls at once."""
+    """Base of samplers: subclasses define :meth:`step`. A sampler holds options only and serves many calls at once."""
 
     @property
     def is_deterministic(self) -> bool:
@@ -62,23 +48,11 @@ class Sampler:
         return False
 
     def evaluations(self, steps: int) -> int:
-        """Evaluations of the network on a grid of ``steps`` steps. One of them is the decoder's, which is not made
-        where the decoder works without the denoiser."""
+        """Evaluations of the network on a grid of ``steps`` steps, one of them for a decoder that uses the denoiser."""
         return steps
 
     def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """One step.
-
-        Args:
-            context: the model, the source of noise and the conditions.
-            x_t: ``[B, C, H, W]``.
-            t: the time of ``x_t``, a scalar.
-            s: the time to go to, a scalar, 0 < s < t.
-            state: what the step before returned; None at the first.
-
-        Returns:
-            x_s ``[B, C, H, W]``, and the state for the next step.
-        """
+        """x_s from x_t for scalar times 0 < s < t, and the ``state`` that the next step is given; None at first."""
         raise NotImplementedError
 
     def decode(self, context: Context, x1: Tensor, grid: Tensor) -> Tensor:
@@ -96,25 +70,15 @@ class Sampler:
         callback: Callable[[Tensor, Tensor], None] | None = None,
         **cond: Any,
     ) -> Tensor:
-        """An image from x_T ~ p(x_T), the model's prior.
+        """Images ``[B, C, H, W]`` in model range, from x_T ~ p(x_T), the model's prior.
 
-        The last step is the decoder's mode at the grid's first time above 0, so every image is made of grey levels.
+        The last step is the decoder's mode at the first state of the grid, so an image is made of grey levels.
 
         Args:
-            model: the generative model.
             x_T: ``[B, C, H, W]``, the start.
-            grid: float64 ``[K + 1]``, increasing from the time of the data to 1, for ``evaluations(K)`` evaluations of
-                the network (``strided_grid``, ``logsnr_grid`` and ``karras_grid`` make one); None for all T steps of
-                the chain.
-            generators: source of the noise of the steps.
+            grid: float64 ``[K + 1]``, increasing from the time of the data to 1, as ``strided_grid``, ``logsnr_grid``
+                and ``karras_grid`` make it; None for all T steps of the chain.
             callback: called with (x_s, s) after each step.
-            cond: conditions, passed on to the network.
-
-        Returns:
-            Images ``[B, C, H, W]`` in model range.
-
-        Raises:
-            InputError: a grid that does not increase from the time of the data to 1.
         """
         grid = model.grid if grid is None else grid
         data = float(model.grid[0])

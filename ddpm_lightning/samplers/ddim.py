@@ -1,5 +1,3 @@
-"""DDIM (Song et al. 2021, arXiv 2010.02502): good images from few evaluations."""
-
 import torch
 from torch import Tensor
 
@@ -11,13 +9,12 @@ __all__ = ["DDIMSampler"]
 
 
 class DDIMSampler(Sampler):
-    """x_s = alpha_s x0-hat + sqrt(sigma_s^2 - v) eps-hat + sqrt(v) noise, v = eta^2 beta-tilde (equation 12, 16).
+    """DDIM (Song et al. 2021, arXiv 2010.02502, equations 12 and 16): good images from few evaluations.
+
+    x_s = alpha_s x0-hat + sqrt(sigma_s^2 - v) eps-hat + sqrt(v) noise with v = eta^2 beta-tilde.
 
     Args:
-        eta: 0 is deterministic, 1 has the ancestral sampler's small variance.
-
-    Raises:
-        InputError: eta outside [0, 1].
+        eta: from 0, deterministic, to 1, the ancestral sampler's small variance.
     """
 
     def __init__(self, eta: float = 0.0) -> None:
@@ -43,5 +40,4 @@ class DDIMSampler(Sampler):
 
 
 def _scaled(scale: Tensor, x: Tensor) -> Tensor:
-    """A float64 scale, ``[]`` or ``[B]``, times images in their own dtype."""
     return expand_to(scale, x).to(x.dtype) * x

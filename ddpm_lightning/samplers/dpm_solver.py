@@ -17,15 +17,9 @@ and the reverse SDE, of the same marginals, by
 
 In place of x0-hat(lambda) order 1 takes x0-hat at t, and order 2 (2M) its extrapolation to the middle of the step:
 
-.. math::
+.. math:: D = \hat x_{0,t} + \frac{h}{2 h_\text{before}} (\hat x_{0,t} - \hat x_{0,\text{before}})
 
-    D = \hat x_{0,t} + \frac{h}{2 h_\text{before}} (\hat x_{0,t} - \hat x_{0,\text{before}})
-
-.. math::
-
-    \text{ODE:} \quad x_s &= \tfrac{\sigma_s}{\sigma_t} x_t + \alpha_s (1 - e^{-h}) D \\
-    \text{SDE:} \quad x_s &= \tfrac{\sigma_s}{\sigma_t} e^{-h} x_t + \alpha_s (1 - e^{-2h}) D
-        + \sigma_s \sqrt{1 - e^{-2h}} \, z
+so that the ODE's integral term becomes alpha_s (1 - e^{-h}) D, and the SDE's alpha_s (1 - e^{-2h}) D.
 """
 
 import torch
@@ -41,15 +35,12 @@ __all__ = ["DPMSolverSampler"]
 class DPMSolverSampler(Sampler):
     """DPM-Solver++, its multistep form 2M at order 2, for any schedule; one evaluation of the network a step.
 
-    Order 1 is DDIM with eta = 0, and as an SDE the ancestral sampler with its small variance. The first step has
-    nothing to extrapolate from and is of order 1. The decoder makes the last step, as for all samplers.
+    Order 1 is DDIM with eta = 0, and as an SDE the ancestral sampler with its small variance. The first step is always
+    of order 1. The decoder makes the last step, as for all samplers.
 
     Args:
         order: 1 or 2.
         sde: draw noise at each step (SDE-DPM-Solver++).
-
-    Raises:
-        InputError: another order.
     """
 
     def __init__(self, order: int = 2, sde: bool = False) -> None:

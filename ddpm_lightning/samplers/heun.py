@@ -1,5 +1,3 @@
-"""Heun's second-order solver of the probability-flow ODE (Karras et al. 2022, arXiv 2206.00364, algorithm 1)."""
-
 import torch
 from torch import Tensor
 
@@ -10,15 +8,11 @@ __all__ = ["HeunSampler"]
 
 
 class HeunSampler(Sampler):
-    r"""Deterministic; two evaluations of the network a step and one for the decoder, 2 steps - 1 in all.
+    """Heun's second-order solver of the probability-flow ODE (Karras et al. 2022, arXiv 2206.00364, algorithm 1).
 
-    In EDM's coordinates y = x / alpha and k = sigma / alpha = exp(gamma/2), of any schedule, the ODE is
-
-    .. math::
-
-        dy / dk = \hat\epsilon
-
-    An Euler step of it is DDIM; Heun's takes the mean of eps-hat at both ends of that step.
+    In EDM's coordinates y = x / alpha and k = sigma / alpha = exp(gamma/2), for any schedule, the ODE is dy / dk =
+    eps-hat. An Euler step of it is DDIM. Heun's step takes the mean of eps-hat at both ends of that step. A step costs
+    two evaluations of the network, the decoder one: 2 steps - 1 in all.
     """
 
     @property

@@ -15,24 +15,19 @@ __all__ = ["InpaintingFactory", "InpaintingSampler", "MomentMatchingSampler", "R
 
 
 class InpaintingSampler(Sampler):
-    """Base of samplers that draw the rest of images of which some pixels are known; these are exactly ``known`` in the
-    end.
+    """Base of samplers that draw the unknown pixels of images. In the end the other pixels are exactly ``known``.
 
     Args:
         sampler: takes the steps.
         known: images in model range, ``[B, C, H, W]``, or ``[1, C, H, W]`` for one for all; any finite value where
             they are not known.
         mask: bool, True where a pixel is known: ``[C or 1, H, W]`` for all images or ``[B or 1, C or 1, H, W]``.
-
-    Raises:
-        InputError: from the methods, known images or a mask that do not fit the samples.
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor) -> None:
         self.sampler, self.known, self.mask = sampler, known, mask
 
     def decode(self, context: Context, x1: Tensor, grid: Tensor) -> Tensor:
-        """The wrapped sampler's image with the known pixels in their places."""
         mask, known = self._known(x1)
         return torch.where(mask, known, self.sampler.decode(context, x1, grid))
 
@@ -50,20 +45,13 @@ InpaintingFactory = Callable[[Sampler, Tensor, Tensor], InpaintingSampler]
 class ReplacementSampler(InpaintingSampler):
     """Any sampler, with the known pixels of each x_s replaced by a draw of q(x_s | x_0 = known).
 
-    With ``resamplings`` = 1 it is the replacement of Song et al. 2021 (arXiv 2011.13456, appendix I.2): the known
-    pixels of x_s know nothing of the unknown ones of x_t, and what is drawn is not p(x_0 | known). RePaint (Lugmayr et
-    al. 2022, arXiv 2201.09865, algorithm 1) takes each step several times: it goes back from x_s to x_t by
-    q(x_t | x_s), one step and not the paper's ten, and draws x_s again, which takes x_s towards its distribution given
-    the known pixels.
+    With ``resamplings`` = 1 (Song et al. 2021, arXiv 2011.13456, appendix I.2) the known pixels of x_s do not depend on
+    the unknown pixels of x_t, and the samples do not follow p(x_0 | known). RePaint (Lugmayr et al. 2022, arXiv
+    2201.09865, algorithm 1) takes each step several times: it goes back from x_s to x_t by q(x_t | x_s), one step and
+    not the paper's ten, and draws x_s again. This takes x_s towards its distribution given the known pixels.
 
     Args:
-        sampler: takes the steps.
-        known: as in :class:`InpaintingSampler`.
-        mask: as there.
         resamplings: how often each step is taken, at least 1.
-
-    Raises:
-        InputError: no step at all.
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor, resamplings: int = 1) -> None:
@@ -72,11 +60,9 @@ class ReplacementSampler(InpaintingSampler):
         self.resamplings = resamplings
 
     def evaluations(self, steps: int) -> int:
-        """Those of the wrapped sampler's steps ``resamplings`` times, and one for the decoder."""
         return self.resamplings * (self.sampler.evaluations(steps) - 1) + 1
 
     def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """The wrapped sampler's step; a step that is taken again starts from the same state."""
         mask, known = self._known(x_t)
         forward, generators = context.model.forward_process, context.generators
 
@@ -96,14 +82,8 @@ class MomentMatchingSampler(InpaintingSampler):
     Each evaluation of the network comes with ``iterations`` + 1 gradients.
 
     Args:
-        sampler: takes the steps.
-        known: as in :class:`InpaintingSampler`.
-        mask: as there.
         iterations: of conjugate gradients, at least 1.
-        noise_var: variance with which the known pixels are believed, in the square of model range.
-
-    Raises:
-        InputError: no iterations, a variance that is not positive.
+        noise_var: variance with which the known pixels are believed, in the square of model range; positive.
     """
 
     def __init__(
@@ -119,19 +99,17 @@ class MomentMatchingSampler(InpaintingSampler):
         return self.sampler.is_deterministic
 
     def evaluations(self, steps: int) -> int:
-        """Those of the wrapped sampler, gradients not counted."""
+        """As for the wrapped sampler, gradients not counted."""
         return self.sampler.evaluations(steps)
 
     def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
         return self.sampler.step(self._conditioned(context, x_t), x_t, t, s, state)
 
     def decode(self, context: Context, x1: Tensor, grid: Tensor) -> Tensor:
-        """The wrapped sampler's image given the known pixels, which then replace its own."""
         return super().decode(self._conditioned(context, x1), x1, grid)
 
     def _conditioned(self, context: Context, like: Tensor) -> Context:
         operator = MaskOperator(self.mask)
         measurement = LinearMeasurement(operator, operator.apply(self._known(like)[1]), self.noise_var)
-        return replace(
-            context, model=context.model.with_denoiser(lambda d: MMPSDenoiser(d, measurement, self.iterations))
-        )
+        model = context.model.with_denoiser(lambda denoiser: MMPSDenoiser(denoiser, measurement, self.iterations))
+        return replace(context, model=model)

@@ -1,29 +1,28 @@
 r"""The probability-flow ODE (Song et al. 2021, arXiv 2011.13456, section 4.3): an invertible map between states, and
 the density that it gives them.
 
-In units in which alpha^2 + sigma^2 = 1, z = x / n with n^2 = alpha^2 + sigma^2, a = alpha / n and s = sigma / n, the
-ODE of any schedule in gamma = -log SNR, and the change of the density along it, are
+Take units in which alpha^2 + sigma^2 = 1: z = x / n with n^2 = alpha^2 + sigma^2, a = alpha / n and s = sigma / n. For
+any schedule the ODE in gamma = -log SNR, and the change of the density along it, are
 
 .. math::
 
     \frac{dz}{d\gamma} = \tfrac12 a s v, \quad v = a \hat\epsilon - s \hat x_0,
         \qquad \frac{d \log p(z)}{d\gamma} = -\nabla_z \cdot \frac{dz}{d\gamma}
 
-so that with the prior at t = 1 and n_1 of the first state x_1
+so with the prior at t = 1 and the first state x_1
 
 .. math::
 
     \log p(x_1) = \log p(x_T) + D \log \frac{n_T}{n_1} +
         \int_{\gamma_1}^{\gamma_T} \nabla_z \cdot (\tfrac12 a s v) \, d\gamma
 
-The field is smooth in gamma and all but vanishes towards low noise, so a fixed grid of equal steps in gamma under
-Runge-Kutta's rule of order 4, in float64, does what an adaptive solver would: every image and process takes the same
-number of evaluations, known in advance, and an image's density does not depend on its batch. Compare ``steps`` with
-twice as many to see what is left of the error.
+The field is smooth in gamma and nearly vanishes towards low noise. So Runge-Kutta's rule of order 4 on equal steps in
+gamma, in float64, does what an adaptive solver would do. Every image takes the same number of evaluations, and the
+density of an image does not depend on its batch. Compare ``steps`` with twice as many to see the error that is left.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ _Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Divergence:
-    """How the trace of the field's Jacobian is taken: sum_k e_k . J e_k for the vectors e_k that a subclass gives."""
+    """The trace of the field's Jacobian, as sum_k e_k . J e_k with the vectors e_k of a subclass."""
 
     def vectors(self, z: Tensor, generators: Generators = None) -> Tensor:
         """e_k, ``[K, B or 1, C, H, W]``, with sum_k e_k e_k^T = I in expectation; the same ones all along the path."""
@@ -57,14 +56,8 @@ class ExactDivergence(Divergence):
 
 
 class HutchinsonDivergence(Divergence):
-    """Random signs (Hutchinson 1990): an unbiased estimate of the log density from ``probes`` backward passes for each
-    evaluation.
-
-    Args:
-        probes: number of vectors for each image.
-
-    Raises:
-        InputError: ``probes`` < 1.
+    """``probes`` vectors of random signs for each image (Hutchinson 1990), each with one backward pass for each
+    evaluation: an unbiased estimate of the log density.
     """
 
     def __init__(self, probes: int = 1) -> None:
@@ -72,20 +65,14 @@ class HutchinsonDivergence(Divergence):
         self.probes = probes
 
     def vectors(self, z: Tensor, generators: Generators = None) -> Tensor:
-        """Signs, divided by the root of their number."""
         draws = torch.stack([randn_like(z, generators) for _ in range(self.probes)])
         return torch.where(draws < 0, -1.0, 1.0).to(z.dtype) / self.probes**0.5
 
 
 @dataclass(frozen=True)
 class FlowLikelihood:
-    """The density that the flow gives to states.
-
-    Attributes:
-        log_prob: log density of each, float64 ``[B]`` nats.
-        x_T: what the flow takes it to at t = 1, float64 ``[B, C, H, W]``.
-        evaluations: evaluations of the network for each.
-    """
+    """The log density that the flow gives to states, float64 ``[B]`` nats, the states x_T at t = 1 to which the flow
+    leads, float64 ``[B, C, H, W]``, and the evaluations of the network for each state."""
 
     log_prob: Tensor
     x_T: Tensor
@@ -93,14 +80,13 @@ class FlowLikelihood:
 
 
 class ProbabilityFlow:
-    """The flow between the first state x_1 (time ``model.grid[1]``) and x_T, under the denoiser of the reverse process
-    (clipped where the model's is: a field with kinks, which takes more steps).
+    """The flow between the first state x_1 (time ``model.grid[1]``) and x_T, under the denoiser of the reverse process.
+
+    A chain of one state has no path and is refused. A clipped denoiser gives a field with kinks, which takes more
+    steps.
 
     Args:
-        steps: steps of the solver, each of 4 evaluations of the network.
-
-    Raises:
-        InputError: ``steps`` < 1; from the methods, a chain of one state, which has no path.
+        steps: steps of the solver, each of 4 evaluations of the network, at least 1.
     """
 
     def __init__(self, steps: int = 50) -> None:
@@ -109,7 +95,7 @@ class ProbabilityFlow:
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of the network for one passage: 4 steps."""
+        """Evaluations of the network for one passage."""
         return 4 * self.steps
 
     def encode(self, model: DiffusionModel, x1: Tensor, **cond: Any) -> Tensor:
@@ -118,8 +104,7 @@ class ProbabilityFlow:
         return z
 
     def decode(self, model: DiffusionModel, x_T: Tensor, **cond: Any) -> Tensor:
-        """x_1 of states ``x_T`` ``[B, C, H, W]``, float64: the inverse of :meth:`encode`. The model's decoder makes it
-        an image."""
+        """x_1 of states ``x_T`` ``[B, C, H, W]``, float64: the inverse of :meth:`encode`."""
         z, _ = self._passage(model, x_T, _still(_field(model, cond)), up=False)
         return z
 
@@ -133,14 +118,9 @@ class ProbabilityFlow:
         generators: Generators = None,
         **cond: Any,
     ) -> FlowLikelihood:
-        """The density of the model's x_1, at given states. No gradient passes.
+        """The density of the model's x_1 at given states, whose time is ``model.grid[1]``. No gradient passes.
 
-        Args:
-            model: the generative model, whose prior is p(x_T).
-            x1: states of time ``model.grid[1]``, ``[B, C, H, W]``.
-            divergence: how the trace of the Jacobian is taken; None for :class:`ExactDivergence`.
-            generators: source of the vectors of a random divergence.
-            cond: conditions, passed on to the network.
+        ``generators`` draw the vectors of a random ``divergence``; None is :class:`ExactDivergence`.
         """
         vectors = (ExactDivergence() if divergence is None else divergence).vectors(x1.double(), generators)
         x_T, integral = self._passage(model, x1, _moving(_field(model, cond), vectors), up=True)
@@ -157,20 +137,14 @@ class ProbabilityFlow:
         generators: Generators = None,
         **cond: Any,
     ) -> FlowLikelihood:
-        r"""The density of x_1 / alpha_1, the first state read as an image, at ``x0`` ``[B, C, H, W]`` in model range.
+        """The density of x_1 / alpha_1 at ``x0``, the first state read as an image, else as :meth:`log_likelihood`.
 
-        .. math::
-
-            \log p(x_0) = \log p(x_1 = \alpha_1 x_0) + D \log \alpha_1
-
-        It is what :func:`~ddpm_lightning.metrics.dequantized_log_prob` asks for. Arguments as in
-        :meth:`log_likelihood`.
+        log p(x_0) = log p(x_1 = alpha_1 x_0) + D log alpha_1, as ``metrics.dequantized_log_prob`` asks for it.
         """
         log_alpha = model.schedule.log_alpha(model.grid[1].to(x0.device))
         x1 = torch.exp(log_alpha) * x0.double()
         of_state = self.log_likelihood(model, x1, divergence=divergence, generators=generators, **cond)
-        log_prob = of_state.log_prob + x0[0].numel() * log_alpha
-        return FlowLikelihood(log_prob, of_state.x_T, of_state.evaluations)
+        return replace(of_state, log_prob=of_state.log_prob + x0[0].numel() * log_alpha)
 
     def _passage(self, model: DiffusionModel, x: Tensor, slope: _Slope, *, up: bool) -> tuple[Tensor, Tensor]:
         """The state at the other end, and the integral of the divergence over gamma, ``[B]``."""
@@ -212,7 +186,6 @@ def _still(field: Callable[[Tensor, Tensor], Tensor]) -> _Slope:
 
 
 def _moving(field: Callable[[Tensor, Tensor], Tensor], vectors: Tensor) -> _Slope:
-
     def slope(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             z = z.detach().requires_grad_()

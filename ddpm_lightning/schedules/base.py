@@ -2,9 +2,7 @@ r"""A noise schedule is one function, gamma(t) = -log SNR(t), increasing in t on
 
 With SNR = alpha^2 / sigma^2 and variance preservation (alpha^2 + sigma^2 = 1):
 
-.. math::
-
-    \alpha^2 = \mathrm{sigmoid}(-\gamma), \qquad \sigma^2 = \mathrm{sigmoid}(\gamma)
+.. math:: \alpha^2 = \mathrm{sigmoid}(-\gamma), \qquad \sigma^2 = \mathrm{sigmoid}(\gamma)
 
 and a step s -> t (s < t) follows from differences of gamma alone (Kingma et al. 2021, arXiv 2107.00630, appendix A):
 
@@ -52,18 +50,11 @@ class Schedule(nn.Module):
         return type(self).log_unit_var is Schedule.log_unit_var
 
     def grid(self, T: int | None = None) -> Tensor:
-        """Times of a chain of T states, float64 ``[T + 1]``: the data first, then x_1, ..., x_T, up to t = 1.
-
-        Args:
-            T: number of states; None for the schedule's own.
-
-        Raises:
-            InputError: too few states.
-        """
+        """Times of the data and of T states (None: the schedule's own number), up to t = 1, float64 ``[T + 1]``."""
         raise NotImplementedError
 
     def gamma_slope(self, t: Tensor) -> Tensor:
-        """d gamma / dt, shape of ``t``, float64."""
+        """d gamma / dt."""
         raise NotImplementedError
 
     def gamma(self, t: Tensor) -> Tensor:
@@ -79,9 +70,9 @@ class Schedule(nn.Module):
         return logsigmoid(self.gamma(t))
 
     def log_unit_var(self, t: Tensor) -> Tensor:
-        """log(alpha_t^2 + sigma_t^2), the log variance of x_t for data of variance 1; 0 for variance preservation.
+        """log(alpha_t^2 + sigma_t^2): the log variance of x_t for data of variance 1, and at t = 1 of the prior p(x_T).
 
-        At t = 1 it is the log variance of the prior p(x_T). The network's input is divided by its standard deviation.
+        It is 0 for variance preservation. The network's input is divided by this standard deviation.
         """
         return torch.zeros_like(t, dtype=torch.float64)
 
@@ -90,10 +81,10 @@ class Schedule(nn.Module):
         return nullcontext()
 
     def slope_ratio(self, t: Tensor) -> Tensor | None:
-        """d gamma/dt at the fixed gamma(t), divided by its own value, shape of ``t``.
+        """d gamma/dt at the fixed gamma(t), divided by its own value; None where the shape of gamma is not learned.
 
-        Its value is 1 and its gradient is that of the shape of gamma; None where the shape is not learned.
-        ``L(t)^2 slope_ratio(t)`` then has the gradient of the second moment of an estimator L drawn at uniform t.
+        Its value is 1. Its gradient is the gradient in the shape of gamma, so ``L(t)^2 slope_ratio(t)`` has the
+        gradient of the second moment of an estimator L drawn at uniform t.
         """
         return None
 

@@ -19,18 +19,13 @@ class BetaChain(Schedule):
 
     With L_i = -log(alpha-bar_i) = -sum_{j<=i} log(1 - beta_j) and L_0 = 0:
 
-    .. math::
+    .. math:: \gamma(i/T) = \log(1/\bar\alpha_i - 1) = L_i + \log(1 - e^{-L_i})
 
-        \gamma(i/T) = \log(1/\bar\alpha_i - 1) = L_i + \log(1 - e^{-L_i})
-
-    Between grid points L is interpolated linearly, which is a continuous process whose restriction to the grid is
-    exactly the chain; a sampler may therefore stop at any t.
+    Between grid points L is interpolated linearly. This is a continuous process whose restriction to the grid is
+    exactly the chain, so a sampler may stop at any t.
 
     Args:
         betas: the T step variances, each in (0, 1).
-
-    Raises:
-        InputError: a beta outside (0, 1), or no betas.
     """
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
@@ -52,7 +47,7 @@ class BetaChain(Schedule):
         return chain_grid(self.T if T is None else T)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L at both ends of the step that holds each t, and how far through it t is."""
+        """L at both ends of the step that holds t, and the fraction of the step before t."""
         table = self._table.on(t.device)
         position = t.double().clamp(0, 1) * self.T
         lower = position.floor().long().clamp(max=self.T - 1)
@@ -60,38 +55,34 @@ class BetaChain(Schedule):
         return torch.take(table, lower), torch.take(table, lower + 1), position - lower
 
     def neg_log_alpha_bar(self, t: Tensor) -> Tensor:
-        """L(t) = -log alpha-bar(t), shape of ``t``, float64."""
+        """L(t) = -log alpha-bar(t)."""
         return torch.lerp(*self._segment(t))
 
     def gamma(self, t: Tensor) -> Tensor:
-        """-log SNR(t), shape of ``t``, float64; -inf at t = 0, where alpha-bar is 1."""
+        """-inf at t = 0, where alpha-bar is 1."""
         neg_log_alpha_bar = self.neg_log_alpha_bar(t)
         return neg_log_alpha_bar + log1mexp(neg_log_alpha_bar)
 
     def gamma_slope(self, t: Tensor) -> Tensor:
-        """d gamma / dt = L'(t) / (1 - exp(-L(t))), shape of ``t``, float64, for t in (0, 1]."""
+        """L'(t) / (1 - exp(-L(t))), for t in (0, 1]."""
         start, end, fraction = self._segment(t)
         return (start - end) * self.T / torch.expm1(-torch.lerp(start, end, fraction))
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """Natural logarithm of the signal's scale, read from the table itself."""
         return -0.5 * self.neg_log_alpha_bar(t)
 
 
 class LinearChain(BetaChain):
     """Betas linear from ``beta_start`` to ``beta_end`` in T steps (Ho et al. 2020, arXiv 2006.11239, section 4).
 
-    The usual end points 1e-4 and 0.02 belong to T = 1000: with T = 300 they leave alpha-bar_T = 0.048, so x_T still
-    shows the image and prior matching is not small. ``reference_T`` scales both betas by reference_T / T.
+    The usual end points 1e-4 and 0.02 belong to T = 1000. With T = 300 they leave alpha-bar_T = 0.048: x_T still shows
+    the image, and prior matching is not small. ``reference_T`` scales both betas by reference_T / T.
 
     Args:
         T: number of steps, at least 1.
         beta_start: beta_1, in (0, 1).
         beta_end: beta_T, in (0, 1).
         reference_T: number of steps that the two betas are meant for; None takes them as they are.
-
-    Raises:
-        InputError: T < 1, or a beta outside (0, 1).
     """
 
     def __init__(
@@ -110,15 +101,12 @@ class LinearChain(BetaChain):
 class CosineChain(BetaChain):
     """The cosine chain of Nichol & Dhariwal 2021 (arXiv 2102.09672, equation 17).
 
-    Betas are clipped first and alpha-bar is derived from the clipped ones, so that the two always agree.
+    alpha-bar is derived from the clipped betas, so that the two always agree.
 
     Args:
         T: number of steps, at least 1.
-        offset: the small s that keeps beta_1 from vanishing.
+        offset: the small s that keeps beta_1 from vanishing, 0 or more.
         max_beta: largest beta, in (0, 1).
-
-    Raises:
-        InputError: T < 1, a negative offset, or max_beta outside (0, 1).
     """
 
     def __init__(self, T: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> None:

@@ -23,9 +23,6 @@ class ContinuousSchedule(Schedule):
         gamma_min: -log SNR of the first state.
         gamma_max: -log SNR of the last state, above ``gamma_min``.
         T: number of states x_1, ..., x_T of the discrete chain, at least 2.
-
-    Raises:
-        InputError: gamma does not increase, or T < 2.
     """
 
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000) -> None:
@@ -43,7 +40,7 @@ class ContinuousSchedule(Schedule):
         raise NotImplementedError
 
     def gamma(self, t: Tensor) -> Tensor:
-        """-log SNR(t), shape of ``t``, float64; -inf for t < 0, the data."""
+        """-inf for t < 0, the data."""
         t = t.double()
         return torch.where(t < 0, -torch.inf, self.state_gamma(t))
 
@@ -81,6 +78,5 @@ class CosineGamma(ContinuousSchedule):
         return 2 * torch.log(torch.tan(self._angle(t)[0]))
 
     def gamma_slope(self, t: Tensor) -> Tensor:
-        """4 phi' / sin(2 phi), shape of ``t``, float64, for t in [0, 1]."""
         angle, rate = self._angle(t.double())
         return 4 * rate / torch.sin(2 * angle)

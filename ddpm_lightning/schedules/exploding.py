@@ -1,4 +1,4 @@
-"""The same process in units in which the image keeps its scale and the noise explodes."""
+"""The same process in units in which the image keeps its scale."""
 
 from contextlib import AbstractContextManager
 
@@ -27,7 +27,6 @@ class VarianceExploding(Schedule):
 
     @property
     def T(self) -> int:  # type: ignore[override]
-        """Number of states of the discrete chain."""
         return self.schedule.T
 
     def grid(self, T: int | None = None) -> Tensor:

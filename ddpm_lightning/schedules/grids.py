@@ -1,4 +1,7 @@
-"""Time grids: increasing times, that of the data first, then the states up to t = 1. A solver is given its grid."""
+"""Time grids: the time of the data, then increasing times of ``steps`` states up to t = 1, float64 ``[steps + 1]``.
+
+``grid`` is the grid of the chain, ``[T + 1]``. ``steps=None`` stands for T. A solver is given its grid.
+"""
 
 from collections.abc import Callable
 
@@ -24,18 +27,14 @@ _HALVINGS = 60
 
 
 def chain_grid(T: int) -> Tensor:
-    """Every time of a chain of T steps: float64 ``[T + 1]``, i/T for i = 0..T."""
+    """i/T for i = 0..T: float64 ``[T + 1]``."""
     return torch.arange(T + 1, dtype=torch.float64) / T
 
 
 def strided_grid(grid: Tensor, steps: int | None) -> Tensor:
-    """``steps`` nearly equal strides over a chain's grid ``[T + 1]``, both ends included: float64 ``[steps + 1]``.
+    """``steps`` (1..T) nearly equal strides over the grid of a chain, both ends included.
 
-    The times are among the chain's own, so a network trained on the chain meets no time it has not seen, and the last
-    step of the chain is always visited. ``steps=None`` keeps all T.
-
-    Raises:
-        InputError: ``steps`` outside 1..T.
+    The times are times of the chain, so a network that was trained on the chain meets no new time.
     """
     T = len(grid) - 1
     if steps is None:
@@ -46,33 +45,19 @@ def strided_grid(grid: Tensor, steps: int | None) -> Tensor:
 
 
 def logsnr_grid(schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
-    """The data, then ``steps`` states equally spaced in gamma = -log SNR: float64 ``[steps + 1]``.
+    """States equally spaced in gamma = -log SNR. Of ``grid`` the new grid keeps the data, the first state and 1.
 
-    Args:
-        schedule: gives gamma.
-        grid: the chain's grid ``[T + 1]``, of which the new one keeps the time of the data, that of the first state (a
-            single step has the last state only) and 1. The states between may lie between the chain's.
-        steps: number of states, more than T too; None for T.
-
-    Raises:
-        InputError: ``steps`` < 1, or more than one step for a chain of one state.
+    The other states may lie between the states of the chain, and ``steps`` may be larger than T. A single step has the
+    last state only; a chain of one state takes a single step.
     """
     return _equal_steps(schedule, grid, steps, lambda gamma: gamma)
 
 
 def karras_grid(schedule: Schedule, grid: Tensor, steps: int | None, rho: float = 7.0) -> Tensor:
-    """The data, then ``steps`` states equally spaced in (sigma/alpha)^(1/rho), sigma/alpha = exp(gamma/2): float64
-    ``[steps + 1]`` (Karras et al. 2022, arXiv 2206.00364, equation 5). The larger rho, the more states at low noise;
-    ``logsnr_grid`` is its limit.
+    """States equally spaced in (sigma/alpha)^(1/rho), sigma/alpha = exp(gamma/2), rho > 0; else as :func:`logsnr_grid`.
 
-    Args:
-        schedule: gives gamma.
-        grid: as in :func:`logsnr_grid`.
-        steps: number of states, more than T too; None for T.
-        rho: above 0.
-
-    Raises:
-        InputError: ``rho`` not above 0, ``steps`` < 1, or more than one step for a chain of one state.
+    The larger rho, the more states at low noise; ``logsnr_grid`` is the limit (Karras et al. 2022, arXiv 2206.00364,
+    equation 5).
     """
     positive(rho=rho)
     return _equal_steps(schedule, grid, steps, lambda gamma: torch.exp(gamma / (2 * rho)))
@@ -80,8 +65,7 @@ def karras_grid(schedule: Schedule, grid: Tensor, steps: int | None, rho: float 
 
 @torch.no_grad()
 def _equal_steps(schedule: Schedule, grid: Tensor, steps: int | None, level: Callable[[Tensor], Tensor]) -> Tensor:
-    """Times from the first state to the last at which an increasing function of gamma takes equal steps, by bisection:
-    no schedule needs an inverse."""
+    """Times at which an increasing function of gamma takes equal steps. Bisection needs no inverse of the schedule."""
     T = len(grid) - 1
     steps = T if steps is None else steps
     at_least(1, steps=steps)
@@ -105,41 +89,29 @@ class TimeGrid:
     """A kind of grid, as an object that a configuration can name."""
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
-        """The data, then ``steps`` states up to t = 1: float64 ``[steps + 1]``.
-
-        Args:
-            schedule: gives gamma.
-            grid: the chain's grid ``[T + 1]``.
-            steps: number of states; None for T.
-
-        Raises:
-            InputError: a number of steps that this kind cannot make of this chain.
-        """
+        """Times of the data and of ``steps`` states, float64 ``[steps + 1]``, from the chain's ``grid`` ``[T + 1]``."""
         raise NotImplementedError
 
 
 class StridedGrid(TimeGrid):
-    """States of the chain itself, nearly equally far apart: :func:`strided_grid`."""
+    """States of the chain at nearly equal distances: :func:`strided_grid`."""
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
         return strided_grid(grid, steps)
 
 
 class LogSNRGrid(TimeGrid):
-    """States equally far apart in log SNR, which may lie between the chain's: :func:`logsnr_grid`."""
+    """States at equal distances in log SNR: :func:`logsnr_grid`."""
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
         return logsnr_grid(schedule, grid, steps)
 
 
 class KarrasGrid(TimeGrid):
-    """States equally far apart in (sigma/alpha)^(1/rho), which may lie between the chain's: :func:`karras_grid`.
+    """States at equal distances in (sigma/alpha)^(1/rho): :func:`karras_grid`.
 
     Args:
         rho: above 0; the larger, the more states at low noise.
-
-    Raises:
-        InputError: another rho.
     """
 
     def __init__(self, rho: float = 7.0) -> None:

@@ -1,5 +1,3 @@
-"""A schedule that is learned with the network."""
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,20 +20,16 @@ class LearnedGamma(ContinuousSchedule):
             \quad u(t) = \frac{g(t) - g(0)}{g(1) - g(0)} \\
         g(t) &= t + \sum_k c_k \, \mathrm{sigmoid}(b_k (t - m_k)), \quad b_k, c_k > 0
 
-    Both ends and the shape u between them are parameters; at first gamma is nearly linear. In discrete time all of them
-    are learned through the bound (:class:`~ddpm_lightning.objectives.NegativeElbo`). In continuous time the bound does
-    not depend on u, which is learned by minimising the variance of the bound's estimator instead
-    (:class:`~ddpm_lightning.objectives.ContinuousNegativeElbo`). The parameters are optimised, averaged and
-    saved with the network's.
+    Both ends and the shape u between them are parameters; at first gamma is nearly linear. In discrete time the bound
+    trains all of them (:class:`~ddpm_lightning.objectives.NegativeElbo`). In continuous time the bound does not depend
+    on u. There u minimises the variance of the bound's estimator
+    (:class:`~ddpm_lightning.objectives.ContinuousNegativeElbo`).
 
     Args:
         gamma_min: -log SNR of the first state, at the start of training.
         gamma_max: -log SNR of the last state, at the start of training, above ``gamma_min``.
         T: number of states x_1, ..., x_T of the discrete chain, at least 2.
         units: number of sigmoids.
-
-    Raises:
-        InputError: gamma does not increase, or T < 2.
     """
 
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000, units: int = 32) -> None:
@@ -49,13 +43,12 @@ class LearnedGamma(ContinuousSchedule):
         self._interior_held = False
 
     def _g(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """g and dg/dt, shape of ``t``, float64."""
         height, rate = softplus(self.raw_height.double()), softplus(self.raw_rate.double())
         step = torch.sigmoid(rate * (t[..., None] - self.centre.double()))
         return t + (height * step).sum(-1), 1 + (height * rate * step * (1 - step)).sum(-1)
 
     def interior(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """u(t) from 0 to 1 and du/dt, shape of ``t``, float64."""
+        """u(t) from 0 to 1, and du/dt."""
         ends, _ = self._g(torch.arange(2, dtype=torch.float64, device=t.device))  # made there: no copy to wait for
         value, slope = self._g(t)
         span = ends[1] - ends[0]
@@ -66,7 +59,6 @@ class LearnedGamma(ContinuousSchedule):
         return self.first.double() + torch.exp(self.log_span.double()) * self.interior(t)[0]
 
     def gamma_slope(self, t: Tensor) -> Tensor:
-        """(gamma_max - gamma_min) du/dt, shape of ``t``, float64, for t in [0, 1]."""
         return torch.exp(self.log_span.double()) * self.interior(t.double())[1]
 
     @contextmanager
@@ -78,10 +70,10 @@ class LearnedGamma(ContinuousSchedule):
             self._interior_held = False
 
     def slope_ratio(self, t: Tensor) -> Tensor:
-        """du/dt at the fixed u(t), divided by its own value: 1, with a gradient in the shape.
+        """du/dt at the fixed u(t), divided by its own value.
 
-        Of an estimator L = gamma'(t) f(gamma(t)) at uniform t, the second moment is the integral of gamma' f^2 over
-        gamma: at a fixed gamma only gamma' depends on the shape, so no gradient needs to pass through the network.
+        The second moment of an estimator L = gamma'(t) f(gamma(t)) at uniform t is the integral of gamma' f^2 over
+        gamma. At a fixed gamma only gamma' depends on the shape, so no gradient needs to pass through the network.
         """
         u, slope = self.interior(t.double().detach())
         # Where the shape changes, u keeps its value at another t. One Newton step gives that t to first order.

@@ -1,5 +1,3 @@
-"""A schedule at times that are known beforehand, computed all at once."""
-
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +8,6 @@ from ddpm_lightning.ops import log1mexp
 from ddpm_lightning.schedules.base import Schedule
 
 __all__ = ["TabulatedSchedule"]
-
 
 _NAMES = ("gamma", "log_alpha", "log_sigma2", "log_unit_var", "alpha", "sigma")
 
@@ -26,10 +23,10 @@ def _looked_up(name: str) -> Callable[[Any, Tensor], Tensor]:
 
 
 class TabulatedSchedule(Schedule):
-    """A view of a schedule for a sampler's times, whose values are computed once rather than in each step.
+    """A view of a schedule, whose values at a sampler's times are computed all at once rather than in each step.
 
-    A time of the table is recognised by the tensor object that it is, one of :attr:`times`; any other goes to the
-    schedule itself, so the view gives the same values at all times.
+    A time of the table is recognised as the tensor object that it is, one of :attr:`times`. Any other time goes to the
+    schedule itself, so the values are the same at all times.
 
     Args:
         schedule: what the values are of.
@@ -48,7 +45,6 @@ class TabulatedSchedule(Schedule):
         self._values = {
             name: dict(zip(map(id, self.times), value.unbind(), strict=True)) for name, value in values.items()
         }
-
         fractions = log1mexp(values["gamma"][:-1] - values["gamma"][1:])
         neighbours = zip(map(id, self.times[1:]), map(id, self.times[:-1]), strict=True)
         self._fractions = dict(zip(neighbours, fractions.unbind(), strict=True))

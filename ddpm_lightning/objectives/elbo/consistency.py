@@ -1,5 +1,3 @@
-"""The bound by matching each forward step to the reverse step that lands on the same state."""
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +12,8 @@ __all__ = ["ConsistencyElbo"]
 
 
 class ConsistencyElbo(ElboEstimator):
-    r"""``reconstruction - prior_matching - consistency`` (Luo 2022, arXiv 2208.11970, equations 36 to 45).
+    r"""``reconstruction - prior_matching - consistency``: each forward step is matched to the reverse step that lands
+    on the same state (Luo 2022, arXiv 2208.11970, equations 36 to 45).
 
     .. math::
 
@@ -24,8 +23,8 @@ class ConsistencyElbo(ElboEstimator):
 
     The expectation is over the joint triple, because in the bound x_t lies on the path between its neighbours. The
     often printed E_{q(x_{t-1}, x_{t+1}|x_0)} KL(q(x_t|x_{t-1}) || p(x_t|x_{t+1})) averages over a fresh x_t that knows
-    nothing of x_{t+1}. It is a different number, larger by about one nat for each dimension and step, and is given as
-    the diagnostic ``consistency_literal_kl``; it never enters the bound.
+    nothing of x_{t+1}. This is larger by about one nat for each dimension and step. It is the diagnostic
+    ``consistency_literal_kl`` and never enters the bound.
     """
 
     name = "consistency"

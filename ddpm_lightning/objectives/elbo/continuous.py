@@ -1,5 +1,3 @@
-"""The bound of a chain of infinitely many steps."""
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,16 +15,7 @@ __all__ = ["ContinuousElbo", "diffusion_cost"]
 def diffusion_cost(
     model: DiffusionModel, denoiser: Denoiser, x0: Tensor, t: Tensor, generators: Generators = None, **cond: Any
 ) -> Tensor:
-    """gamma'(t) / 2 |eps - eps_theta(x_t, t)|^2 at one draw of x_t: ``[B]`` nats a unit of time.
-
-    Args:
-        model: gives the forward process and the schedule.
-        denoiser: gives eps_theta.
-        x0: images ``[B, C, H, W]`` in model range.
-        t: times ``[B]``, not before the first state's.
-        generators: source of the noise.
-        cond: conditions, passed on to the network.
-    """
+    """gamma'(t) / 2 |eps - eps_theta(x_t, t)|^2 of ``denoiser`` at one draw of x_t: ``[B]`` nats per unit of time."""
     x_t, eps = model.forward_process.noised(x0, t, generators)
     prediction = denoiser(x_t, t, **cond)
     return 0.5 * model.schedule.gamma_slope(t) * sum_per_image((eps - prediction.eps).square())
@@ -40,15 +29,11 @@ class ContinuousElbo(ElboEstimator):
         \text{diffusion} = \tfrac12 E_{t, \epsilon} \left[ \gamma'(t) \, |\epsilon - \epsilon_\theta(x_t, t)|^2 \right],
         \quad t \text{ uniform between the first state and } 1
 
-    The limit is the same for every reverse variance between beta and beta-tilde, because the two agree to first order
-    in the step. It is the same for AnalyticVariance. The decoder stands where the model's own chain has it, at the
-    chain's first state.
+    The limit is the same for every reverse variance between beta and beta-tilde, which agree to first order in the
+    step, and for AnalyticVariance. The decoder stands at the first state of the model's own chain.
 
     Args:
-        steps: number of times, one in each of that many equal parts of the time axis.
-
-    Raises:
-        InputError: ``steps`` < 1.
+        steps: number of times, one in each of that many equal parts of the time axis, at least 1.
     """
 
     name = "continuous"
@@ -66,7 +51,6 @@ class ContinuousElbo(ElboEstimator):
         return None, self.steps or 1
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """The form itself. ``step_indices`` count the parts of the time axis."""
         process, denoiser, steps = model.forward_process, model.reverse_process.denoiser, self.steps or 1
         first = model.grid_on(x0.device)[1]
         span = 1 - first

@@ -1,5 +1,3 @@
-"""The bound by matching each reverse step to the posterior that knows x_0."""
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +13,15 @@ __all__ = ["DenoisingElbo"]
 
 
 class DenoisingElbo(ElboEstimator):
-    r"""``reconstruction - prior_matching - denoising_matching`` (Ho et al. 2020, equation 5).
+    r"""``reconstruction - prior_matching - denoising_matching``: each reverse step is matched to the posterior that
+    knows x_0 (Ho et al. 2020, equation 5).
 
     .. math::
 
         \text{prior\_matching} &= \mathrm{KL}(q(x_T|x_0) \| p(x_T)) \\
         \text{denoising\_matching} &= \sum_{t=2}^T E_{q(x_t|x_0)} \, \mathrm{KL}(q(x_{t-1}|x_t, x_0) \| p(x_{t-1}|x_t))
 
-    Each term averages over one random variable only, x_t, drawn afresh for each step.
+    Each term averages over one random variable only: x_t, drawn afresh for each step.
     """
 
     name = "denoising"

@@ -1,8 +1,8 @@
 r"""The common part of the three forms of the bound: states of the chain, and one sum over its reverse steps.
 
 Every form sums over the reverse steps p(x_n | x_{n+1}), n = 1..T-1, and adds the decoder p(x_0 | x_1) and the end x_T.
-Each step costs one evaluation of the network, the decoder one more. Of what a step computes only its ``[B]`` costs are
-kept (without gradients).
+Each step costs one evaluation of the network, the decoder one more. Only the ``[B]`` costs of a step are kept (without
+gradients).
 """
 
 from collections.abc import Iterator, Mapping
@@ -86,12 +86,9 @@ class ElboEstimator:
     """Base of the estimators of the bound.
 
     Args:
-        steps: number of reverse steps to evaluate, a stratified choice that leaves the estimate unbiased; None for
-            all T - 1 of them.
+        steps: number of reverse steps to evaluate, at least 1; a stratified choice leaves the estimate unbiased. None
+            for all T - 1 of them.
         T: evaluate the model as a chain of that many states, whatever it was trained as; None for its own.
-
-    Raises:
-        InputError: ``steps`` < 1; when called, a T with too few states.
     """
 
     name: str
@@ -109,27 +106,15 @@ class ElboEstimator:
         return tuple(self.term_kinds)
 
     def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
-        """Estimate the bound of each image.
-
-        Args:
-            model: the generative model.
-            x0: images ``[B, C, H, W]`` in model range.
-            generators: source of the noise and of the choice of steps.
-            cond: conditions, passed on to the network.
-        """
         return self.estimate(model if self.T is None else model.with_steps(self.T), x0, generators, **cond)
 
     def evaluated(self, own_T: int) -> tuple[int | None, int]:
-        """The number of states of the chain that is evaluated, None for infinitely many, and of the steps evaluated.
-
-        Args:
-            own_T: number of states of the model's own chain.
-        """
+        """For a model of ``own_T`` states, the numbers of states (None: infinitely many) and of steps evaluated."""
         T = self.T or own_T
         return T, T - 1 if self.steps is None else min(self.steps, T - 1)
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """The form itself, for the model's own chain."""
+        """The bound of each image, for the model's own chain."""
         raise NotImplementedError
 
     @staticmethod
@@ -155,10 +140,5 @@ class ElboEstimator:
         costs = dict(end_costs)
         costs[step_cost_name] = weighted_sum(step_costs) + costs.get(step_cost_name, 0.0)
         stacked = torch.stack(step_costs, 1) if step_costs else reconstruction.new_zeros(len(reconstruction), 0)
-        return ElboTerms(
-            reconstruction=reconstruction,
-            costs=costs,
-            step_costs=stacked,
-            step_indices=indices.T,
-            diagnostics={name: weighted_sum(values) for name, values in (diagnostics or {}).items()},
-        )
+        sums = {name: weighted_sum(values) for name, values in (diagnostics or {}).items()}
+        return ElboTerms(reconstruction, costs, stacked, indices.T, sums)

@@ -1,5 +1,3 @@
-"""The bound, unreduced and by name."""
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,24 +15,16 @@ class ElboTerms:
     """One estimate of the bound for each image: ``total = reconstruction - sum of costs <= log p(x_0)``.
 
     All values are float64 nats for a whole image (not for a dimension).
-
-    Attributes:
-        reconstruction: ``[B]``, log p(x_0 | x_1).
-        costs: ``[B]`` each, by name; what is subtracted from the reconstruction.
-        step_costs: ``[B, K]``, the summand of the step-wise cost at each evaluated step, not weighted.
-        step_indices: int64 ``[B, K]``; entry n belongs to p(x_n | x_{n+1}), n in 1..T-1.
-        diagnostics: ``[B]`` each, by name; not part of the bound.
     """
 
-    reconstruction: Tensor
-    costs: Mapping[str, Tensor]
-    step_costs: Tensor
-    step_indices: Tensor
-    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+    reconstruction: Tensor  # log p(x_0 | x_1), [B]
+    costs: Mapping[str, Tensor]  # what is subtracted from the reconstruction, by name, [B] each
+    step_costs: Tensor  # the summand of the step-wise cost at each evaluated step, not weighted, [B, K]
+    step_indices: Tensor  # int64 [B, K]; entry n belongs to p(x_n | x_{n+1}), n in 1..T-1
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)  # no part of the bound, by name, [B] each
 
     @property
     def total(self) -> Tensor:
-        """The bound (ELBO) of each image, ``[B]`` nats."""
         total = self.reconstruction
         for cost in self.costs.values():
             total = total - cost

@@ -1,5 +1,3 @@
-"""The bound as the log ratio of one path."""
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +12,12 @@ __all__ = ["TrajectoryElbo"]
 
 
 class TrajectoryElbo(ElboEstimator):
-    r"""The Markovian hierarchical VAE's log ratio (Luo 2022, arXiv 2208.11970, equation 34).
+    r"""The log ratio of one path (Luo 2022, arXiv 2208.11970, equation 34):
 
     .. math::
 
         \log p(x_0|x_1) - \text{path\_log\_ratio}, \quad \text{path\_log\_ratio} = \sum_{t=1}^T \log q(x_t|x_{t-1})
             - \sum_{t=2}^T \log p(x_{t-1}|x_t) - \log p(x_T)
-
-    With ``steps=None`` it is evaluated on one path of all T states.
     """
 
     name = "trajectory"
