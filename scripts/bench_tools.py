@@ -195,10 +195,12 @@ class Bench:
                 seconds[name].append(go(group.steps or self.steps))
         median = {name: Seconds(*map(statistics.median, zip(*values, strict=True))) for name, values in seconds.items()}
         peak = {
-            half: max(work / median[name].wall for name, (_, work) in pair.items()) for half, pair in probes.items()
+            half: max(flops / median[name].wall for name, (_, flops) in pair.items()) for half, pair in probes.items()
         }
-        in_words = "".join(f", peak {rate / 1e9:.0f} in {'bf16' if half else '32'}" for half, rate in peak.items())
-        print(f"\n{group.name}, batches of {group.images}: {(group.flops or 0) / 1e9:.2f} GFLOP a step{in_words}")
+        peaks = {"bf16" if half else "32": rate for half, rate in peak.items()}
+        work = f": {group.flops / 1e9:.2f} GFLOP a step" if group.flops else ""
+        in_words = "".join(f"; peak {rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in peaks.items())
+        print(f"\n{group.name}, batches of {group.images}{work}{in_words}", flush=True)
         print(f"{'':36}{'images/s':>10}{'quartiles':>17}{'ms/step':>10}{'CPU ms':>9}{'GFLOP/s':>9}{'of peak':>9}")
         rows, ratios = {}, {}
         for name, variant in group.variants.items():
@@ -230,7 +232,7 @@ class Bench:
             "group": group.name,
             "batch_size": group.images,
             "flops_per_step": group.flops,
-            "peak_flops_per_second": {"bf16" if half else "32": rate for half, rate in peak.items()},
+            "peak_flops_per_second": peaks,
             "rows": rows,
             "ratios": ratios,
             "peak_memory_mib": peak_memory_mib(self.at),
