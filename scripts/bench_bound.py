@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from bench_tools import Bench, Group, Variant, flops_of, peak_memory_mib, timed
+from bench_tools import Bench, Group, Variant, flops_of, parts, peak_memory_mib, timed
 from torch import Tensor
 
 from ddpm_lightning.command_line import run_script
@@ -24,13 +24,7 @@ from ddpm_lightning.errors import at_least
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.ops import image_generators
-from ddpm_lightning.process import (
-    DiffusionModel,
-    DiscretizedGaussian,
-    EpsParameterization,
-    FixedLargeVariance,
-    GammaConditioning,
-)
+from ddpm_lightning.process import DiffusionModel, DiscretizedGaussian, GammaConditioning
 from ddpm_lightning.schedules import LinearGamma
 from ddpm_lightning.training.memory_format import set_memory_format, wants_channels_last
 
@@ -65,8 +59,8 @@ def main(
     chosen = SimpleUNet() if network == "simple" else UNet(1, width=width, multipliers=(1, 2, 4), blocks=1)
     # laid out as the module would
     set_memory_format(chosen, wants_channels_last("auto", chosen, "bf16-mixed" if half else "32-true", at))
-    parts = (EpsParameterization(), GammaConditioning(), FixedLargeVariance(), DiscretizedGaussian(256))
-    model = DiffusionModel(chosen, LinearGamma(T=10), *parts).to(at).eval()
+    own = parts(GammaConditioning(), DiscretizedGaussian(256))
+    model = DiffusionModel(chosen, LinearGamma(T=10), **own).to(at).eval()
 
     def evaluate(evaluated: Callable[[Tensor], Any], batch_size: int, grad: bool = False) -> None:
         levels = torch.randint(256, (batch_size, 1, 28, 28), generator=torch.Generator().manual_seed(0))

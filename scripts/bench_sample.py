@@ -15,18 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_tools import Bench, Group, Variant, timed, unet2d
+from bench_tools import Bench, Group, Variant, parts, timed, unet2d
 from torch import Tensor
 
 from ddpm_lightning.command_line import run_script
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.process import (
-    DiffusionModel,
-    EpsParameterization,
-    FixedLargeVariance,
-    PlainGaussian,
-    TimeConditioning,
-)
+from ddpm_lightning.process import DiffusionModel, PlainGaussian, TimeConditioning
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, Sampler
 from ddpm_lightning.schedules import LinearChain, strided_grid
 
@@ -44,8 +38,8 @@ Draw = Callable[[int, torch.Generator], Tensor]
 
 def package(sampler: Sampler, unet: Any, steps: int, at: torch.device) -> Draw:
     """The package's sampler."""
-    parts = (EpsParameterization(), TimeConditioning(), FixedLargeVariance(), PlainGaussian(256))
-    model = DiffusionModel(UNet2DNetwork(unet, T), LinearChain(T), *parts).to(at)
+    own = parts(TimeConditioning(), PlainGaussian(256))
+    model = DiffusionModel(UNet2DNetwork(unet, T), LinearChain(T), **own).to(at)
     grid = strided_grid(model.grid, steps)
 
     def draw(batch: int, generator: torch.Generator) -> Tensor:

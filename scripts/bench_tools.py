@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm_lightning import process
 from ddpm_lightning.errors import at_least
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Seconds",
     "Variant",
     "flops_of",
+    "parts",
     "peak_memory_mib",
     "seconds_now",
     "timed",
@@ -99,6 +101,12 @@ def unet2d(*widths: int) -> Any:
         down_block_types=("DownBlock2D",) * len(widths),
         up_block_types=("UpBlock2D",) * len(widths),
     )
+
+
+def parts(conditioning: process.NoiseConditioning, decoder: process.Decoder) -> dict[str, Any]:
+    """What the benchmarks' models have in common, and two parts of their own."""
+    common = {"parameterization": process.EpsParameterization(), "variance": process.FixedLargeVariance()}
+    return {**common, "conditioning": conditioning, "decoder": decoder}
 
 
 class Variant(NamedTuple):
@@ -205,7 +213,7 @@ class Bench:
         rows, ratios = {}, {}
         for name, variant in group.variants.items():
             wall, cpu = median[name]
-            rate, low, high = _spread([group.images / value.wall for value in seconds[name]])
+            rate, (_, low, high) = group.images / wall, _spread([group.images / value.wall for value in seconds[name]])
             flops = group.flops and group.flops / wall
             share = flops and flops / peak[variant.half]
             cells = ("", "") if flops is None else (f"{flops / 1e9:.0f}", f"{share:.0%}")

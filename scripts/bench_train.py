@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from bench_tools import Bench, Group, Seconds, Variant, flops_of, seconds_now, timed, unet2d
+from bench_tools import Bench, Group, Seconds, Variant, flops_of, parts, seconds_now, timed, unet2d
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -38,7 +38,7 @@ from ddpm_lightning.data.batches import Split, TrainBatches
 from ddpm_lightning.data.datamodule import SplitName
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import NoiseMSE, UniformTimes
-from ddpm_lightning.process import DiscretizedGaussian, EpsParameterization, FixedLargeVariance, TimeConditioning
+from ddpm_lightning.process import DiscretizedGaussian, TimeConditioning
 from ddpm_lightning.schedules import LinearChain
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule
@@ -96,10 +96,7 @@ def module_of(network: nn.Module, optimizer: Any, **options: Any) -> DiffusionMo
     return DiffusionModule(
         network=deepcopy(network),
         schedule=LinearChain(T=T),
-        parameterization=EpsParameterization(),
-        conditioning=TimeConditioning(),
-        variance=FixedLargeVariance(),
-        decoder=DiscretizedGaussian(256),
+        **parts(TimeConditioning(), DiscretizedGaussian(256)),
         objective=NoiseMSE(UniformTimes()),
         validation_bounds=[],
         test_bounds=[],

@@ -29,23 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm_lightning import process
 from ddpm_lightning.command_line import run_script
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.metrics import MeanAndError
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, TrajectoryElbo
-from ddpm_lightning.process import (
-    DiffusionModel,
-    EpsParameterization,
-    FixedLargeVariance,
-    FixedSmallVariance,
-    PlainGaussian,
-    TimeConditioning,
-)
 from ddpm_lightning.schedules import LinearChain, Schedule
 
 OWN_CASES = Path(__file__).with_name("bound_cases.json")
 NUMBERS = ("T", "beta_start", "beta_end", "data_mean", "data_var")
-VARIANCES = {"beta": FixedLargeVariance, "posterior": FixedSmallVariance}
+VARIANCES = {"beta": process.FixedLargeVariance, "posterior": process.FixedSmallVariance}
 FORMS = {
     "consistency_form": (ConsistencyElbo(), ("prior_matching", "consistency", "elbo", "consistency_literal_kl")),
     "denoising_form": (DenoisingElbo(), ("prior_matching", "denoising_matching", "elbo")),
@@ -78,7 +71,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def build(case: dict[str, Any]) -> DiffusionModel:
+def build(case: dict[str, Any]) -> process.DiffusionModel:
     """The case's generative model, from the package's own parts."""
     inputs = (*NUMBERS, "reverse_variance")
     if missing := [key for key in inputs if key not in case]:
@@ -97,13 +90,13 @@ def build(case: dict[str, Any]) -> DiffusionModel:
         if not isinstance(part, dict) or not (part.get(name) is None or is_number(part[name])):
             raise InputError(f"{form or name} does not hold numbers by name: {part if form else part[name]!r}")
     schedule = LinearChain(int(case["T"]), case["beta_start"], case["beta_end"])
-    return DiffusionModel(
+    return process.DiffusionModel(
         network=OptimalEps(schedule, case["data_mean"], case["data_var"]),
         schedule=schedule,
-        parameterization=EpsParameterization(),
-        conditioning=TimeConditioning(),
+        parameterization=process.EpsParameterization(),
+        conditioning=process.TimeConditioning(),
         variance=VARIANCES[case["reverse_variance"]](),
-        decoder=PlainGaussian(levels=256),
+        decoder=process.PlainGaussian(levels=256),
         clip_x0=False,
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from ddpm_lightning import process
 from ddpm_lightning.checkpoints.files import read_checkpoint
 from ddpm_lightning.cli import main as ddpm
 from ddpm_lightning.command_line import run_script
@@ -25,14 +26,6 @@ from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.bound import image_bits, mean_and_error
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo
-from ddpm_lightning.process import (
-    AnalyticVariance,
-    FixedLargeVariance,
-    FixedSmallVariance,
-    ReverseVariance,
-    eps_mse_table,
-    spread_times,
-)
 from ddpm_lightning.runs import Run
 from ddpm_lightning.training import DiffusionModule
 
@@ -87,14 +80,14 @@ def train(model: dict[str, Any], steps: int, run: Run) -> None:
         ddpm(["fit", f"-c={CONFIG}", f"-c={overlay}", *options, "--trainer.limit_val_batches=0", "--ckpt_path=last"])
 
 
-def variances(module: DiffusionModule, x0: torch.Tensor) -> dict[str, ReverseVariance]:
+def variances(module: DiffusionModule, x0: torch.Tensor) -> dict[str, process.ReverseVariance]:
     """Every variance that the trained model can be given, the analytic one measured on training images ``x0``."""
     own = module.ema_model.reverse_process.variance
     if own.network_outputs > 1:
         return {"learned range": own}
-    times, generator = spread_times(module.ema_model, 20), torch.Generator().manual_seed(0)
-    table = eps_mse_table(module.ema_model, [(x0, {})], times, generator)
-    return {"beta": FixedLargeVariance(), "beta-tilde": FixedSmallVariance(), "analytic": AnalyticVariance(*table)}
+    times, generator = process.spread_times(module.ema_model, 20), torch.Generator().manual_seed(0)
+    analytic = process.AnalyticVariance(*process.eps_mse_table(module.ema_model, [(x0, {})], times, generator))
+    return {"beta": process.FixedLargeVariance(), "beta-tilde": process.FixedSmallVariance(), "analytic": analytic}
 
 
 def rows_of(names: tuple[str, str], run: Run, few: int, many: int, images: int | None) -> list[dict[str, Any]]:

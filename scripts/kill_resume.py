@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ KINDS = ("SIGKILL", "while writing", "SIGTERM")
 STRATEGIES = {"ddp": "ddp", "fsdp": '{"class_path":"ddpm_lightning.training.sharding.ShardedStrategy"}'}
 CLOCKS = ("train/images_per_second",)  # differ between any two runs
 # the loop over validations counts anew in each epoch, and nothing reads its counts
-UNCOUNTED = "epoch_loop.val_loop"
+UNCOUNTED = ".loops.epoch_loop.val_loop"
 
 COMMON = f"""-c {ROOT}/configs/digits.yaml --data.batch_size=160 --data.limit_val=8 --data.limit_test=8
     --model.network.width=8 --model.network.blocks=1 --model.schedule.T=12 --model.ema_decay=0.9
@@ -86,23 +86,26 @@ class BatchNormNet(nn.Module):
         return out
 
 
-def differences(a: Any, b: Any, name: str = "") -> list[str]:
-    """Names of what is not the same to the bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape
-        return [] if same and torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b))) else [name]
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [d for key in {**a, **b} for d in differences(a.get(key), b.get(key), f"{name}.{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{name}.{i}")]
-    return [] if a == b else [name]
-
-
-def tensors(value: Any) -> int:
-    """Number of tensors in a nest of lists and dicts."""
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What a nest of dicts and lists holds, each with its place."""
     if isinstance(value, dict | list | tuple):
-        return sum(map(tensors, value.values() if isinstance(value, dict) else value))
-    return int(isinstance(value, Tensor))
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, tensors to the bit."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b) and bool(a == b)
+    as_bytes = [x.contiguous().view(-1).view(torch.uint8) for x in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*as_bytes)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], name: str) -> list[str]:
+    """Places of what is not the same."""
+    return [f"{name}{key}" for key in {**a, **b} if not (key in a and key in b and same(a[key], b[key]))]
 
 
 class Training:
@@ -164,20 +167,15 @@ class Training:
         return True
 
     def checkpoint(self, name: str) -> dict[str, Any]:
-        """All of a checkpoint that must not depend on kills."""
-        content = read_checkpoint(self.last.with_name(f"{name}.ckpt"))
-        fit = content["loops"]["fit_loop"]
-        content["loops"] = {key: value for key, value in fit.items() if not key.startswith(UNCOUNTED)}
-        content["callbacks"] = self.anywhere(content["callbacks"])
-        for state in content["callbacks"].values():
-            state.pop("current_score", None)  # Lightning does not restore it, and nothing reads it
-        return content
-
-    def anywhere(self, value: Any) -> Any:
-        """A nest of dicts with the run's folder taken out of its strings."""
-        if isinstance(value, dict):
-            return {self.anywhere(key): self.anywhere(item) for key, item in value.items()}
-        return value.replace(str(self.folder), "RUN") if isinstance(value, str) else value
+        """All of a checkpoint that must not depend on kills, each with its place."""
+        content, folder = read_checkpoint(self.last.with_name(f"{name}.ckpt")), str(self.folder)
+        content["loops"] = content["loops"]["fit_loop"]
+        return {
+            key.replace(folder, "RUN"): value.replace(folder, "RUN") if isinstance(value, str) else value
+            for key, value in leaves(content)
+            # Lightning does not restore the last one, and nothing reads it
+            if not (key.startswith(UNCOUNTED) or key.endswith(".current_score"))
+        }
 
     def scalars(self) -> set[tuple[str, int, float]]:
         """What TensorBoard shows: tag, step, value."""
@@ -185,11 +183,11 @@ class Training:
         tags = [tag for tag in events.Tags()["scalars"] if tag not in CLOCKS and not tag.startswith("test/")]
         return {(tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)}
 
-    def bound(self) -> Any:
+    def bound(self) -> dict[str, Any]:
         """What ``ddpm test`` writes of the best checkpoint."""
         self.start("test", "--ckpt_path=best")
         self.ended()
-        return json.loads((self.folder / "bound-test.json").read_text())
+        return dict(leaves(json.loads((self.folder / "bound-test.json").read_text())))
 
 
 def become_ddpm(arguments: list[str], log: Path) -> None:
@@ -214,9 +212,10 @@ def compare(name: str, straight: Training, broken: Training, kills: int) -> list
     shown = straight.scalars()
     found += [f"TensorBoard {tag} at step {step}" for tag, step, _ in sorted(shown ^ broken.scalars())]
     found += differences(straight.bound(), broken.bound(), "bound-test.json")
-    score = next(float(state["best_model_score"]) for key, state in a["callbacks"].items() if "ModelCheckpoint" in key)
+    score = next(value for key, value in a.items() if key.endswith(".best_model_score") and isinstance(value, Tensor))
+    counted = sum(isinstance(value, Tensor) for value in a.values())
     print(
-        f"{name}: {kills} kills, best after {b['global_step']} steps ({score:.6f}), {tensors(a)} tensors, "
+        f"{name}: {kills} kills, best after {b['.global_step']} steps ({float(score):.6f}), {counted} tensors, "
         f"{len(shown)} points of TensorBoard, {f'{len(found)} DIFFER' if found else 'EQUAL'}",
         *(f"differs: {difference}" for difference in found[:10]),
         sep="\n",
