@@ -198,6 +198,8 @@ def become_ddpm(arguments: list[str], log: Path) -> None:
     os.dup2(sys.stdout.fileno(), 2)
     torch.set_num_threads(1)
     # for Lightning, which starts a run's other processes by the command of the first
+    paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     sys.argv[1:] = arguments
     sys.modules["__main__"].__spec__ = importlib.util.find_spec("ddpm_lightning.__main__")
     ddpm(arguments)
@@ -245,8 +247,6 @@ def main(
         raise InputError(f"--configurations {' '.join(unknown)}: there are {' '.join(CONFIGURATIONS)}")
     at_least(len(names), "one for each configuration", kills=kills)
     at_least(1, devices=devices)
-    paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     several = f"--trainer.devices={devices} --trainer.strategy={STRATEGIES[strategy]}" if devices > 1 else ""
     chance, lost, done, found = random.Random(seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:

@@ -152,6 +152,7 @@ def main(
     results = Run(trained.out or Run(trained.run).folder / "quality_vs_cost")
     facts = {**model_facts(module), "n": n, "seed": seed, "precision": precision}
     record: dict[str, Any] = {"facts": facts, "rows": {}}
+    results.folder.mkdir(parents=True, exist_ok=True)
     path, images_path = results.folder / "quality.json", results.folder / "quality_images.safetensors"
     if path.is_file():
         record = json.loads(path.read_text())
@@ -171,8 +172,8 @@ def main(
         found = {key: value for compare in comparisons for key, value in compare(batches).items()}
         rows[name] = {**row, **{key: found[key] for key in SHOWN_SCORES if key in found}}
         images[name] = torch.cat([levels[:SHOWN].cpu() for levels, _ in batches])[:SHOWN].contiguous()
-        results.write("quality.json", record)
         save_file(images, images_path)
+        results.write("quality.json", record)
 
     def measure(name: str, samples: Samples, **row: Any) -> None:
         if name not in rows:
