@@ -62,10 +62,9 @@ def main(
     own = parts(GammaConditioning(), DiscretizedGaussian(256))
     model = DiffusionModel(chosen, LinearGamma(T=10), **own).to(at).eval()
 
-    def evaluate(evaluated: Callable[[Tensor], Any], batch_size: int, grad: bool = False) -> None:
-        levels = torch.randint(256, (batch_size, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    def evaluate(x0: Tensor, evaluated: Callable[[Tensor], Any], grad: bool = False) -> None:
         with torch.set_grad_enabled(grad), torch.autocast(at.type, torch.bfloat16) if half else nullcontext():
-            evaluated((levels / 127.5 - 1).to(at))
+            evaluated(x0)
 
     def alone(x: Tensor) -> Tensor:
         return model.network(x, x.new_full((len(x),), 0.5))
@@ -77,23 +76,23 @@ def main(
 
     def groups() -> Iterator[Group]:
         for size in bench.batch_size or [32]:
+            levels = torch.randint(256, (size, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+            run = partial(evaluate, (levels / 127.5 - 1).to(at))
             memory[size] = {}
             for form in forms or ["denoising"]:
-                found = memory[size][form] = {}
+                found = memory[size].setdefault(form, {})
                 for each in states:
                     if at.type == "cuda":
                         torch.cuda.reset_peak_memory_stats(at)
-                    evaluate(partial(bound, form, each), size)
+                    run(partial(bound, form, each))
                     found[each] = peak_memory_mib(at)
                 print(f"{form} bound, peak memory: " + ", ".join(f"T = {t}: {m:.1f} MiB" for t, m in found.items()))
-            steps = {
-                "training forward": partial(evaluate, alone, size, True),
-                "forward": partial(evaluate, alone, size),
-            }
+            steps = {"training forward": partial(run, alone, grad=True), "forward": partial(run, alone)}
             variants = {name: Variant(timed(step, at, repeats=timed_T), (), half) for name, step in steps.items()}
             for form in forms or ["denoising"]:
-                step = partial(evaluate, partial(bound, form, timed_T), size)
-                variants[f"{form} bound"] = Variant(timed(step, at), tuple(steps), half)
+                variants[f"{form} bound"] = Variant(
+                    timed(partial(run, partial(bound, form, timed_T)), at), tuple(steps), half
+                )
             yield Group(type(chosen).__name__, size * timed_T, variants, flops_of(steps["forward"]) * timed_T)
 
     bench.run(groups(), network=network, precision=precision, memory_mib=memory)

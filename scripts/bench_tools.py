@@ -180,7 +180,7 @@ class Bench:
         name = torch.cuda.get_device_name(at) if at.type == "cuda" else platform.processor() or platform.machine()
         machine = {"device": f"{at.type}: {name}", "threads": torch.get_num_threads(), "torch": torch.__version__}
         print(", ".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
-        record = {"machine": machine, **facts, "groups": [self._measured(group) for group in groups]}
+        record: dict[str, Any] = {"machine": machine, **facts, "groups": [self._measured(group) for group in groups]}
         record["peak_memory_mib"] = peak_memory_mib(at)
         print(f"peak memory {record['peak_memory_mib']:.0f} MiB")
         if self.json is not None:
@@ -210,7 +210,8 @@ class Bench:
         in_words = "".join(f"; peak {rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in peaks.items())
         print(f"\n{group.name}, batches of {group.images}{work}{in_words}", flush=True)
         print(f"{'':36}{'images/s':>10}{'quartiles':>17}{'ms/step':>10}{'CPU ms':>9}{'GFLOP/s':>9}{'of peak':>9}")
-        rows, ratios = {}, {}
+        rows: dict[str, dict[str, Any]] = {}
+        ratios: dict[str, dict[str, float]] = {}
         for name, variant in group.variants.items():
             wall, cpu = median[name]
             rate, (_, low, high) = group.images / wall, _spread([group.images / value.wall for value in seconds[name]])

@@ -33,13 +33,13 @@ from ddpm_lightning import process
 from ddpm_lightning.command_line import run_script
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.metrics import MeanAndError
-from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, TrajectoryElbo
+from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.schedules import LinearChain, Schedule
 
 OWN_CASES = Path(__file__).with_name("bound_cases.json")
 NUMBERS = ("T", "beta_start", "beta_end", "data_mean", "data_var")
 VARIANCES = {"beta": process.FixedLargeVariance, "posterior": process.FixedSmallVariance}
-FORMS = {
+FORMS: dict[str, tuple[ElboEstimator, tuple[str, ...]]] = {
     "consistency_form": (ConsistencyElbo(), ("prior_matching", "consistency", "elbo", "consistency_literal_kl")),
     "denoising_form": (DenoisingElbo(), ("prior_matching", "denoising_matching", "elbo")),
     "trajectory_form": (TrajectoryElbo(), ("elbo",)),

@@ -160,8 +160,9 @@ class Training:
                 return False
             interval = 0.003
         time.sleep(chance.uniform(0, interval))
+        assert self.process.pid is not None
         try:
-            os.killpg(self.process.pid or 0, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
         except ProcessLookupError:
             return False
         return True

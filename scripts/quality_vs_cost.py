@@ -97,7 +97,7 @@ def curves(rows: Rows, n: int) -> Tensor:
     for right in others:
         twin, scales = right.twinx(), [row["scale"] for row in guided]
         styles = {"accuracy": "o-g", "recall": "s--b", "frechet": "^:r"}
-        lines = []
+        lines: list[Any] = []
         for score, style in styles.items():
             axis = twin if score == "frechet" else right
             lines += axis.plot(scales, [row[score] for row in guided], style, label=score)
