@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Kill runs again and again, go on with them each time, and compare each with one that was left alone.
 
     python scripts/kill_resume.py --kills 40
@@ -10,22 +11,21 @@ SIGTERM at a random moment. Each resumption has another --seed_everything. Compa
 to the bit, with all counts and all states of callbacks, what TensorBoard shows, and the bound that ``ddpm test``
 measures. Exit status 1 if anything differs or a checkpoint is lost.
 
-A run is a process of its own: a fork of this one, which has imported everything; with --devices 2 a new one.
+A run is a process of its own: a fork of this one, which has imported everything.
 """
 
-import argparse
+import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,47 +33,42 @@ from torch import Tensor, nn
 
 from ddpm_lightning.checkpoints.files import last_good, read_checkpoint
 from ddpm_lightning.cli import main as ddpm
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.command_line import run_script
+from ddpm_lightning.errors import InputError, at_least
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY = 5  # steps between checkpoints
 STEPS_A_KILL = 20
 KINDS = ("SIGKILL", "while writing", "SIGTERM")
-STRATEGIES = {"ddp": "ddp", "fsdp": "{class_path: ddpm_lightning.training.sharding.ShardedStrategy}"}
+STRATEGIES = {"ddp": "ddp", "fsdp": '{"class_path":"ddpm_lightning.training.sharding.ShardedStrategy"}'}
 CLOCKS = ("train/images_per_second",)  # differ between any two runs
 # the loop over validations counts anew in each epoch, and nothing reads its counts
-UNCOUNTED = "epoch_loop.val_loop"
+UNCOUNTED = ".loops.epoch_loop.val_loop"
 
-_OBJECTIVE = "--model.objective"
-_TIMES = f"{_OBJECTIVE}.init_args.times"
-_PARTS = "ddpm_lightning.objectives"
-_BATCH_NORM = {"--model.network": "{class_path: kill_resume.BatchNormNet, init_args: {width: 8}}"}
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "importance_times": {
-        **_BATCH_NORM,
-        _TIMES: f"{{class_path: {_PARTS}.ImportanceTimes, init_args: {{bins: 4, history: 4}}}}",
-        "--trainer.accumulate_grad_batches": 2,
-    },
-    "accumulation": {"--trainer.accumulate_grad_batches": 3, "--trainer.val_check_interval": 4},
-    "mid_epoch_validation": {**_BATCH_NORM, "--trainer.val_check_interval": 0.5},
-    "sample_quality": {
-        **_BATCH_NORM,
-        "--trainer.callbacks+": "{class_path: ddpm_lightning.callbacks.SampleQuality, init_args: {n: 8, steps: 2}}",
-    },
-    "learned_schedule": {
-        "--model.schedule": "{class_path: ddpm_lightning.schedules.LearnedGamma, init_args: {T: 12}}",
-        "--model.decoder": "{class_path: ddpm_lightning.process.CategoricalDecoder}",
-        _OBJECTIVE: f"{{class_path: {_PARTS}.ContinuousNegativeElbo}}",
-        _TIMES: f"{{class_path: {_PARTS}.EquispacedTimes}}",
-        "--trainer.accumulate_grad_batches": 2,
-    },
-    "classes": {
-        "--model.class_conditional": "true",
-        "--model.network.init_args.num_classes": 10,
-        "--model.label_dropout": 0.3,
-    },
-    "batch_norm": {**_BATCH_NORM, "--trainer.accumulate_grad_batches": 3},
+COMMON = f"""-c {ROOT}/configs/digits.yaml --data.batch_size=160 --data.limit_val=8 --data.limit_test=8
+    --model.network.width=8 --model.network.blocks=1 --model.schedule.T=12 --model.ema_decay=0.9
+    --model.optimizer.lr=0.02 --model.lr_scheduler=StepLR --model.lr_scheduler.step_size=20
+    --model.lr_scheduler.gamma=0.9 --trainer.accelerator=cpu --trainer.check_val_every_n_epoch=1
+    --trainer.log_every_n_steps=3 --trainer.max_epochs=-1 --trainer.callbacks=[]
+    --trainer.callbacks+=LastCheckpoint --trainer.callbacks.every_n_train_steps=5
+    --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.filename=best
+    --trainer.callbacks.monitor=val/denoising/bits_per_dim --trainer.callbacks.enable_version_counter=false
+    --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/denoising/bits_per_dim
+    --trainer.callbacks.patience=10000 --trainer.callbacks+=LearningRateMonitor --trainer.callbacks+=ImagesPerSecond"""
+BATCH_NORM = "--model.network=kill_resume.BatchNormNet --model.network.width=8"
+TIMES = "--model.objective.times"
+ACCUMULATE = "--trainer.accumulate_grad_batches"
+CONFIGURATIONS = {
+    "importance_times": f"{BATCH_NORM} {TIMES}=ImportanceTimes {TIMES}.bins=4 {TIMES}.history=4 {ACCUMULATE}=2",
+    "accumulation": f"{ACCUMULATE}=3 --trainer.val_check_interval=4",
+    "mid_epoch_validation": f"{BATCH_NORM} --trainer.val_check_interval=0.5",
+    "sample_quality": f"""{BATCH_NORM} --trainer.callbacks+=SampleQuality --trainer.callbacks.n=8
+        --trainer.callbacks.steps=2""",
+    "learned_schedule": f"""--model.schedule=LearnedGamma --model.schedule.T=12 --model.decoder=CategoricalDecoder
+        --model.objective=ContinuousNegativeElbo {TIMES}=EquispacedTimes {ACCUMULATE}=2""",
+    "classes": "--model.class_conditional=true --model.network.num_classes=10 --model.label_dropout=0.3",
+    "batch_norm": f"{BATCH_NORM} {ACCUMULATE}=3",
 }
+"""What each adds to the command line."""
 
 
 class BatchNormNet(nn.Module):
@@ -86,293 +81,206 @@ class BatchNormNet(nn.Module):
         self.last = nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps ``[B, 1, H, W]``."""
         time_channel = t.float().view(-1, 1, 1, 1).expand_as(x)
         out: Tensor = self.last(self.norm(self.first(torch.cat([x, time_channel], 1))).relu())
         return out
 
 
-def options_of(name: str, steps: int, devices: int, strategy: str) -> list[str]:
-    """The command line of a configuration, without the command."""
-    callbacks = [
-        f"{{class_path: ddpm_lightning.callbacks.LastCheckpoint, init_args: {{every_n_train_steps: {EVERY}}}}}",
-        "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: best, "
-        "monitor: val/denoising/bits_per_dim, enable_version_counter: false}}",
-        "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: "
-        "{monitor: val/denoising/bits_per_dim, patience: 10000}}",
-        "{class_path: lightning.pytorch.callbacks.LearningRateMonitor}",
-        "{class_path: ddpm_lightning.callbacks.ImagesPerSecond}",
-    ]
-    small = {"width": 8, "blocks": 1}
-    options: dict[str, Any] = {
-        "-c": ROOT / "configs/digits.yaml",
-        "--data.batch_size": 160,
-        "--data.limit_val": 8,
-        "--data.limit_test": 8,
-        **({f"--model.network.init_args.{key}": value for key, value in small.items()}),
-        "--model.schedule.init_args.T": 12,
-        "--model.ema_decay": 0.9,
-        "--model.optimizer.init_args.lr": 0.02,
-        "--model.lr_scheduler": "{class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 20, gamma: 0.9}}",
-        "--trainer.accelerator": "cpu",
-        "--trainer.check_val_every_n_epoch": 1,
-        "--trainer.log_every_n_steps": 3,
-        "--trainer.max_epochs": -1,
-        "--trainer.max_steps": steps,
-        "--trainer.callbacks": f"[{', '.join(callbacks)}]",
-        **CONFIGURATIONS[name],
-    }
-    if devices > 1:
-        options |= {"--trainer.devices": devices, "--trainer.strategy": STRATEGIES[strategy]}
-    return [str(word) for option in options.items() for word in option]
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What a nest of dicts and lists holds, each with its place."""
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{name}.{key}")
+    else:
+        yield name, value
 
 
-class Process:
-    """``ddpm`` with some arguments, in a process group of its own, its output in a file."""
+def same(a: Any, b: Any) -> bool:
+    """Equal, tensors to the bit."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b) and bool(a == b)
+    as_bytes = [x.contiguous().view(-1).view(torch.uint8) for x in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*as_bytes)
 
-    def __init__(self, arguments: list[str], log: Path, forks: bool) -> None:
-        self.log = log
-        if not forks:
-            command = [sys.executable, "-m", "ddpm_lightning", *arguments]
-            path = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")])
-            with log.open("w") as out:
-                self.pid = subprocess.Popen(
-                    command,
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-                    stdout=out,
-                    stderr=out,
-                    start_new_session=True,
-                ).pid
-        elif (pid := os.fork()) == 0:
-            _become_ddpm(arguments, log)
-        else:
-            self.pid = pid
-        self._status: int | None = None
 
-    def status(self, wait: bool) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
-        if self._status is None:
-            pid, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
-            self._status = os.waitstatus_to_exitcode(status) if pid else None
-        return self._status
+def differences(a: dict[str, Any], b: dict[str, Any], name: str) -> list[str]:
+    """Places of what is not the same."""
+    return [f"{name}{key}" for key in {**a, **b} if not (key in a and key in b and same(a[key], b[key]))]
 
-    def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """False where it ended first."""
+
+class Training:
+    """A run's folder, and the processes that work in it."""
+
+    def __init__(self, folder: Path, options: list[str]) -> None:
+        self.folder, self.options, self.last = folder, options, folder / "checkpoints" / "last.ckpt"
+        folder.mkdir(parents=True)
+
+    def start(self, command: str, *options: str) -> None:
+        """``ddpm`` in a process group of its own, its output in a file."""
+        self.log = self.folder / f"{command}.out"
+        arguments = [command, *self.options, f"--run_dir={self.folder}", *options]
+        self.process = multiprocessing.get_context("fork").Process(target=become_ddpm, args=(arguments, self.log))
+        self.process.start()
+
+    def fit(self, seed: int) -> None:
+        """Start training, or go on with it."""
+        self.start("fit", "--ckpt_path=last", f"--seed_everything={seed}")
+
+    def ended(self, expected: int = 0) -> None:
+        """Wait for the end; another exit status than expected is an InputError."""
+        self.process.join()
+        if (status := self.process.exitcode) != expected:
+            tail = self.log.read_text()[-3000:]
+            raise InputError(f"a run ended with status {status} instead of {expected}:\n{tail}")
+
+    def reaches(self, condition: Callable[[], bool]) -> bool:
+        """Wait for a condition; False where the process ended first."""
         while not condition():
-            if self.status(wait=False) is not None:
+            if not self.process.is_alive():
                 return False
             time.sleep(0.0002)
         return True
 
-    def finish(self, expected: int) -> None:
-        """Wait for the end.
-
-        Raises:
-            InputError: another exit status than expected.
-        """
-        if (status := self.status(wait=True)) != expected:
-            tail = self.log.read_text()[-3000:]
-            raise InputError(f"a run ended with status {status} instead of {expected}:\n{tail}")
-
-
-def _become_ddpm(arguments: list[str], log: Path) -> None:
-    """Be the child of a fork; never return."""
-    status = 1
-    try:
-        os.setsid()
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        torch.set_num_threads(1)
-        ddpm(arguments)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def kill(run: Process, run_dir: Path, kind: str, chance: random.Random) -> bool:
-    """Let the run write a checkpoint or a few, then kill it; False where it ended before."""
-    last = run_dir / "checkpoints" / "last.ckpt"
-    part = last.with_name("last.ckpt.part")
-
-    def version() -> int:
+    def version(self) -> int:
+        """Of last.ckpt: it changes whenever that is written."""
         try:
-            return last.stat().st_mtime_ns
+            return self.last.stat().st_mtime_ns
         except FileNotFoundError:
             return 0
 
-    began = time.monotonic()
-    for _ in range(chance.randint(1, 2)):
-        before, began = version(), time.monotonic()
-        if not run.wait_until(lambda before=before: version() != before):  # type: ignore[misc]
-            return False
-    interval = min(time.monotonic() - began, 0.5)
-    if kind == "while writing":
-        if not run.wait_until(part.exists):
-            return False
-        time.sleep(chance.uniform(0, 0.003))
-    else:
+    def kill(self, kind: str, chance: random.Random) -> bool:
+        """Let it write a checkpoint or a few, then kill it; False where it ended before."""
+        for _ in range(chance.randint(1, 2)):
+            before, began = self.version(), time.monotonic()
+            if not self.reaches(lambda before=before: self.version() != before):  # type: ignore[misc]
+                return False
+        interval = min(time.monotonic() - began, 0.5)
+        if kind == "while writing":
+            if not self.reaches(self.last.with_name("last.ckpt.part").exists):
+                return False
+            interval = 0.003
         time.sleep(chance.uniform(0, interval))
-    try:
-        os.killpg(run.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
+        assert self.process.pid is not None
+        try:
+            os.killpg(self.process.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def checkpoint(self, name: str) -> dict[str, Any]:
+        """All of a checkpoint that must not depend on kills, each with its place."""
+        content, folder = read_checkpoint(self.last.with_name(f"{name}.ckpt")), str(self.folder)
+        content["loops"] = content["loops"]["fit_loop"]
+        return {
+            key.replace(folder, "RUN"): value.replace(folder, "RUN") if isinstance(value, str) else value
+            for key, value in leaves(content)
+            # Lightning does not restore the last one, and nothing reads it
+            if not (key.startswith(UNCOUNTED) or key.endswith(".current_score"))
+        }
+
+    def scalars(self) -> set[tuple[str, int, float]]:
+        """What TensorBoard shows: tag, step, value."""
+        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0}).Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if tag not in CLOCKS and not tag.startswith("test/")]
+        return {(tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)}
+
+    def bound(self) -> dict[str, Any]:
+        """What ``ddpm test`` writes of the best checkpoint."""
+        self.start("test", "--ckpt_path=best")
+        self.ended()
+        return dict(leaves(json.loads((self.folder / "bound-test.json").read_text())))
 
 
-def differences(a: Any, b: Any, name: str = "") -> list[str]:
-    """Names of what is not the same to the bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape
-        return [] if same and torch.equal(_bytes(a), _bytes(b)) else [name]
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [d for key in {**a, **b} for d in differences(a.get(key), b.get(key), f"{name}.{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{name}.{i}")]
-    return [] if a == b else [name]
+def become_ddpm(arguments: list[str], log: Path) -> None:
+    """What the fork does."""
+    os.setsid()
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+    torch.set_num_threads(1)
+    # for Lightning, which starts a run's other processes by the command of the first
+    paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    sys.argv[1:] = arguments
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("ddpm_lightning.__main__")
+    ddpm(arguments)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def compare(name: str, straight: Training, broken: Training, kills: int) -> list[str]:
+    """Print and return what differs between two finished runs."""
+    found = []
+    for which in ("last", "best"):
+        a, b = straight.checkpoint(which), broken.checkpoint(which)
+        found += differences(a, b, f"{which}.ckpt")
+    shown = straight.scalars()
+    found += [f"TensorBoard {tag} at step {step}" for tag, step, _ in sorted(shown ^ broken.scalars())]
+    found += differences(straight.bound(), broken.bound(), "bound-test.json")
+    score = next(value for key, value in a.items() if key.endswith(".best_model_score") and isinstance(value, Tensor))
+    counted = sum(isinstance(value, Tensor) for value in a.values())
+    print(
+        f"{name}: {kills} kills, best after {b['.global_step']} steps ({float(score):.6f}), {counted} tensors, "
+        f"{len(shown)} points of TensorBoard, {f'{len(found)} DIFFER' if found else 'EQUAL'}",
+        *(f"differs: {difference}" for difference in found[:10]),
+        sep="\n",
+        flush=True,
+    )
+    return found
 
 
-def tensors(value: Any) -> int:
-    """Number of tensors in a nest of lists and dicts."""
-    if isinstance(value, dict | list | tuple):
-        return sum(map(tensors, value.values() if isinstance(value, dict) else value))
-    return int(isinstance(value, Tensor))
+def main(
+    kills: int = 40,
+    configurations: list[str] | None = None,
+    seed: int = 0,
+    devices: int = 1,
+    strategy: Literal["ddp", "fsdp"] = "ddp",
+) -> int:
+    """Run, kill, resume, compare.
 
-
-def checkpoint(run_dir: Path, name: str) -> dict[str, Any]:
-    """All of a checkpoint that must not depend on kills."""
-    content = read_checkpoint(run_dir / "checkpoints" / f"{name}.ckpt")
-    fit = content["loops"]["fit_loop"]
-    content["loops"] = {key: value for key, value in fit.items() if not key.startswith(UNCOUNTED)}
-    content["callbacks"] = _within(run_dir, content["callbacks"])
-    for state in content["callbacks"].values():
-        state.pop("current_score", None)  # Lightning does not restore it, and nothing reads it
-    return content
-
-
-def _within(run_dir: Path, value: Any) -> Any:
-    """A nest of containers with the run's folder taken out of its strings."""
-    if isinstance(value, dict):
-        return {_within(run_dir, key): _within(run_dir, item) for key, item in value.items()}
-    return value.replace(str(run_dir), "RUN") if isinstance(value, str) else value
-
-
-def scalars(run_dir: Path) -> set[tuple[str, int, float]]:
-    """What TensorBoard shows: tag, step, value."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag not in CLOCKS and not tag.startswith("test/")]
-    return {(tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)}
-
-
-class Case:
-    """One configuration: a run that is left alone, one that is killed, and what differs between them."""
-
-    def __init__(self, name: str, kills: int, first: int, folder: Path, options: argparse.Namespace) -> None:
-        self.name, self.kills, self.first, self.folder = name, kills, first, folder
-        steps = STEPS_A_KILL * (kills + 1)
-        self.options = options_of(name, steps, options.devices, options.strategy)
-        self.forks = options.devices == 1
-        self.lost = 0
-
-    def start(self, run_dir: Path, seed: int) -> Process:
-        """A run, or what is left of it."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        command = ["fit", *self.options, "--run_dir", str(run_dir)]
-        # the first one's seed is that of the run left alone: it makes the initial weights
-        command += ["--ckpt_path", "last", "--seed_everything", str(seed)]
-        return Process(command, run_dir / "out.txt", self.forks)
-
-    def run(self, chance: random.Random) -> list[str]:
-        """Do it; what differs.
-
-        Raises:
-            InputError: a run failed by itself, or was over before its time.
-        """
-        straight, broken = self.folder / "straight", self.folder / "broken"
-        self.start(straight, 0).finish(0)
-        newest = 0
-        for number in range(self.kills):
-            kind = KINDS[(self.first + number) % len(KINDS)]
-            run = self.start(broken, number)
-            if not kill(run, broken, kind, chance):
-                run.finish(0)
-                raise InputError(f"the run was over before kill {number + 1}: another --seed, or more steps a kill")
-            run.finish(143 if kind == "SIGTERM" else -signal.SIGKILL)
-            last = broken / "checkpoints" / "last.ckpt"
-            found = last_good(last.parent)
-            step = 0 if found is None else read_checkpoint(found)["global_step"]
-            what = found.name if found else "no checkpoint"
-            print(f"{self.name}, kill {number + 1}, {kind}: {what} of step {step}", flush=True)
-            self.lost += found != last or step < newest
-            newest = step
-        self.start(broken, self.kills).finish(0)
-        return self.compare(straight, broken)
-
-    def compare(self, straight: Path, broken: Path) -> list[str]:
-        """What differs between two finished runs."""
-        found = []
-        for name in ("last", "best"):
-            a, b = checkpoint(straight, name), checkpoint(broken, name)
-            found += differences(a, b, f"{name}.ckpt")
-        shown = scalars(straight), scalars(broken)
-        found += [f"TensorBoard {tag} at step {step}" for tag, step, _ in sorted(shown[0] ^ shown[1])]
-        bounds = []
-        for run_dir in (straight, broken):
-            command = ["test", *self.options, "--run_dir", str(run_dir), "--ckpt_path", "best"]
-            Process(command, run_dir / "test.txt", self.forks).finish(0)
-            bounds.append(json.loads((run_dir / "bound-test.json").read_text()))
-        found += differences(bounds[0], bounds[1], "bound-test.json")
-        best = [c["callbacks"] for c in (checkpoint(straight, "best"), checkpoint(broken, "best"))]
-        score = next(float(state["best_model_score"]) for key, state in best[0].items() if "ModelCheckpoint" in key)
-        verdict = f"{len(found)} DIFFER" if found else "EQUAL"
-        print(
-            f"{self.name}: {self.kills} kills, best after {b['global_step']} steps ({score:.6f}), "
-            f"{tensors(a)} tensors, {len(shown[0])} points of TensorBoard, {verdict}",
-            flush=True,
-        )
-        for difference in found[:10]:
-            print(f"differs: {difference}", flush=True)
-        return found
-
-
-def main() -> int:
-    """Run, kill, resume, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=40, help="number of kills, of all configurations (default 40)")
-    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
-    parser.add_argument("--devices", type=int, default=1, help="processes of each run (default 1)")
-    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="of several processes (default ddp)")
-    options = parser.parse_args()
-    names, devices = options.configurations, options.devices
-    if options.kills < len(names) or devices < 1:
-        parser.error(f"--kills must be {len(names)} or more, one for each configuration, and --devices 1 or more")
-    chance, found, lost, done = random.Random(options.seed), [], 0, 0
+    Args:
+        kills: number of kills, of all configurations
+        configurations: some of the configurations, by default all
+        seed: seed of the moments
+        devices: processes of each run
+        strategy: of several processes
+    """
+    names = configurations or list(CONFIGURATIONS)
+    if unknown := set(names) - set(CONFIGURATIONS):
+        raise InputError(f"--configurations {' '.join(unknown)}: there are {' '.join(CONFIGURATIONS)}")
+    at_least(len(names), "one for each configuration", kills=kills)
+    at_least(1, devices=devices)
+    several = f"--trainer.devices={devices} --trainer.strategy={STRATEGIES[strategy]}" if devices > 1 else ""
+    chance, lost, done, found = random.Random(seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(names):
-            kills = (options.kills * (number + 1)) // len(names) - done
-            case = Case(name, kills, done, Path(folder) / name, options)
-            try:
-                found += [f"{name}: {difference}" for difference in case.run(chance)]
-            except InputError as error:
-                print(f"kill_resume: error: {name}: {error}", file=sys.stderr)
-                return 1
-            lost, done = lost + case.lost, done + kills
-    print(f"{done} kills of {len(names)} configurations, {devices} processes, seed {options.seed}; lost: {lost}")
+        for place, name in enumerate(names, start=1):
+            share = kills * place // len(names) - done
+            options = f"{COMMON} {CONFIGURATIONS[name]} --trainer.max_steps={STEPS_A_KILL * (share + 1)} {several}"
+            straight, broken = (
+                Training(Path(folder) / name / which, options.split()) for which in ("straight", "broken")
+            )
+            straight.fit(0)
+            straight.ended()
+            newest = 0
+            for number in range(1, share + 1):
+                kind = KINDS[done % len(KINDS)]
+                # the first seed is that of the run left alone: it makes the initial weights
+                broken.fit(number - 1)
+                if not broken.kill(kind, chance):
+                    broken.ended()
+                    raise InputError(f"{name} was over before kill {number}: another --seed, or more steps a kill")
+                broken.ended(143 if kind == "SIGTERM" else -signal.SIGKILL)
+                last = last_good(broken.last.parent)
+                step = 0 if last is None else read_checkpoint(last)["global_step"]
+                print(f"{name}, kill {number}, {kind}: {last and last.name} of step {step}", flush=True)
+                lost += last != broken.last or step < newest
+                newest, done = step, done + 1
+            broken.fit(share)
+            broken.ended()
+            found += len(compare(name, straight, broken, share))
+    print(f"{done} kills of {len(names)} configurations, {devices} processes, seed {seed}; lost: {lost}")
     # what one resumption gets wrong, those after it do not put right
-    print("all runs are equal to those left alone" if not found else f"{len(found)} differences")
-    return int(bool(found) or lost > 0)
+    print(f"{found} differences" if found else "all runs are equal to those left alone")
+    return int(bool(found or lost))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, __doc__)

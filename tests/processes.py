@@ -55,7 +55,7 @@ def _as_in_a_process_of_its_own(arguments: list[str], cwd: Path, out: IO[str], e
             warnings.filterwarnings("ignore", category=PendingDeprecationWarning)
             warnings.showwarning = show  # type: ignore[assignment]
             for handler, _ in streams:
-                handler.setStream(err)
+                handler.stream = err  # not setStream, which flushes one that may be closed
             sys.argv = arguments
             yield
     finally:
@@ -68,7 +68,7 @@ def _as_in_a_process_of_its_own(arguments: list[str], cwd: Path, out: IO[str], e
             logger.setLevel(level)
             logger.handlers[:] = kept
         for handler, stream in streams:
-            handler.setStream(stream)
+            handler.stream = stream
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])

@@ -400,8 +400,7 @@ def test_check_bound_rejects_a_wrong_value(
     path = tmp_path / "cases.json"
     path.write_text(json.dumps([wrong]))
     monkeypatch.setattr(script, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
-    monkeypatch.setattr(sys, "argv", ["check_bound.py", "--cases", str(path), "--max_se", "0.02"])
-    assert script.main() == 1
+    assert script.main(cases=path, max_se=0.02) == 1
     captured = capsys.readouterr()
     assert "consistency_form.consistency" in captured.err
     assert "denoising_form" not in captured.err
