@@ -231,6 +231,9 @@ def _check_archive(file: IO[bytes], weights_only: bool) -> None:
         sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
         if len(sizes) < len(entries) or len({entry.filename.partition("/")[0] for entry in entries}) != 1:
             raise _DamagedError("is damaged (two of its records have one name)")
+        # of what is marked as a folder torch reads nothing, and takes what is in the memory for it
+        if any(entry.is_dir() or entry.external_attr & _FOLDER for entry in entries):
+            raise _DamagedError("is damaged (one of its records is a folder)")
         if sum(sizes.values()) > size or any(
             entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries
         ):
@@ -245,6 +248,7 @@ def _check_archive(file: IO[bytes], weights_only: bool) -> None:
 
 
 _END = struct.Struct("<4s4H2LH")
+_FOLDER = 0x10
 _ITEMSIZES = {
     **dict.fromkeys(("ComplexDoubleStorage",), 16),
     **dict.fromkeys(("ComplexFloatStorage", "DoubleStorage", "LongStorage"), 8),
