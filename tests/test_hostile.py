@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from builders import build, differences
+from builders import build, checkpoint, differences
+from builders import run_trainer as trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from test_resume import LastCheckpoint, checkpoint, trainer
 
+from ddpm_lightning.callbacks import LastCheckpoint
 from ddpm_lightning.checkpoints.descriptions import instantiate_arguments
 from ddpm_lightning.checkpoints.files import AtomicCheckpointIO, last_good, read_checkpoint
 from ddpm_lightning.data import Digits

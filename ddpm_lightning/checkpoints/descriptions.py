@@ -13,7 +13,6 @@ from inspect import Parameter, signature
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-
 from ddpm_lightning.errors import InputError
 
 __all__ = ["describe", "instantiate_arguments", "trusted_class"]
@@ -95,7 +94,7 @@ def instantiate_arguments(
         descriptions: plain data by name, of :func:`describe` or of the command line.
         place: name of the place, for messages.
         given: arguments that need no description, and beat those that have one.
-        depth: in how many others the values lie.
+        depth: in how many others the descriptions lie.
         left_open: so many of the first arguments are given later.
 
     Raises:
@@ -126,12 +125,16 @@ def trusted_class(class_path: Any, place: str) -> type:
     """
     own = tuple(name.strip() for name in os.environ.get("DDPM_TRUSTED", "").split(",") if name.strip())
     refused = f"{place} names {_shown(class_path)}, which is refused"
+
+    def trust(name: str) -> str:
+        return f"DDPM_TRUSTED={_shown(name.partition('.')[0])}"
+
     if not isinstance(class_path, str) or not all(part.isidentifier() for part in class_path.split(".")):
         raise InputError(f"{refused}: it is no name of a class")
     module, _, name = class_path.rpartition(".")
     # a __main__ would run
     if not _within(module, (*_TRUSTED, "torch.nn", *own)) or ("__" in module and module not in own):
-        raise InputError(f"{refused}, since importing it runs its code; if you trust it: {_trust(class_path)}")
+        raise InputError(f"{refused}, since importing it runs its code; if you trust it: {trust(class_path)}")
     try:
         found = vars(importlib.import_module(module)).get(name)
     except (Exception, SystemExit) as error:
@@ -140,7 +143,7 @@ def trusted_class(class_path: Any, place: str) -> type:
         raise InputError(f"{refused}: it is no class")
     # a module also holds what it has imported from elsewhere
     if not _within(found.__module__, (*_TRUSTED, *own)):
-        raise InputError(f"{refused}: {found.__module__} defines it; if you trust that: {_trust(found.__module__)}")
+        raise InputError(f"{refused}: {found.__module__} defines it; if you trust that: {trust(found.__module__)}")
     if getattr(sys.modules.get(found.__module__), found.__qualname__, None) is not found:
         raise InputError(f"{refused}: it is not what {found.__module__} defines")
     return cast(type, found)
@@ -148,10 +151,6 @@ def trusted_class(class_path: Any, place: str) -> type:
 
 def _within(module: str, packages: tuple[str, ...]) -> bool:
     return any(f"{module}.".startswith(f"{package}.") for package in packages)
-
-
-def _trust(class_path: str) -> str:
-    return f"DDPM_TRUSTED={_shown(class_path.partition('.')[0])}"
 
 
 def _shown(value: Any) -> str:

@@ -25,13 +25,9 @@ def is_plain_tensor(value: Any) -> bool:
 
 @contextmanager
 def limited_weights(state: Mapping[Any, Any]) -> Iterator[None]:
-    """Refuse to make more weights than a file holds: a wrong size could fill the memory.
+    """Refuse, with an InputError, to make more weights than a file holds in ``state``: they could fill the memory.
 
-    Args:
-        state: the file's tensors.
-
-    Raises:
-        InputError: a parameter beyond them is registered; its memory has not been written to.
+    A weight is counted when it is registered, before its memory is written to.
     """
     plain = [value for value in state.values() if is_plain_tensor(value)]
     # several tensors may lie in one storage
@@ -52,13 +48,7 @@ def limited_weights(state: Mapping[Any, Any]) -> Iterator[None]:
 
 
 def check_state(network: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any], strict: bool = True) -> None:
-    """Compare a module's tensors with a file's.
-
-    Args:
-        network: the network's name, for the message.
-        mine: the module's state dict.
-        theirs: the file's.
-        strict: False lets tensors be missing or left over.
+    """Compare the state dict of a module, with this network, with a file's.
 
     Raises:
         InputError: a tensor is of another shape or type or, if ``strict``, missing or left over.
@@ -87,10 +77,9 @@ def _kind_of_number(value: Tensor) -> tuple[bool, bool, bool]:
 
 
 def check_finite(mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
-    """Refuse weights of a training that diverged; what does not fit is left to :func:`check_state`.
+    """Refuse, with an InputError, a NaN or an infinity where the module's own tensor has none.
 
-    Raises:
-        InputError: a tensor holds a NaN or an infinity, and the module's own does not.
+    What does not fit is left to :func:`check_state`.
     """
     for name, value in theirs.items():
         fits = name in mine and is_plain_tensor(value) and value.shape == mine[name].shape

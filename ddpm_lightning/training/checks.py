@@ -20,11 +20,7 @@ def check_options(
     num_classes: int | None,
     label_dropout: float,
 ) -> None:
-    """Refuse numbers of a module that make no sense, or do not go together.
-
-    Raises:
-        InputError: naming the option.
-    """
+    """Refuse, with an InputError, numbers of a module that make no sense or do not go together."""
     if decoder.levels != levels:
         raise InputError(
             f"the decoder is made for {decoder.levels} grey levels and the data have {levels}: "
@@ -42,16 +38,10 @@ def check_options(
 def check_network(
     network: nn.Module, variance: ReverseVariance, shape: tuple[int, ...], last_label: int | None
 ) -> None:
-    """Evaluate the network once, on zeros.
-
-    Args:
-        network: ``network(x, c, **cond)``.
-        variance: says how many images' worth of channels it must return.
-        shape: (C, H, W) of the images.
-        last_label: the largest ``label`` that it will be given; None for none.
+    """Evaluate the network once, on zeros ``[2, C, H, W]`` and on labels up to ``last_label`` (None for no labels).
 
     Raises:
-        InputError: it does not take images of ``shape``, or returns another one than it must.
+        InputError: it does not take images of ``shape``, or does not return what the variance needs.
     """
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     # in half precision Lightning changes torch's default type while it has the module make its parts
@@ -83,18 +73,15 @@ def check_network(
 def check_bounds(model: DiffusionModel, bounds: Mapping[str, Sequence[ElboEstimator]]) -> None:
     """Make every chain that an estimator asks for now, not after hours of training.
 
-    Args:
-        model: the generative model.
-        bounds: estimators by stage, ``val`` and ``test``.
-
     Raises:
-        InputError: a form named twice in a stage, or a chain with too few states.
+        InputError: a form named twice for a stage (``val``, ``test``), or a chain with too few states.
     """
-    for option, stage in (("validation_bounds", "val"), ("test_bounds", "test")):
-        names = [estimator.name for estimator in bounds[stage]]
+    for stage, estimators in bounds.items():
+        option = {"val": "validation_bounds", "test": "test_bounds"}[stage]
+        names = [estimator.name for estimator in estimators]
         if len(set(names)) < len(names):
             raise InputError(f"--model.{option} names a form of the bound twice: {', '.join(names)}")
-        for estimator in bounds[stage]:
+        for estimator in estimators:
             try:
                 model.with_steps(model.T if estimator.T is None else estimator.T)
             except InputError as error:

@@ -31,26 +31,17 @@ __all__ = ["RestorableModule"]
 
 
 class RestorableModule(LightningModule):
-    """What the checkpoints of a diffusion model's module need, for a subclass that trains it.
-
-    Attributes:
-        model: the generative model that is trained.
-        steps_trained: optimiser steps behind the weights, whichever process took them.
-    """
+    """What the checkpoints of a diffusion model's module need, for a subclass that trains it."""
 
     model: DiffusionModel
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps_trained = 0
+        self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
         self._changes: Changes = {}  # against the checkpoint that training goes on from
 
     def keep_hyperparameters(self, frame: Any) -> None:
-        """Keep the constructor's arguments as plain data, as the command line would have given them.
-
-        Args:
-            frame: of the constructor.
-        """
+        """Keep the arguments of the constructor, whose frame it is, as the command line would have given them."""
         with warnings.catch_warnings():
             # Lightning advises against keeping modules as hyper-parameters; they are about to become plain data
             warnings.filterwarnings("ignore", message=".*already saved during checkpointing.*")

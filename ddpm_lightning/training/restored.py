@@ -42,25 +42,15 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 def changed_options(asked: Mapping[str, Any], restored: Mapping[str, Any]) -> Changes:
-    """The arguments of a module that differ from those of its checkpoint.
-
-    Args:
-        asked: hyper-parameters of the module, as plain data.
-        restored: those in the checkpoint. What only one of the two names is not compared.
-    """
+    """Hyper-parameters, as plain data, that are not those of the checkpoint. What only one has is not compared."""
     names = [name for name in asked if name in restored and not name.startswith("_")]
     return dict(change for name in names for change in _differences(name, _full(restored[name]), _full(asked[name])))
 
 
 def refuse_changes(changes: Changes, training: bool) -> None:
-    """Refuse weights in a model for which they were not trained.
+    """Refuse, with an InputError, weights in a model for which they were not trained.
 
-    Args:
-        changes: of :func:`changed_options`.
-        training: refuse to go on with an optimiser that cannot use the saved moments, or needs others, too.
-
-    Raises:
-        InputError: naming the option.
+    In ``training`` also an optimiser that cannot use the saved moments, or needs others.
     """
     for path, (before, now) in changes.items():
         switched = path in _MOMENTS and bool(before) != bool(now)
@@ -87,8 +77,6 @@ def keep_callback_options(trainer: Trainer, checkpoint: Mapping[str, Any]) -> No
 def apply_optimization(module: LightningModule, trainer: Trainer, changes: Changes) -> None:
     """Give the restored optimiser the options that are asked for, and the learning rate that its scheduler would have
     now if it had been asked for from the start. The optimiser's moments stay.
-
-    To be called when training starts. The scheduler's state must not have been restored if the scheduler changed.
 
     Raises:
         InputError: a scheduler that is over before the step that training goes on from.
@@ -166,14 +154,10 @@ def schedule_marks(model: DiffusionModel) -> dict[str, Any]:
 
 
 def check_schedule(model: DiffusionModel, theirs: Any) -> None:
-    """A network that is told gamma may be evaluated under another schedule, one that is told the time may not.
-
-    Args:
-        model: the generative model.
-        theirs: :func:`schedule_marks` of the model that the checkpoint was written for.
+    """A network that is told gamma may be evaluated under another schedule; one that is told the time may not.
 
     Raises:
-        InputError: another schedule, for a network that is told the time.
+        InputError: ``theirs`` are not the :func:`schedule_marks` of this model.
     """
     if model.schedule.is_learned or not isinstance(model.denoiser.conditioning, TimeConditioning):
         return

@@ -92,7 +92,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
 def refuse_unknown_sharding(strategy: Strategy) -> None:
     """Raises InputError for Lightning's own strategies that shard weights."""
-    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+    known = isinstance(strategy, ShardedStrategy)
+    if not known and isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
         raise InputError(
             f"--trainer.strategy {type(strategy).__name__} (with its save_distributed_checkpoint, "
             "tensor_parallel_size, ...) is not supported: use -c configs/overlays/fsdp.yaml, which shards over "
@@ -158,10 +159,7 @@ def synchronise(module: nn.Module) -> None:
 def shard_network(network: nn.Module, mesh: DeviceMesh, evaluate: Callable[[], object]) -> None:
     """Shard a network that is trained: its weights are gathered block by block when it is evaluated.
 
-    Args:
-        network: on its device.
-        mesh: the processes.
-        evaluate: evaluates the network once, which shows the blocks that it calls.
+    ``evaluate`` does that once, which shows the blocks that the network calls.
 
     Raises:
         InputError: a weight that cannot be sharded: a scalar.
@@ -210,10 +208,6 @@ class ShardedWeights:
 
     Unlike FSDP's, its whole weights stay until they are put away, so that processes may evaluate unequal numbers of
     images: a forward pass sends no messages. What changes is the sharded weights; the whole ones are copies.
-
-    Args:
-        network: on its device.
-        mesh: the processes.
     """
 
     def __init__(self, network: nn.Module, mesh: DeviceMesh) -> None:
@@ -234,7 +228,6 @@ class ShardedWeights:
             setattr(part, name, whole[shard])
 
     def put_away(self) -> None:
-        """Keep this process's part only."""
         for part, name, shard in self._places:
             setattr(part, name, shard)
 

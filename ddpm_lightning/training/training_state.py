@@ -27,13 +27,7 @@ def check_training_state(
     """Refuse a checkpoint from which training cannot go on, before anything of it is restored.
 
     Above all the optimiser's state: a fused optimiser goes through the memory of weight and state side by side, and a
-    state of another shape crashes the process.
-
-    Args:
-        module: the module, attached to the trainer.
-        trainer: what is about to restore the checkpoint.
-        checkpoint: as it was read.
-        scheduler_changes: the learning-rate scheduler is another one, whose state is not restored.
+    state of another shape crashes the process. Where ``scheduler_changes``, that of the scheduler is not restored.
 
     Raises:
         InputError: something is missing, or has another form than the trainer, its callbacks, the optimiser or the
@@ -42,7 +36,7 @@ def check_training_state(
     for name, kind in _NEEDED.items():
         value = checkpoint.get(name)
         if value is None:
-            raise InputError(f"the checkpoint lacks {name}: it can be evaluated, but training cannot go on from it")
+            raise _unfit("", f"lacks {name}")
         if type(value) is not kind:
             raise _unfit(name, f"is {str(value)[:40]!r}")
     _check_form("loops", {"fit_loop": trainer.fit_loop.state_dict()}, checkpoint["loops"], counts=True)
@@ -66,7 +60,8 @@ def check_training_state(
 
 
 def _unfit(place: str, difference: str) -> InputError:
-    return InputError(f"the checkpoint's {place} {difference}: it can be evaluated, but training cannot go on from it")
+    whose = f"the checkpoint's {place}" if place else "the checkpoint"
+    return InputError(f"{whose} {difference}: it can be evaluated, but training cannot go on from it")
 
 
 def _try(place: str, restore: Callable[[Any], Any], state: Any) -> None:
@@ -152,14 +147,10 @@ def _kind(value: Any) -> str:
 
 
 def _check_form(place: str, mine: Any, theirs: Any, counts: bool = False, exact: bool = False) -> None:
-    """Compare names, kinds, lengths and shapes. None, and an empty list, stand for a value that is not known yet.
+    """Compare names, kinds, lengths and shapes with what this run has before it is restored.
 
-    Args:
-        place: name of the place, for messages.
-        mine: what this run has before it is restored.
-        theirs: the checkpoint's.
-        counts: numbers must be whole.
-        exact: no names may be added.
+    None, and an empty list, stand for what is not known yet. ``counts`` are whole numbers; where the form is ``exact``,
+    no names may be added.
     """
     kind = _kind(mine)
     if mine is None or (theirs is None and kind not in ("mapping", "tensor")):
