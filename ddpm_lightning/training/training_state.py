@@ -52,7 +52,7 @@ def check_training_state(
                 "use the configuration that was saved beside it: -c RUN/config.yaml"
             )
     for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
-        _check_optimizer(module, optimizer, state, checkpoint["state_dict"])
+        _check_optimizer(module, optimizer, state, checkpoint["state_dict"], scheduler_changes)
     for config, state in zip(made.get("lr_schedulers", []), checkpoint["lr_schedulers"], strict=not scheduler_changes):
         _check_form("lr_schedulers", config.scheduler.state_dict(), state, exact=True)
         _try("lr_schedulers", config.scheduler.load_state_dict, state)
@@ -98,13 +98,18 @@ def _words(value: Any) -> Iterator[str]:
             yield from _words(item)
 
 
-def _check_optimizer(module: nn.Module, optimizer: Optimizer, state: Any, weights: Mapping[str, Any]) -> None:
+def _check_optimizer(
+    module: nn.Module, optimizer: Optimizer, state: Any, weights: Mapping[str, Any], scheduler_changes: bool
+) -> None:
     place, names = "optimizer_states", {parameter: name for name, parameter in module.named_parameters()}
     fresh, groups = copy(optimizer), optimizer.state_dict()["param_groups"]
     _check_form(place, {"state": {}, "param_groups": [{"params": group["params"]} for group in groups]}, state)
     _try(place, optimizer.load_state_dict, state)
-    # torch has added the settings that an older version of it did not write
-    _check_form(f"{place}.param_groups", groups, optimizer.state_dict()["param_groups"])
+    # another scheduler's settings (initial_lr, ...) are not there; torch adds those that an older one did not write
+    own = [
+        {name: group[name] for name in group if name in optimizer.defaults or not scheduler_changes} for group in groups
+    ]
+    _check_form(f"{place}.param_groups", own, optimizer.state_dict()["param_groups"])
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     if len(set(numbers)) < len(numbers) or not state["state"].keys() <= set(numbers):
         raise _unfit(place, "numbers other weights than it has")
@@ -176,7 +181,8 @@ def _check_form(place: str, mine: Any, theirs: Any, counts: bool = False, exact:
     if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
         if theirs.shape != mine.shape:
             raise _unfit(place, f"is of shape {list(theirs.shape)} instead of {list(mine.shape)}")
-        if theirs.is_floating_point() != mine.is_floating_point():
+        # an infinite score of a callback is not known yet, nor is its type
+        if is_finite(mine) and theirs.is_floating_point() != mine.is_floating_point():
             raise _unfit(place, f"is of {theirs.dtype}")
     if kind in ("number", "tensor"):
         if counts and type(theirs) is not int:
