@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders import build, checkpoint, differences
 from builders import run_trainer as trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ddpm_lightning.callbacks import LastCheckpoint
@@ -353,9 +354,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, dict]:
         "lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
     }
     options = {"limit_val_batches": 0, "max_epochs": -1, "max_steps": 3}
-    trainer(folder, LastCheckpoint(), **options).fit(build(**model), Digits())
+    trainer(folder, LastCheckpoint(), ModelCheckpoint(), **options).fit(build(**model), Digits())
     path = folder / "checkpoints/last.ckpt"
-    module, runner = build(**model), trainer(folder, LastCheckpoint(), **options)
+    module, runner = build(**model), trainer(folder, LastCheckpoint(), ModelCheckpoint(), **options)
     runner.strategy.connect(module)
     module._trainer, runner.state.fn, runner.training = runner, TrainerFn.FITTING, True
     return module, runner, read_checkpoint(path)
