@@ -14,6 +14,7 @@ from ddpm_lightning.networks import UNet
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, NoiseMSE, UniformTimes
 from ddpm_lightning.process import DiscretizedGaussian, EpsParameterization, FixedLargeVariance, TimeConditioning
 from ddpm_lightning.schedules import LinearChain
+from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule
 
 __all__ = [
@@ -21,12 +22,14 @@ __all__ = [
     "BuiltOnly",
     "Evil",
     "build",
+    "checkpoint",
     "compared",
     "conditional",
     "differences",
     "equal",
     "losses",
     "refused",
+    "run_trainer",
     "state",
     "torn",
     "trainer",
@@ -64,9 +67,17 @@ def conditional(**changes: object) -> DiffusionModule:
     return build(**{"network": network, "class_conditional": True, "num_classes": 10, **changes})
 
 
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+
+
 def trainer(folder: Path, **options: object) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    return pl.Trainer(default_root_dir=folder, accelerator="cpu", **{**quiet, "max_epochs": 1, **options})
+    return pl.Trainer(default_root_dir=folder, accelerator="cpu", **{**QUIET, "max_epochs": 1, **options})
+
+
+def run_trainer(folder: Path, *callbacks: pl.Callback, **options: object) -> DiffusionTrainer:
+    """The Trainer of the command line, for two epochs."""
+    options = {**QUIET, "max_epochs": 2, **options}
+    return DiffusionTrainer(default_root_dir=folder, accelerator="cpu", callbacks=list(callbacks), **options)
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -107,6 +118,11 @@ def losses(run_dir: Path) -> list[float]:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
+
+
+def checkpoint(step: int) -> dict:
+    """The least that is one."""
+    return {"state_dict": {"w": torch.full((64, 64), float(step))}, "global_step": step}
 
 
 def compared(path: Path) -> dict[str, object]:

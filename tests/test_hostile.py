@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import build, differences
+from builders import build, checkpoint, differences
+from builders import run_trainer as trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from test_resume import LastCheckpoint, checkpoint, trainer
 
+from ddpm_lightning.callbacks import LastCheckpoint
 from ddpm_lightning.checkpoints.descriptions import instantiate_arguments
 from ddpm_lightning.checkpoints.files import AtomicCheckpointIO, last_good, read_checkpoint
 from ddpm_lightning.data import Digits
@@ -352,9 +354,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, dict]:
         "lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
     }
     options = {"limit_val_batches": 0, "max_epochs": -1, "max_steps": 3}
-    trainer(folder, LastCheckpoint(), **options).fit(build(**model), Digits())
+    trainer(folder, LastCheckpoint(), ModelCheckpoint(), **options).fit(build(**model), Digits())
     path = folder / "checkpoints/last.ckpt"
-    module, runner = build(**model), trainer(folder, LastCheckpoint(), **options)
+    module, runner = build(**model), trainer(folder, LastCheckpoint(), ModelCheckpoint(), **options)
     runner.strategy.connect(module)
     module._trainer, runner.state.fn, runner.training = runner, TrainerFn.FITTING, True
     return module, runner, read_checkpoint(path)
@@ -393,11 +395,14 @@ def test_a_training_state_that_does_not_fit_is_refused_before_it_is_restored(sto
     for path in paths(state):
         later = path.startswith("optimizer_states/0/state/") and not path.startswith("optimizer_states/0/state/1/")
         others = path.startswith("loops/") and not path.startswith("loops/fit_loop")
-        if later or others or "combined_loader" in path or "_batches_that" in path or "/params/" in path:
+        if later or others or path.endswith("combined_loader/0") or "/params/" in path:
             continue
         if path.rpartition("/")[2] in HARMLESS:
             continue
-        optional = path.endswith(("/state_dict", ".state_dict")) or path == "optimizer_states/0/state/0"
+        optional = (
+            path.endswith(("/state_dict", ".state_dict", "/combined_loader", "_batches_that_stepped"))
+            or path == "optimizer_states/0/state/0"
+        )
         for new in ("x",) if optional else (None, "x", {"a": 1}, float("nan")):
             spoilt = spoil(whole, path, new)
             try:

@@ -15,7 +15,8 @@ from shutil import copytree
 import lightning.pytorch as pl
 import pytest
 import torch
-from builders import Evil, build, compared, differences, torn
+from builders import Evil, build, checkpoint, compared, differences, torn
+from builders import run_trainer as trainer
 from lightning.pytorch.callbacks import (
     Checkpoint,
     EarlyStopping,
@@ -36,17 +37,9 @@ from ddpm_lightning.data import Digits
 from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.objectives import ImportanceTimes, NoiseMSE
 from ddpm_lightning.runs import Run
-from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule
 
 BOUND = "val/denoising/bits_per_dim"
-
-
-def trainer(folder: Path, *callbacks: pl.Callback, **options: object) -> DiffusionTrainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    return DiffusionTrainer(
-        default_root_dir=folder, accelerator="cpu", callbacks=list(callbacks), **{**quiet, "max_epochs": 2, **options}
-    )
 
 
 # --- exact
@@ -395,10 +388,6 @@ def test_a_time_that_is_used_up_is_an_error_on_resuming(tmp_path: Path) -> None:
 
 
 # --- whole
-
-
-def checkpoint(step: int) -> dict:
-    return {"state_dict": {"w": torch.full((64, 64), float(step))}, "global_step": step}
 
 
 @pytest.fixture

@@ -18,16 +18,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
+from torch.storage import _get_dtype_from_pickle_storage_type
 
 from ddpm_lightning.errors import InputError, RunError
 
-__all__ = [
-    "LAST",
-    "PREVIOUS",
-    "AtomicCheckpointIO",
-    "last_good",
-    "read_checkpoint",
-]
+__all__ = ["LAST", "PREVIOUS", "AtomicCheckpointIO", "last_good", "read_checkpoint"]
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -35,7 +30,7 @@ _VERSION = "pytorch-lightning_version"
 
 
 class _DamagedError(Exception):
-    """A file that is not there, empty, torn, or not a checkpoint."""
+    """A file that is not there, empty, torn, or no checkpoint."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -75,7 +70,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if path.name == LAST and not path.is_symlink() and path.is_file() and zipfile.is_zipfile(path):
                 _keep(path)
             os.replace(part, path)
-            _synchronise(path.parent)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the renames, too
+            finally:
+                os.close(folder)
         except OSError as error:
             with suppress(OSError):
                 part.unlink()
@@ -126,15 +125,6 @@ def _keep(last: Path) -> None:
         os.replace(link, previous)
 
 
-def _synchronise(folder: Path) -> None:
-    """Have the folder's renames on the disk, too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def last_good(folder: Path) -> Path | None:
     """``last.ckpt`` of a folder, or the one before where it is not there; None where both are missing."""
     return next((folder / name for name in (LAST, PREVIOUS) if os.path.isfile(folder / name)), None)
@@ -168,7 +158,6 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
 
 
 def _others(path: Path) -> str:
-    """What else there is to go on with."""
     others = sorted(str(other) for other in path.parent.glob("*.ckpt") if other.name not in (path.name, PREVIOUS))
     return f"; there are also {', '.join(others)}" if others else "; there is no other checkpoint beside it"
 
@@ -249,13 +238,6 @@ def _check_archive(file: IO[bytes], weights_only: bool) -> None:
 
 _END = struct.Struct("<4s4H2LH")
 _FOLDER = 0x10
-_ITEMSIZES = {
-    **dict.fromkeys(("ComplexDoubleStorage",), 16),
-    **dict.fromkeys(("ComplexFloatStorage", "DoubleStorage", "LongStorage"), 8),
-    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
-    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
-    **dict.fromkeys(("CharStorage", "ByteStorage", "BoolStorage", "UntypedStorage"), 1),
-}
 
 
 class _Anything:
@@ -282,7 +264,8 @@ class _Storages(pickle._Unpickler):  # the one in C fills the memory if a pickle
 
     def persistent_load(self, pid: Any) -> _Anything:
         kind, storage, key, _, count = pid
-        itemsize = _ITEMSIZES[storage.__name__]
+        name = storage.__name__
+        itemsize = 1 if name == "UntypedStorage" else _get_dtype_from_pickle_storage_type(name).itemsize
         if kind != "storage" or type(count) is not int or count * itemsize != self._sizes[f"data/{key}"]:
             raise _DamagedError(f"is damaged (data/{key} is not of the size that is claimed)")
         return _Anything()

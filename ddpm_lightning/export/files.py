@@ -8,10 +8,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ddpm_lightning.checkpoints.descriptions import describe, instantiate_arguments, limited_weights, trusted_class
+from ddpm_lightning.checkpoints.descriptions import describe, instantiate_arguments, trusted_class
+from ddpm_lightning.checkpoints.weights import check_finite, check_state, limited_weights
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process import DiffusionModel
-from ddpm_lightning.training.checks import check_finite, check_state
 
 __all__ = ["describe_model", "load_model", "model_of", "save_model"]
 

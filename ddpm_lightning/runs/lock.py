@@ -19,11 +19,8 @@ def hold(path: Path, doing: str) -> Iterator[None]:
 
     The kernel releases the lock when the process ends, however it ends, so a killed run leaves none behind. The file
     stays and says who holds or held the lock. On a file system without locks nothing is checked. (filelock, which torch
-    requires, would empty the file that names the holder in its versions before 4.)
-
-    Args:
-        path: the file.
-        doing: what the lock is for, as in "is being trained in".
+    requires, would empty the file that names the holder in its versions before 4.) ``doing`` says what the lock is for,
+    as in "is being trained in".
 
     Raises:
         InputError: another process holds it, or ``path`` is something else than a file.

@@ -47,17 +47,15 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def config_path(self) -> Path:
-        """The configuration of ``fit`` with every default spelled out."""
         return self.folder / "config.yaml"
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.yaml``.
+        """The configuration of ``fit`` with every default spelled out.
 
         Raises:
             InputError: there is none, or it is not the configuration of a run.
@@ -73,11 +71,7 @@ class Run:
         return config
 
     def make(self) -> None:
-        """Make the folder, and see that it can be written to.
-
-        Raises:
-            InputError: it cannot.
-        """
+        """Make the folder. Raises InputError if it cannot be written to."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -119,9 +113,6 @@ class Run:
 
     def load(self, checkpoint: str | Path = "last") -> tuple[DiffusionModule, ImageDataModule]:
         """The trained module, on the CPU and in evaluation mode, and the data that it was trained on.
-
-        Args:
-            checkpoint: as in :meth:`checkpoint`.
 
         Raises:
             InputError: no such checkpoint, a damaged or refused one, no configuration.

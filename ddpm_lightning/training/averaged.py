@@ -29,13 +29,10 @@ class AveragedModule(RestorableModule):
     """The model, its average, and where their weights lie: in memory and among the processes.
 
     Args:
-        model: the generative model that is trained.
+        model: the generative model that is trained. ``ema_model`` is its average, which is only ever evaluated.
         ema_decay: decay of the average (``training/ema.py``).
         channels_last: memory format of the weights (``training/memory_format.py``).
         compile: compile the network of ``model`` when training begins.
-
-    Attributes:
-        ema_model: the averaged model, which is only ever evaluated.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +48,6 @@ class AveragedModule(RestorableModule):
         self._sharded: ShardedWeights | None = None  # of the averaged model
 
     def train(self, mode: bool = True) -> "AveragedModule":
-        """Training mode for all but the averaged model, which is only ever evaluated."""
         super().train(mode)
         self.ema_model.eval()
         return self
@@ -82,10 +78,8 @@ class AveragedModule(RestorableModule):
         if self._trainer is None:  # load_from_checkpoint
             return
         strategy = self.trainer.strategy
-        if not isinstance(strategy, ShardedStrategy):
-            refuse_unknown_sharding(strategy)
-            return
-        if self.trainer.state.fn != "fit" or self._sharded is not None:
+        refuse_unknown_sharding(strategy)
+        if not isinstance(strategy, ShardedStrategy) or self.trainer.state.fn != "fit" or self._sharded is not None:
             return
         network, variance = self.model.network, self.model.reverse_process.variance
         label = 0 if self.class_conditional else None
@@ -119,13 +113,11 @@ class AveragedModule(RestorableModule):
     on_validation_end = on_test_end = on_predict_end = _put_average_away
 
     def on_train_start(self) -> None:
-        """Make what belongs to weights that are restored and on their device."""
-        super().on_train_start()
+        super().on_train_start()  # the weights are restored and on their device
         self._put_average_away()
         self._average = WeightAverage(self.ema_model, self.model)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the optimiser, then the average."""
         super().optimizer_step(*args, **kwargs)
         # Lightning counts the step when this hook has returned
         self.steps_trained = self.trainer.global_step + 1

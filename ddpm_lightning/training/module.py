@@ -168,24 +168,18 @@ class DiffusionModule(AveragedModule):
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0), sync_dist=True)
         return loss
 
-    def make_optimizer(self) -> Optimizer:
-        """The injected optimiser of the model's parameters.
+    def configure_optimizers(self) -> Any:
+        """The injected optimiser of the model's parameters, and its scheduler, stepped after each optimiser step.
 
         Raises:
-            InputError: the module has none.
+            InputError: the module has no optimiser.
         """
         if self.optimizer_factory is None:
             raise InputError("this module has no optimiser: give --model.optimizer, for example torch.optim.Adam")
-        return self.optimizer_factory(self.model.parameters())
-
-    def make_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
-        """The injected learning-rate scheduler, which is stepped after each optimiser step; None for none."""
-        return None if self.scheduler_factory is None else self.scheduler_factory(optimizer)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer()
-        scheduler = self.make_scheduler(optimizer)
-        return optimizer if scheduler is None else ([optimizer], [{"scheduler": scheduler, "interval": "step"}])
+        optimizer = self.optimizer_factory(self.model.parameters())
+        if self.scheduler_factory is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.scheduler_factory(optimizer), "interval": "step"}]
 
     # ---------------------------------------------------------------- the bound
 
@@ -211,7 +205,6 @@ class DiffusionModule(AveragedModule):
         self.bound_scores[stage] = scores
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the batch's bound to the stage's means."""
         self._evaluate("val", batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -219,7 +212,6 @@ class DiffusionModule(AveragedModule):
         self._report("val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the batch's bound to the stage's means."""
         self._evaluate("test", batch)
 
     def on_test_epoch_end(self) -> None:

@@ -7,23 +7,22 @@ from typing import Any, Self
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.saving import _default_map_location
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from ddpm_lightning.checkpoints.descriptions import describe, instantiate_arguments, limited_weights
+from ddpm_lightning.checkpoints.descriptions import describe, instantiate_arguments
 from ddpm_lightning.checkpoints.files import read_checkpoint
+from ddpm_lightning.checkpoints.weights import check_finite, check_state, limited_weights
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process import DiffusionModel
-from ddpm_lightning.training.checks import check_finite, check_schedule, check_state, schedule_marks
 from ddpm_lightning.training.memory_format import state_like_parameters
 from ddpm_lightning.training.restored import (
     Changes,
     apply_optimization,
     changed_options,
+    check_schedule,
     in_words,
     keep_callback_options,
-    refuse_another_optimizer,
-    refuse_changed_weights,
+    refuse_changes,
+    schedule_marks,
 )
 from ddpm_lightning.training.resume import ExactResume
 from ddpm_lightning.training.training_state import check_training_state
@@ -32,32 +31,17 @@ __all__ = ["RestorableModule"]
 
 
 class RestorableModule(LightningModule):
-    """What the checkpoints of a diffusion model's module need, for a subclass that trains it.
-
-    Attributes:
-        model: the generative model that is trained.
-        steps_trained: optimiser steps behind the weights, whichever process took them.
-    """
+    """What the checkpoints of a diffusion model's module need, for a subclass that trains it."""
 
     model: DiffusionModel
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps_trained = 0
+        self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
         self._changes: Changes = {}  # against the checkpoint that training goes on from
 
-    def make_optimizer(self) -> Optimizer:
-        raise NotImplementedError
-
-    def make_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
-        raise NotImplementedError
-
     def keep_hyperparameters(self, frame: Any) -> None:
-        """Keep the constructor's arguments as plain data, as the command line would have given them.
-
-        Args:
-            frame: of the constructor.
-        """
+        """Keep the arguments of the constructor, whose frame it is, as the command line would have given them."""
         with warnings.catch_warnings():
             # Lightning advises against keeping modules as hyper-parameters; they are about to become plain data
             warnings.filterwarnings("ignore", message=".*already saved during checkpointing.*")
@@ -123,11 +107,11 @@ class RestorableModule(LightningModule):
         """
         check_finite(self.state_dict(), checkpoint["state_dict"])
         self._changes = changed_options(self.hparams, checkpoint.get("hyper_parameters", {}))
-        refuse_changed_weights(self._changes)
+        training = self._trainer is not None and self.trainer.training
+        refuse_changes(self._changes, training)
         if "schedule" in checkpoint:
             check_schedule(self.model, checkpoint["schedule"])
-        if self._trainer is not None and self.trainer.training:
-            refuse_another_optimizer(self._changes)
+        if training:
             another_scheduler = any(path.startswith("lr_scheduler") for path in self._changes)
             check_training_state(self, self.trainer, checkpoint, another_scheduler)
             if another_scheduler:
@@ -149,15 +133,12 @@ class RestorableModule(LightningModule):
         return super().load_state_dict(dict(state_dict), strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which schedule the weights belong to."""
         checkpoint["schedule"] = schedule_marks(self.model)
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every Trainer needs, so that a run can go on from its checkpoints."""
         return [ExactResume()]
 
     def on_train_start(self) -> None:
-        """Apply what is asked for to the optimiser that was restored."""
         apply_optimization(self, self.trainer, self._changes)
         if self._changes and self.trainer.is_global_zero:
             print(f"changed since the checkpoint: {in_words(self._changes)}", flush=True)

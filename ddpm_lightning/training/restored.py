@@ -1,4 +1,4 @@
-"""Options of a resumed run against those of its checkpoint: each change is applied or refused.
+"""What is asked of a module against what its checkpoint says: each change is applied or refused.
 
 Lightning restores the optimiser and the learning-rate scheduler with the values that they had, whatever the
 configuration says now, and the weights into any model that has tensors of the same shapes.
@@ -8,23 +8,26 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
-from typing import Any, Protocol
+from typing import Any
 
-from lightning.pytorch import Trainer
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.process import DiffusionModel, TimeConditioning
 
 __all__ = [
     "Changes",
     "apply_optimization",
     "changed_options",
+    "check_schedule",
     "in_words",
     "keep_callback_options",
-    "refuse_another_optimizer",
-    "refuse_changed_weights",
+    "refuse_changes",
+    "schedule_marks",
 ]
 
 # what the weights mean; a network may be given another dropout
@@ -39,46 +42,28 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 def changed_options(asked: Mapping[str, Any], restored: Mapping[str, Any]) -> Changes:
-    """The arguments of a module that differ from those of its checkpoint.
-
-    Args:
-        asked: hyper-parameters of the module, as plain data.
-        restored: those in the checkpoint. What only one of the two names is not compared.
-    """
+    """Hyper-parameters, as plain data, that are not those of the checkpoint. What only one has is not compared."""
     names = [name for name in asked if name in restored and not name.startswith("_")]
-    return {
-        path: values for name in names for path, values in _differences(name, _full(restored[name]), _full(asked[name]))
-    }
+    return dict(change for name in names for change in _differences(name, _full(restored[name]), _full(asked[name])))
 
 
-def refuse_changed_weights(changes: Changes) -> None:
-    """Refuse weights in a model for which they were not trained.
+def refuse_changes(changes: Changes, training: bool) -> None:
+    """Refuse, with an InputError, weights in a model for which they were not trained.
 
-    Raises:
-        InputError: naming the option.
-    """
-    for path, (before, now) in changes.items():
-        first, _, last = path.partition(".")
-        if first in _MEANING and last.rpartition(".")[2] not in _FREE:
-            raise InputError(
-                f"--model.{path} {_short(now)}: the checkpoint was trained with {_short(before)}, and its weights fit "
-                "that only. Leave the option out, or train another run"
-            )
-
-
-def refuse_another_optimizer(changes: Changes) -> None:
-    """Refuse to go on with an optimiser that cannot use the saved moments, or needs others.
-
-    Raises:
-        InputError: naming the option.
+    In ``training`` also an optimiser that cannot use the saved moments, or needs others.
     """
     for path, (before, now) in changes.items():
         switched = path in _MOMENTS and bool(before) != bool(now)
-        if path == "optimizer" or switched:
-            raise InputError(
-                f"--model.{path} {_short(now)}: the checkpoint was trained with {_short(before)}, and training cannot "
-                "go on from its moments. Leave the option out, or train another run"
-            )
+        if path.partition(".")[0] in _MEANING and path.rpartition(".")[2] not in _FREE:
+            why = "its weights fit that only"
+        elif training and (path == "optimizer" or switched):
+            why = "training cannot go on from its moments"
+        else:
+            continue
+        raise InputError(
+            f"--model.{path} {_short(now)}: the checkpoint was trained with {_short(before)}, and {why}. "
+            "Leave the option out, or train another run"
+        )
 
 
 def keep_callback_options(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
@@ -89,33 +74,17 @@ def keep_callback_options(trainer: Trainer, checkpoint: Mapping[str, Any]) -> No
             state["patience"] = callback.patience
 
 
-class _Optimized(Protocol):
-    """What is asked of a module."""
-
-    def make_optimizer(self) -> Optimizer: ...
-
-    def make_scheduler(self, optimizer: Optimizer) -> LRScheduler | None: ...
-
-
-def apply_optimization(module: _Optimized, trainer: Trainer, changes: Changes) -> None:
+def apply_optimization(module: LightningModule, trainer: Trainer, changes: Changes) -> None:
     """Give the restored optimiser the options that are asked for, and the learning rate that its scheduler would have
     now if it had been asked for from the start. The optimiser's moments stay.
-
-    To be called when training starts. The scheduler's state must not have been restored if the scheduler changed.
-
-    Args:
-        module: makes optimiser and scheduler as asked for.
-        trainer: has the restored ones.
-        changes: of :func:`changed_options`; nothing happens where optimiser and scheduler are the same.
 
     Raises:
         InputError: a scheduler that is over before the step that training goes on from.
     """
     if not any(path.partition(".")[0] in ("optimizer", "lr_scheduler") for path in changes):
         return
-    fresh = module.make_optimizer()
-    scheduler = module.make_scheduler(fresh)
-    if scheduler is not None:
+    (fresh,), schedulers = _init_optimizers_and_lr_schedulers(module)
+    for scheduler in (config.scheduler for config in schedulers):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
             for step in range(trainer.global_step):
@@ -148,11 +117,11 @@ def _full(description: Any) -> Any:
     module, _, name = path.rpartition(".")
     # a class that is asked for has been imported; another one differs by its name
     cls = getattr(sys.modules.get(module), name, None)
-    defaults: dict[str, Any] = {}
     if isinstance(cls, type):
         path = f"{cls.__module__}.{cls.__qualname__}"
         defaults = {p.name: p.default for p in signature(cls).parameters.values() if p.default is not Parameter.empty}
-    return {"class_path": path, "init_args": {key: _full(item) for key, item in {**defaults, **given}.items()}}
+        given = {**defaults, **given}
+    return {"class_path": path, "init_args": _full(given)}
 
 
 def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -171,6 +140,35 @@ def _short(value: Any) -> str:
     """A part by its class's name, anything else as it is."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_short, value))}]"
-    return (
-        value["class_path"].rpartition(".")[2] if isinstance(value, Mapping) and "class_path" in value else str(value)
-    )
+    is_part = isinstance(value, Mapping) and "class_path" in value
+    return value["class_path"].rpartition(".")[2] if is_part else str(value)
+
+
+def schedule_marks(model: DiffusionModel) -> dict[str, Any]:
+    """What a checkpoint notes of its schedule, as plain data: its name, T, and gamma at ten times."""
+    schedule = model.schedule
+    device = next((p.device for p in schedule.parameters()), torch.device("cpu"))
+    t = torch.linspace(0.1, 1, 10, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        return {"name": type(schedule).__name__, "T": schedule.T, "gamma": schedule.gamma(t).tolist()}
+
+
+def check_schedule(model: DiffusionModel, theirs: Any) -> None:
+    """A network that is told gamma may be evaluated under another schedule; one that is told the time may not.
+
+    Raises:
+        InputError: ``theirs`` are not the :func:`schedule_marks` of this model.
+    """
+    if model.schedule.is_learned or not isinstance(model.denoiser.conditioning, TimeConditioning):
+        return
+    mine = schedule_marks(model)
+    gamma = theirs.get("gamma") if isinstance(theirs, Mapping) else None
+    numbers = isinstance(gamma, list) and all(type(value) is float for value in gamma)
+    if not numbers or len(gamma) != len(mine["gamma"]) or not {"name", "T"} <= theirs.keys():
+        raise InputError("the checkpoint's note of its schedule is damaged: take another checkpoint")
+    if not np.allclose(mine["gamma"], gamma, rtol=1e-6, atol=1e-6):
+        raise InputError(
+            f"the checkpoint was trained under another schedule, {theirs['name']} of T = {theirs['T']}, than this "
+            f"{mine['name']} of T = {mine['T']}, and TimeConditioning tells its network the time, not the noise: "
+            "take the configuration saved beside it, and T of a bound or steps of a sampler for fewer steps"
+        )

@@ -1,7 +1,7 @@
 """A run that goes on from a checkpoint ends with the bits of a run that was left alone."""
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +14,8 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.training.sharding import ShardedStrategy
 
 __all__ = ["ExactResume"]
+
+T = TypeVar("T")
 
 
 class ExactResume(Callback):
@@ -39,10 +41,7 @@ class ExactResume(Callback):
         self._trained = False
         self._schedule_end: int | None = None
 
-    # ---------------------------------------------------------------- checkpoints
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save where the run goes on."""
         saved = checkpoint["loops"]["fit_loop"]
         batches = saved["epoch_loop.batch_progress"]
         counts = batches["current"]
@@ -76,8 +75,6 @@ class ExactResume(Callback):
         if not noted and "fit_loop" in checkpoint.get("loops", {}):
             _settle(checkpoint["loops"]["fit_loop"], False)
 
-    # ---------------------------------------------------------------- training
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put Lightning's loops where the run goes on.
 
@@ -86,9 +83,9 @@ class ExactResume(Callback):
         """
         self._trained = True
         fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's connectors set it
-            if isinstance(callback, GradientAccumulationScheduler):  # Lightning asks it at the beginning of epochs only
-                trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+        changing = _callbacks_of(trainer, GradientAccumulationScheduler)
+        for callback in changing:  # Lightning asks it at the beginning of epochs only
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         within_epoch = loop.restarting and loop.batch_progress.current.ready > 0
         if not within_epoch:
             fit._restarting = loop.restarting = False
@@ -101,7 +98,7 @@ class ExactResume(Callback):
         loop._batches_that_stepped = trainer.global_step - int(within_epoch and not loop._should_accumulate())
         self._validation_due = False
         trainer._logger_connector._callback_metrics.update(self._metrics)
-        self._end_with_schedule(trainer)
+        self._end_with_schedule(trainer, bool(changing))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copy the buffers, where this batch is the first of several that one optimiser step accumulates."""
@@ -137,15 +134,12 @@ class ExactResume(Callback):
         if loop._should_accumulate():
             self._validated.append(loop.batch_progress.total.ready)
 
-    # ---------------------------------------------------------------- the end of training
-
-    def _end_with_schedule(self, trainer: Trainer) -> None:
+    def _end_with_schedule(self, trainer: Trainer, changes: bool) -> None:
         """Have no step after the last one of a learning-rate schedule, which torch would end with a traceback."""
         ends = [getattr(config.scheduler, "total_steps", None) for config in trainer.lr_scheduler_configs]
         self._schedule_end = end = min((end for end in ends if end is not None), default=None)
         if end is None:
             return
-        changes = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
         steps = trainer.max_steps if changes and trainer.max_steps != -1 else trainer.estimated_stepping_batches
         if steps == float("inf") or (changes and trainer.max_steps == -1):
             trainer.fit_loop.epoch_loop.max_steps = end
@@ -158,7 +152,6 @@ class ExactResume(Callback):
             self._schedule_end = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the learning-rate schedule has ended training."""
         if trainer.global_step == self._schedule_end:
             _say(trainer, f"training ends at step {trainer.global_step}, with --model.lr_scheduler.total_steps")
 
@@ -175,12 +168,16 @@ class ExactResume(Callback):
             _say(trainer, f"nothing left to train: step {step} of {steps}")
         elif epochs not in (-1, None) and trainer.current_epoch >= epochs:
             _say(trainer, f"nothing left to train: epoch {trainer.current_epoch} of {epochs}, step {step}")
-        for timer in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's connectors set it
-            if isinstance(timer, Timer) and trainer.should_stop and timer._duration is not None:
+        for timer in _callbacks_of(trainer, Timer):
+            if trainer.should_stop and timer._duration is not None:
                 raise InputError(
                     f"--trainer.max_time {timedelta(seconds=timer._duration)} is used up "
                     f"({timedelta(seconds=round(timer.time_elapsed()))} trained): give a longer one"
                 )
+
+
+def _callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -11,14 +11,8 @@ __all__ = ["seed_batch"]
 
 
 def seed_batch(seed: int, trainer: Trainer, device: torch.device, batch_idx: int) -> BatchGenerator:
-    """Seed a batch: its noise and times come from the generator that is returned, dropout from torch's own.
-
-    Args:
-        seed: of the training.
-        trainer: knows the number of batches done, and this process.
-        device: where the numbers are drawn.
-        batch_idx: number of the batch in its epoch.
-    """
+    """Seed a batch, of this number in its epoch: its noise and times come from the generator that is returned, on the
+    device, dropout from torch's own."""
 
     def key(*numbers: int) -> int:
         return int(np.random.SeedSequence(seed, spawn_key=numbers).generate_state(1)[0])

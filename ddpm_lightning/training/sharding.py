@@ -3,19 +3,18 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from ddpm_lightning.errors import InputError
 
@@ -56,7 +55,7 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Join the processes of all nodes in one mesh."""
+        # one mesh of the processes of all nodes
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -65,61 +64,36 @@ class ShardedStrategy(ModelParallelStrategy):
         """All processes."""
         return self.device_mesh["data_parallel"]
 
-    # ---------------------------------------------------------------- checkpoints: as in every other strategy
+    # checkpoints: as in every other strategy, but of whole tensors, which the first process has and writes
 
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """The weights are sharded, and can be restored, before the optimisers are made."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Optimisers are restored after the weights."""
-        return True
+    restore_checkpoint_after_setup = Strategy.restore_checkpoint_after_setup
+    lightning_restore_optimizer = Strategy.lightning_restore_optimizer
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's whole tensors, on the first process; nothing on the others."""
-        assert self.lightning_module is not None
-        state: dict[str, Any] = _whole(self.lightning_module.state_dict())
+        state: dict[str, Any] = _whole(Strategy.lightning_module_state_dict(self))
         return state if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimiser's whole tensors, on the first process; nothing on the others."""
-        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state: dict[str, Any] = _whole(plain.state_dict())
+        state: dict[str, Any] = _whole(Strategy.optimizer_state(self, optimizer))
         return state if self.is_global_zero else {}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Have the first process write."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Have every process read."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
-
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this process's part of each tensor that is sharded."""
-        assert self.lightning_module is not None
-        mine = self.lightning_module.state_dict()
+        mine = Strategy.lightning_module_state_dict(self)
         state = {name: _part(value, mine.get(name)) for name, value in checkpoint["state_dict"].items()}
-        self.lightning_module.load_state_dict(state, strict=strict)
+        Strategy.load_model_state_dict(self, {"state_dict": state}, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this process's part of each tensor that belongs to a sharded weight."""
-        states = [
-            _optimizer_part(optimizer, state)
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
-        ]
-        Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+        states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+        parts = [_optimizer_part(optimizer, state) for optimizer, state in states]
+        Strategy.load_optimizer_state_dict(self, {"optimizer_states": parts})
 
 
 def refuse_unknown_sharding(strategy: Strategy) -> None:
-    """Let pass what shards no weights.
-
-    Raises:
-        InputError: one of Lightning's own strategies that do.
-    """
-    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+    """Raises InputError for Lightning's own strategies that shard weights."""
+    known = isinstance(strategy, ShardedStrategy)
+    if not known and isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
         raise InputError(
             f"--trainer.strategy {type(strategy).__name__} (with its save_distributed_checkpoint, "
             "tensor_parallel_size, ...) is not supported: use -c configs/overlays/fsdp.yaml, which shards over "
@@ -128,13 +102,7 @@ def refuse_unknown_sharding(strategy: Strategy) -> None:
 
 
 def check_shardable(module: nn.Module, schedule: str, channels_last: object, compiles: bool) -> None:
-    """Refuse what sharded weights cannot do.
-
-    Args:
-        module: what is trained; the weights that are sharded have ``network`` in their names.
-        schedule: name of its schedule, for the message.
-        channels_last: the option.
-        compiles: whether the network is to be compiled.
+    """Refuse what sharded weights cannot do; those that are sharded have ``network`` in their names.
 
     Raises:
         InputError: another memory format, compilation, trained weights outside of the network.
@@ -154,14 +122,7 @@ def check_shardable(module: nn.Module, schedule: str, channels_last: object, com
 @torch.no_grad()
 def _whole(value: Any) -> Any:
     """A nest of containers with its sharded tensors put together, on the CPU. All processes must call it."""
-    if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
-    if isinstance(value, Mapping):
-        return {key: _whole(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        whole = [_whole(item) for item in value]
-        return tuple(whole) if isinstance(value, tuple) else whole
-    return value
+    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), value)
 
 
 def _part(value: Any, like: Any) -> Any:
@@ -198,30 +159,22 @@ def synchronise(module: nn.Module) -> None:
 def shard_network(network: nn.Module, mesh: DeviceMesh, evaluate: Callable[[], object]) -> None:
     """Shard a network that is trained: its weights are gathered block by block when it is evaluated.
 
-    Args:
-        network: on its device.
-        mesh: the processes.
-        evaluate: evaluates the network once, which shows the blocks that it calls.
+    ``evaluate`` does that once, which shows the blocks that the network calls.
 
     Raises:
         InputError: a weight that cannot be sharded: a scalar.
     """
     blocks = list(_blocks(network, _called(network, evaluate)))
     try:
-        for block in blocks:
+        for block in (*blocks, network):
             fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"{type(network).__name__} cannot be sharded ({error}): use --trainer.strategy ddp") from error
 
 
 def _called(network: nn.Module, evaluate: Callable[[], object]) -> set[nn.Module]:
     called: set[nn.Module] = set()
-
-    def note(part: nn.Module, arguments: Any, output: Any) -> None:
-        called.add(part)
-
-    hooks = [part.register_forward_hook(note) for part in network.modules()]
+    hooks = [part.register_forward_hook(lambda part, *_: called.add(part)) for part in network.modules()]
     try:
         evaluate()
     finally:
@@ -255,10 +208,6 @@ class ShardedWeights:
 
     Unlike FSDP's, its whole weights stay until they are put away, so that processes may evaluate unequal numbers of
     images: a forward pass sends no messages. What changes is the sharded weights; the whole ones are copies.
-
-    Args:
-        network: on its device.
-        mesh: the processes.
     """
 
     def __init__(self, network: nn.Module, mesh: DeviceMesh) -> None:
@@ -272,15 +221,13 @@ class ShardedWeights:
         """Put the weights together. All processes must call it."""
         # outside of inference mode, or they could not be used outside of it
         with torch.inference_mode(False):
-            whole = {
-                shard: _frozen(cast(DTensor, shard).full_tensor())
-                for shard in dict.fromkeys(s for _, _, s in self._places)
-            }
+            # in the same order on all processes
+            shards = dict.fromkeys(shard for _, _, shard in self._places)
+            whole = {shard: _frozen(cast(DTensor, shard).full_tensor()) for shard in shards}
         for part, name, shard in self._places:
             setattr(part, name, whole[shard])
 
     def put_away(self) -> None:
-        """Keep this process's part only."""
         for part, name, shard in self._places:
             setattr(part, name, shard)
 
