@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import at_least
-from ddpm_lightning.evaluation.progress import tracked
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import drawn
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.progress import tracked
 
 __all__ = ["forms"]
 

@@ -14,11 +14,11 @@ from ddpm_lightning.data.batches import EvalBatches, IndexBatches, Split
 from ddpm_lightning.data.datamodule import SplitName
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.evaluation.bound import model_facts
-from ddpm_lightning.evaluation.progress import tracked
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import nearest_neighbours
 from ddpm_lightning.metrics import QualityMetrics, classifier_for, load_classifier, nearest
 from ddpm_lightning.networks import FeatureClassifier
+from ddpm_lightning.progress import tracked
 from ddpm_lightning.samplers import DDIMSampler, Sampler
 from ddpm_lightning.sampling import Drawing, SampleRequest
 from ddpm_lightning.schedules import StridedGrid, TimeGrid

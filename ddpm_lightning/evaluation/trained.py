@@ -8,7 +8,7 @@ from typing import Any
 
 from ddpm_lightning.data import MNIST, Batch, ImageDataModule
 from ddpm_lightning.errors import at_least
-from ddpm_lightning.evaluation.progress import tracked
+from ddpm_lightning.progress import tracked
 from ddpm_lightning.runs import Run
 from ddpm_lightning.training.module import DiffusionModule
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import InputError, at_least
-from ddpm_lightning.evaluation.progress import tracked
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.process import eps_mse_table, spread_times
+from ddpm_lightning.progress import tracked
 from ddpm_lightning.runs import Run
 
 __all__ = ["variance"]
