@@ -220,7 +220,9 @@ def main(
     def measure(name: str, sampler: Sampler, grid: str, steps: int, scale: float, row: dict[str, Any]) -> None:
         if name not in table.rows:
             begun = time.perf_counter()
-            samples = Samples(n, sampler, steps, trained.batch_size, scale, seed, GRIDS[grid])
+            samples = Samples(
+                sampler, steps, GRIDS[grid], seed, guidance_scale=scale, n=n, batch_size=trained.batch_size
+            )
             images, labels = draw(module, samples, precision)
             seconds = time.perf_counter() - begun
             row |= {"steps": steps, "grid": grid, **judge(images, labels), "seconds": seconds}

@@ -84,14 +84,12 @@ def auroc_se(inside: Tensor, outside: Tensor, seed: int = 0) -> float:
 
 
 def _judged(inside: Tensor, outside: Tensor, typical: float) -> dict[str, Any]:
-    """AUROC of both scores, each with its standard error."""
     inside = inside[: len(outside)]
     scores = {"likelihood": (inside, outside), "typicality": ((inside - typical).abs(), (outside - typical).abs())}
     return {name: {"auroc": auroc(*pair), "se": auroc_se(*pair)} for name, pair in scores.items()}
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
     lines = [f"{'set':<24} {'images':>6} {'bits/dim':>18} {'AUROC likelihood':>19} {'AUROC typicality':>19}"]
     for row in rows:
         cells = [f"{row[name]['auroc']:.4f} +- {row[name]['se']:.4f}" if name in row else "" for name in SCORES]
@@ -101,7 +99,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _histograms(rows: list[dict[str, Any]], images: dict[str, Tensor], values: dict[str, Tensor], top: int) -> Tensor:
-    """For each set some of its images and the histogram of its bits/dim, that of the test images behind it."""
     inside = values["test images"]
     everything = torch.cat([values[row["set"]] for row in rows])
     low, high = float(everything.min()), float(everything.max())
@@ -123,9 +120,8 @@ def _histograms(rows: list[dict[str, Any]], images: dict[str, Tensor], values: d
             histogram.hist(values[name].numpy(), edges, color="tab:red", alpha=0.6)
             title += "; AUROC " + ", ".join(f"{score} {row[score]['auroc']:.3f}" for score in SCORES)
         histogram.set_title(title, fontsize=9, loc="left")
-        histogram.set_yticks([])
+        histogram.set(yticks=[], xlim=(edges[0], edges[-1]))
         histogram.spines[["top", "right", "left"]].set_visible(False)
-        histogram.set_xlim(edges[0], edges[-1])
         if logarithmic:
             histogram.set_xscale("log")
             ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
@@ -171,10 +167,8 @@ def ood(trained: Trained, images: int = 500, steps: int = 20, T: int | None = No
     # noise of their own
     typical = typical._replace(index=typical.index + len(test))
     sets = {"test images": inside, **outliers(module, inside, isinstance(data, Digits), seed)}
-    values = {
-        name: image_bits(trained, estimator, batch, name)
-        for name, batch in {"validation images": typical, **sets}.items()
-    }
+    measured = {"validation images": typical, **sets}
+    values = {name: image_bits(trained, estimator, batch, name) for name, batch in measured.items()}
     rows: list[dict[str, Any]] = []
     centre = float(values["validation images"].mean())
     for name, found in values.items():
@@ -195,8 +189,5 @@ def ood(trained: Trained, images: int = 500, steps: int = 20, T: int | None = No
     shown = {name: batch.image for name, batch in sets.items()}
     picture = _histograms([row for row in rows if row["set"] in sets], shown, values, module.levels - 1)
     chain = f"chain of T = {states} states, {evaluated} of its {(states or 0) - 1} steps, averaged weights, seed {seed}"
-    text = f"{chain}\n\n{_table(rows)}"
-    print(text)
-    table = csv_text(columns)
-    trained.write("ood", {"ood.txt": text + "\n", "ood.json": record, "ood.csv": table, "ood.png": picture})
+    trained.report("ood", f"{chain}\n\n{_table(rows)}", record, {"ood.csv": csv_text(columns), "ood.png": picture})
     return record

@@ -52,12 +52,10 @@ def variance(trained: Trained, images: int = 2000, points: int = 40) -> dict[str
     gammas, eps_mse = eps_mse_table(model, tracked(batches(), len(rows), "training images"), times, generator)
     lines = [f"{'gamma':>9} {'mean squared error of eps':>26}"]
     lines += [f"{gamma:>9.3f} {error:>26.6g}" for gamma, error in zip(gammas, eps_mse, strict=True)]
-    part = {
-        "class_path": "ddpm_lightning.process.AnalyticVariance",
-        "init_args": {"gammas": gammas, "eps_mse": eps_mse},
-    }
+    arguments = {"gammas": gammas, "eps_mse": eps_mse}
+    part = {"class_path": "ddpm_lightning.process.AnalyticVariance", "init_args": arguments}
     overlay = {"model": {"variance": part}}
-    (path,) = trained.write("variance", {"analytic.yaml": yaml.safe_dump(overlay, sort_keys=False)})
+    path = trained.results("variance").write("analytic.yaml", yaml.safe_dump(overlay, sort_keys=False))
     config = Run(trained.run).config_path
     print("\n".join([*lines, f"use it: ddpm test -c {config} -c {path} --ckpt_path {trained.checkpoint}"]))
     return overlay
