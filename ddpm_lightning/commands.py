@@ -57,15 +57,7 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
 
 
 def run_command(name: str, args: list[str]) -> None:
-    """Run ``ddpm evaluate`` or ``ddpm export``.
-
-    Args:
-        name: "evaluate" or "export".
-        args: the words after it.
-
-    Raises:
-        InputError: bad options, or what a command says of its run.
-    """
+    """Run ``ddpm evaluate`` or ``ddpm export``, whichever ``name`` says, with the words after it."""
     if name == "export":
         call(export, args, "ddpm export")
         return
