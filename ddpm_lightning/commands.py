@@ -44,10 +44,9 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
     classes = module.num_classes if module.class_conditional else None
     if to == "safetensors":
         save_model(module.ema_model, path)
-    elif to == "onnx":
-        export_onnx(module.ema_model, path, module.shape, classes)
-    elif to == "torch_export":
-        export_program(module.ema_model, path, module.shape, classes)
+    elif to != "diffusers":
+        write = export_onnx if to == "onnx" else export_program
+        write(module.ema_model, path, module.shape, classes)
     else:
         from ddpm_lightning.export.diffusers import to_pipeline
 
