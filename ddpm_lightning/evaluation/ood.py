@@ -7,7 +7,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from torchmetrics.functional.classification import binary_auroc
 
 from ddpm_lightning.data import Batch, Digits, levels_to_model, model_to_levels
 from ddpm_lightning.errors import at_least
@@ -25,18 +24,15 @@ RESAMPLES = 1000
 
 
 def _uniform_noise(batch: Batch, levels: int, seed: int) -> Tensor:
-    """Every grey level equally often, for each image from a generator of its own."""
-    generators = image_generators(seed, batch.index)
-    drawn = [torch.randint(levels, batch.image.shape[1:], generator=generator) for generator in generators]
-    return torch.stack(drawn).to(torch.uint8)
+    generators, shape = image_generators(seed, batch.index), batch.image.shape[1:]
+    return torch.stack([torch.randint(levels, shape, generator=each) for each in generators]).to(torch.uint8)
 
 
 def _shuffled(batch: Batch, seed: int) -> Tensor:
     """The pixels of each image in an order of its own, the channels of a pixel together."""
     flat = batch.image.flatten(2)
-    orders = [torch.randperm(flat.shape[2], generator=generator) for generator in image_generators(seed, batch.index)]
-    order = torch.stack(orders)[:, None].expand_as(flat)
-    return flat.gather(2, order).view_as(batch.image)
+    orders = [torch.randperm(flat.shape[2], generator=each) for each in image_generators(seed, batch.index)]
+    return flat.gather(2, torch.stack(orders)[:, None].expand_as(flat)).view_as(batch.image)
 
 
 def enlarged_digits(module: DiffusionModule, count: int) -> tuple[Tensor, Tensor]:
@@ -67,20 +63,19 @@ def outliers(module: DiffusionModule, inside: Batch, of_digits: bool, seed: int)
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
     """Probability that an outlier's score exceeds that of an image of the data, a tie counting half."""
-    scores = torch.cat([inside, outside])
-    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
-    # torchmetrics squeezes scores outside [0, 1] through a sigmoid, in which large ones become equal: give it ranks
-    ranks = scores.unique(return_inverse=True)[1].double() / len(scores)
-    return float(binary_auroc(ranks, target))
+    return float(_wins(inside, outside).mean())
+
+
+def _wins(inside: Tensor, outside: Tensor) -> Tensor:
+    return (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()
 
 
 def auroc_se(inside: Tensor, outside: Tensor, seed: int = 0) -> float:
     """Standard error of :func:`auroc` by the bootstrap over the N pairs of scores, each ``[N]``."""
     n = len(inside)
-    wins = (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()
     picks = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
     counts = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, picks, torch.ones_like(picks).double())
-    return float(((counts @ wins) * counts).sum(1).div(n * n).std())
+    return float(((counts @ _wins(inside, outside)) * counts).sum(1).div(n * n).std())
 
 
 def _judged(inside: Tensor, outside: Tensor, typical: float) -> dict[str, Any]:
