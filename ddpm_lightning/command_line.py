@@ -44,7 +44,7 @@ def call(function: Callable[..., Any], args: list[str], prog: str, description: 
     parser = ArgumentParser(prog=prog, description=text, formatter_class=_Help, allow_abbrev=False, exit_on_error=False)
     types: dict[str, Any] = {}
     signature = inspect.signature(function, eval_str=True).parameters
-    parts = {name: each.annotation for name, each in signature.items() if is_dataclass(each.annotation)}
+    parts: dict[str, Any] = {name: each.annotation for name, each in signature.items() if is_dataclass(each.annotation)}
     for part in (function, *parts.values()):
         helps = {param.arg_name: param.description for param in parse(inspect.getdoc(part) or "").params}
         for name, parameter in inspect.signature(part, eval_str=True).parameters.items():

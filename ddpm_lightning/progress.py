@@ -9,9 +9,11 @@ from tqdm import tqdm
 __all__ = ["progress", "tracked"]
 
 T = TypeVar("T")
+QUIET = 20
+"""Seconds between two lines, and before the first, where there is no terminal."""
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
+class _Bar(tqdm):
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
         return tqdm.status_printer(file) if file.isatty() else lambda line: print(line, file=file, flush=True)
@@ -20,7 +22,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
 def progress(what: str, total: int, unit: str = "images", shown: bool = True) -> "tqdm[Any]":
     """What is told how much is done (``update``), and shows it on standard error.
 
-    Where there is no terminal, nothing is said of work that takes less than 20 seconds.
+    Where there is no terminal, nothing is said of work that takes less than ``QUIET`` seconds.
 
     Args:
         what: names the work.
@@ -28,7 +30,7 @@ def progress(what: str, total: int, unit: str = "images", shown: bool = True) ->
         unit: what is counted.
         shown: False shows nothing, for all processes but one.
     """
-    pace = {"mininterval": 0.1, "leave": False} if sys.stderr.isatty() else {"mininterval": 20, "delay": 20}
+    pace = {"mininterval": 0.1, "leave": False} if sys.stderr.isatty() else {"mininterval": QUIET, "delay": QUIET}
     return _Bar(desc=what, total=total, unit=f" {unit}", disable=not shown, **pace)
 
 

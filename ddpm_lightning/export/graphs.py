@@ -70,6 +70,14 @@ def export_onnx(model: DiffusionModel, path: Path, shape: tuple[int, ...], num_c
     except ImportError as error:
         raise InputError(f"{error.name} is missing: pip install 'ddpm-lightning[interchange]'") from None
     network, inputs, dynamic = _traced(model, path, shape, num_classes)
-    names = {"input_names": list(inputs), "output_names": ["output"], "dynamic_shapes": dynamic}
-    options = {"dynamo": True, "external_data": False, "verbose": False}
-    torch.onnx.export(network, tuple(inputs.values()), str(path), **names, **options)
+    torch.onnx.export(
+        network,
+        tuple(inputs.values()),
+        str(path),
+        dynamo=True,
+        input_names=list(inputs),
+        output_names=["output"],
+        dynamic_shapes=dynamic,
+        external_data=False,
+        verbose=False,
+    )
