@@ -42,7 +42,13 @@ class EpochLines(Callback):
         self._next = time.monotonic() + self.interval
 
     def _tick(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if time.monotonic() < self._next or not trainer.is_global_zero:
             return

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm_lightning.checkpoints.descriptions import describe
 from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.data.batches import EvalBatches, IndexBatches, Split
+from ddpm_lightning.data.datamodule import SplitName
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.bound import model_facts
 from ddpm_lightning.evaluation.trained import Trained
@@ -54,7 +55,7 @@ class Samples(SampleRequest):
 
     def __post_init__(self) -> None:
         at_least(4, n=self.n)
-        at_least(1, batch_size=self.batch_size, **({} if self.steps is None else {"steps": self.steps}))
+        at_least(1, batch_size=self.batch_size, steps=1 if self.steps is None else self.steps)
 
     def batches(
         self,
@@ -202,7 +203,8 @@ def quality(
     compare = Comparison(module, judge, labelled_batches(test, size))
     drawn = list(tracked(samples.batches(module), samples.n, "sampling"))
     rows = {"samples": compare(drawn)}
-    for split, what in (("train", "training"), ("val", "validation")):
+    splits: dict[SplitName, str] = {"train": "training", "val": "validation"}
+    for split, what in splits.items():
         images = data.split(split).chosen(samples.n, samples.seed)
         rows[f"{len(images.image)} {what} images"] = compare(labelled_batches(images, size))
     text, record = quality_report(module, samples, rows, len(test.image), name)
