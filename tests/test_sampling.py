@@ -421,7 +421,7 @@ def test_progress_in_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             bar.update(8)
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     # 24 of 80 steps in 20 s
-    assert "24/80 [00:20<00:46" in lines[0] and "40/80" in lines[1] and len(lines) == 3, lines
+    assert "24/80 [00:20<00:46" in lines[0] and "40/80" in lines[1] and len(lines) == 2, lines
 
 
 # ---------------------------------------------------------------- what is refused

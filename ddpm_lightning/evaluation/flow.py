@@ -48,7 +48,7 @@ def flow(
     """
     at_least(2, images=images)
     at_least(0, probes=probes)
-    chosen = trained.data.split("test").chosen(images, trained.seed)
+    facts, chosen = model_facts(trained.module), trained.data.split("test").chosen(images, trained.seed)
     lines, rows, values = [], [], []
     for solver in map(ProbabilityFlow, (steps, 2 * steps) if check else (steps,)):
         bits = _image_bits(trained, chosen, solver, probes, dequantization == "uniform")
@@ -57,7 +57,7 @@ def flow(
         rows.append({"steps": solver.steps, "evaluations": solver.evaluations, "bits_per_dim": mean, "se": error})
         lines.append(f"{solver.steps} steps, {solver.evaluations} evaluations: {mean:.4f} +- {error:.4f} bits/dim")
     record = {
-        **model_facts(trained.module),
+        **facts,
         "images": len(chosen.image),
         "probes": probes,
         "dequantization": dequantization,
