@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddpm_lightning.callbacks import BoundTable, EpochLines, ImageTermsWriter, StopOnNonFinite
 from ddpm_lightning.checkpoints.files import LAST
+from ddpm_lightning.command_line import own_error
 from ddpm_lightning.commands import run_command
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
@@ -41,8 +43,7 @@ def _merge(base: Any, overlay: Any) -> Any:
         return overlay
     if "class_path" in overlay and overlay["class_path"] != base.get("class_path"):
         return overlay
-    merged = {**base, **{key: _merge(base.get(key), value) for key, value in overlay.items()}}
-    return merged
+    return {**base, **{key: _merge(base.get(key), value) for key, value in overlay.items()}}
 
 
 def _load_extending(text: str, folder: Path = Path()) -> Any:
@@ -119,7 +120,6 @@ class DiffusionCLI(LightningCLI):
         return {**kwargs, "verbose": False} if subcommand in ("validate", "test") else kwargs
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run folder, and what the model takes from the data."""
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder for all that the run writes.")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         for fact in ("shape", "levels", "num_classes"):
@@ -156,19 +156,10 @@ class DiffusionCLI(LightningCLI):
             config["ckpt_path"] = newest and str(newest)
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; bad arguments become an InputError.
-
-        Raises:
-            InputError: a part refused its arguments.
-        """
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # jsonargparse wraps what a part says of its arguments into what it tried with them
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, InputError):
-                cause = cause.__cause__ or cause.__context__
-            raise InputError(self._with_option(str(cause or error))) from error
+            raise InputError(self._with_option(str(own_error(error) or error))) from error
 
     def _with_option(self, message: str) -> str:
         """The option in the place of the argument that a message begins with, where only one has this value."""
@@ -187,25 +178,21 @@ class DiffusionCLI(LightningCLI):
         sampling = self.subcommand == "sample"
         terminal = sys.stdout.isatty() and not sampling
         config = self.config_init[self.subcommand].trainer
-        callbacks = config.callbacks or []
-        if config.logger is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        without = LearningRateMonitor if config.logger is False else ()
+        callbacks = [callback for callback in config.callbacks or [] if not isinstance(callback, without)]
         if not terminal:
             kwargs["enable_progress_bar"] = False
         elif not any(isinstance(callback, RichProgressBar) for callback in callbacks):
-            callbacks = [*callbacks, RichProgressBar(leave=False)]
-        own = [BoundTable(), ImageTermsWriter(), *([] if terminal else [EpochLines()])]
-        kwargs["callbacks"] = [*callbacks, *([] if sampling else own)]
+            callbacks.append(RichProgressBar(leave=False))
+        if not sampling:
+            callbacks += [BoundTable(), ImageTermsWriter(), *([] if terminal else [EpochLines()])]
         if self.subcommand == "fit":
-            kwargs["callbacks"].append(StopOnNonFinite())
-        if config.logger is None or config.logger is True:
+            callbacks.append(StopOnNonFinite())
+        if config.logger in (None, True):
             writes = self.subcommand in ("fit", "validate", "test")
-            kwargs["logger"] = (
-                TensorBoardLogger(config.default_root_dir, name="", version="", default_hp_metric=False)
-                if writes
-                else False
-            )
-        return super().instantiate_trainer(**kwargs)
+            tensorboard = partial(TensorBoardLogger, name="", version="", default_hp_metric=False)
+            kwargs["logger"] = tensorboard(config.default_root_dir) if writes else False
+        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
         alone = subcommand == "fit" and self.trainer.is_global_zero
@@ -219,7 +206,6 @@ class DiffusionCLI(LightningCLI):
                 raise
 
     def before_fit(self) -> None:
-        """Say what is trained and where it is written."""
         if self.trainer.is_global_zero:
             network = self.model.model.network
             parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -230,24 +216,30 @@ class DiffusionCLI(LightningCLI):
             )
 
 
+_NOISE = (
+    "treespec, LeafSpec",
+    # the arguments are the command line's, with RUN spelled out
+    "args parameter is intended to run from within Python",
+    # meant for DataLoaders: each batch of ours carries its indices
+    "infer the batch indices",
+    # a checkpoint of fit is tested without the callbacks of fit
+    "callbacks used to create the checkpoint need to be provided",
+    # a run's folder may be moved, and gone on with
+    "The dirpath has changed",
+    "Checkpoint directory .* exists and is not empty",
+    # the averaged model is only ever evaluated
+    "in eval mode at the start of training",
+    # figures of the bound are equal on all processes when they are logged
+    "sync_dist=True",
+)
+
+
 def _quieten() -> None:
     """Silence what a user can do nothing about."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
-    # the arguments are the command line's, with RUN spelled out
-    warnings.filterwarnings("ignore", message=r".*args parameter is intended to run from within Python.*")
-    # meant for DataLoaders: each batch of ours carries its indices
-    warnings.filterwarnings("ignore", message=r".*infer the batch indices.*")
-    # a checkpoint of fit is tested without the callbacks of fit
-    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided.*")
-    # a run's folder may be moved, and gone on with
-    warnings.filterwarnings("ignore", message=r".*The dirpath has changed.*")
-    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")
-    # the averaged model is only ever evaluated
-    warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training.*")
-    # figures of the bound are equal on all processes when they are logged
-    warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
 def _of_a_run(args: list[str]) -> list[str]:
@@ -257,16 +249,12 @@ def _of_a_run(args: list[str]) -> list[str]:
         run = Run(rest[0])
         run.config  # noqa: B018  # refuses a folder that holds no run
         return [command, "-c", str(run.config_path), "--run_dir", str(run.folder), "--ckpt_path", "last", *rest[1:]]
-    for option, value in pairwise(rest):
-        run = Run(Path(value or ".").parent)
-        named = any(word.split("=")[0] == "--run_dir" for word in rest)
-        if (
-            option in ("-c", "--config")
-            and not named
-            and Path(value).name == "config.yaml"
-            and run.checkpoints.is_dir()
-        ):
-            return [*args, "--run_dir", str(run.folder)]
+    if not any(word.split("=")[0] == "--run_dir" for word in rest):
+        for option, value in pairwise(rest):
+            run = Run(Path(value or ".").parent)
+            of_run = Path(value).name == "config.yaml" and run.checkpoints.is_dir()
+            if option in ("-c", "--config") and of_run:
+                return [*args, "--run_dir", str(run.folder)]
     return args
 
 
@@ -279,14 +267,9 @@ def main(args: list[str] | None = None) -> None:
             run_command(words[0], words[1:])
         else:
             DiffusionCLI(_of_a_run(words))
-    except (InputError, MisconfigurationException) as error:
+    except (InputError, MisconfigurationException, RunError) as error:
         print(f"ddpm: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"ddpm: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, RunError) else 2)
 
 
-@rank_zero_only
-def _say(line: str) -> None:
-    print(line, flush=True)
+_say = rank_zero_only(partial(print, flush=True))

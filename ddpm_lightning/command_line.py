@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from ddpm_lightning.errors import InputError
 
-__all__ = ["call", "run_script"]
+__all__ = ["call", "own_error", "run_script"]
 
 _UNREADABLE = re.compile(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)', re.DOTALL)
 
@@ -28,19 +28,11 @@ class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 def call(function: Callable[..., Any], args: list[str], prog: str, description: str | None = None) -> int:
-    """Call a function with the arguments that a command line gives it.
+    """Call a function with the arguments that a command line gives it, and return the number that it returns, or 0.
 
     An argument ``run`` is given by its place, a list as several values, a bool as a switch, any other as ``--name``. An
-    argument that is a dataclass has an option for each of its fields.
-
-    Args:
-        function: with annotations and a Google docstring, which describes every argument.
-        args: the words of the command line.
-        prog: the command's name in the help.
-        description: the help's first part; None for what the docstring says before the arguments.
-
-    Returns:
-        The exit status: the number that the function returns, 0 for anything else.
+    argument that is a dataclass has an option for each of its fields. The docstring describes every argument; what it
+    says before them is the help's first part, if no ``description`` is given.
 
     Raises:
         InputError: an option that there is not, one that is missing, a value that cannot be read; the function's own,
@@ -51,10 +43,8 @@ def call(function: Callable[..., Any], args: list[str], prog: str, description: 
     # abbreviations would turn a misspelt option into another one
     parser = ArgumentParser(prog=prog, description=text, formatter_class=_Help, allow_abbrev=False, exit_on_error=False)
     types: dict[str, Any] = {}
-    parts: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        if is_dataclass(parameter.annotation):
-            parts[name] = parameter.annotation
+    signature = inspect.signature(function, eval_str=True).parameters
+    parts: dict[str, Any] = {name: each.annotation for name, each in signature.items() if is_dataclass(each.annotation)}
     for part in (function, *parts.values()):
         helps = {param.arg_name: param.description for param in parse(inspect.getdoc(part) or "").params}
         for name, parameter in inspect.signature(part, eval_str=True).parameters.items():
@@ -62,16 +52,15 @@ def call(function: Callable[..., Any], args: list[str], prog: str, description: 
                 types[name] = _add_option(parser, parameter, helps[name] or "")
     try:
         options = vars(parser.instantiate(parser.parse_args(args)))
-        for name, kind in parts.items():
-            options[name] = kind(**{field.name: options.pop(field.name) for field in fields(kind)})
-        status = function(**options)
+        made = {
+            name: kind(**{field.name: options.pop(field.name) for field in fields(kind)})
+            for name, kind in parts.items()
+        }
+        status = function(**made, **options)
     except argparse.ArgumentError as error:
         raise InputError(_one_line(str(error), types)) from None
     except ValueError as error:
-        # jsonargparse wraps what a part says of its arguments into what it tried with them
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__ or cause.__context__
+        cause = own_error(error)
         if cause is None:
             raise
         # "n = 3 must be ..." says which option it was
@@ -80,8 +69,15 @@ def call(function: Callable[..., Any], args: list[str], prog: str, description: 
     return status if isinstance(status, int) else 0
 
 
+def own_error(error: BaseException) -> InputError | None:
+    """What a part says of its arguments. jsonargparse wraps this into what it tried with them."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
 def _add_option(parser: ArgumentParser, parameter: inspect.Parameter, text: str) -> Any:
-    """Add an argument of a function, and return the type of its value or values."""
     name, kind = parameter.name, parameter.annotation
     if name == "run":
         parser.add_argument("run", metavar="RUN", type=kind, help=text)

@@ -44,10 +44,9 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
     classes = module.num_classes if module.class_conditional else None
     if to == "safetensors":
         save_model(module.ema_model, path)
-    elif to == "onnx":
-        export_onnx(module.ema_model, path, module.shape, classes)
-    elif to == "torch_export":
-        export_program(module.ema_model, path, module.shape, classes)
+    elif to != "diffusers":
+        write = export_onnx if to == "onnx" else export_program
+        write(module.ema_model, path, module.shape, classes)
     else:
         from ddpm_lightning.export.diffusers import to_pipeline
 
@@ -57,15 +56,7 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
 
 
 def run_command(name: str, args: list[str]) -> None:
-    """Run ``ddpm evaluate`` or ``ddpm export``.
-
-    Args:
-        name: "evaluate" or "export".
-        args: the words after it.
-
-    Raises:
-        InputError: bad options, or what a command says of its run.
-    """
+    """Run ``ddpm evaluate`` or ``ddpm export``, whichever ``name`` says, with the words after it."""
     if name == "export":
         call(export, args, "ddpm export")
         return

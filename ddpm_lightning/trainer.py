@@ -13,12 +13,11 @@ from ddpm_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.lock import hold
-from ddpm_lightning.samplers import AncestralSampler, InpaintingFactory, Sampler
+from ddpm_lightning.samplers import InpaintingFactory
 from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.sampling.known import read_inpainting
 from ddpm_lightning.sampling.output import ImageFile, check_folder
 from ddpm_lightning.sampling.task import SamplingTask
-from ddpm_lightning.schedules import StridedGrid, TimeGrid
 from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = ["DiffusionTrainer"]
@@ -47,22 +46,15 @@ class DiffusionTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
         n: int = 64,
-        seed: int = 0,
-        sampler: Sampler | None = None,
-        steps: int | None = None,
-        grid: TimeGrid | None = None,
-        labels: list[int] | None = None,
-        guidance_scale: float = 1.0,
         known: str | None = None,
         mask: str | None = None,
         inpainting: InpaintingFactory | None = None,
-        interpolate_to: int | None = None,
-        interpolation_columns: int = 8,
         batch_size: int = 64,
         out: str | None = None,
         format: Literal["safetensors", "npz"] = "safetensors",
         grid_images: int = 64,
         gif: bool = False,
+        **request: Any,
     ) -> None:
         """Draw images from a trained model into samples.safetensors, and the first of them into samples.png.
 
@@ -74,28 +66,18 @@ class DiffusionTrainer(Trainer):
             ckpt_path: checkpoint to load; "last" for the run's last one.
             weights_only: false lets the checkpoint run code while it is loaded; null and true do not.
             n: number of images; of rows with interpolate_to.
-            seed: seed of the images.
-            sampler: AncestralSampler (the default) or another sampler class.
-            steps: steps of the sampler for each image; null for all T.
-            grid: where the steps are: StridedGrid (the default), states of the chain; LogSNRGrid or KarrasGrid.
-            labels: classes of a class-conditional model, for example [3] or [0,1,2], which the images take in turn;
-                null for all classes in turn.
-            guidance_scale: of classifier-free guidance, for a class-conditional model trained with label_dropout: 1 is
-                the model itself, above 1 draws sharper images of the class.
             known: inpainting: the image whose known pixels are kept (.png), or images as this command writes them
                 (.safetensors, .npz), one or n.
             mask: inpainting: which pixels of it are known: white in a black and white .png of the image's size, or
                 true in a bool mask (.safetensors, .npz).
             inpainting: how: ReplacementSampler (the default; its resamplings above 1 are RePaint's), or
                 MomentMatchingSampler, which guides by the gradient of the known pixels' likelihood.
-            interpolate_to: another seed: each row goes from image k of seed to image k of this one. Needs a sampler
-                that draws no noise.
-            interpolation_columns: images in such a row, both ends among them.
             batch_size: images drawn at a time on each process.
             out: folder for what is written; null for the run's folder.
             format: of the file of images: uint8 grey levels [n, C, H, W], with their labels.
             grid_images: so many at most of the images are shown in samples.png and samples.gif.
             gif: draw samples.gif too: these images on their way from noise.
+            request: the other fields of SampleRequest.
 
         Raises:
             InputError: a number out of its range, no checkpoint, guidance of a model that was not trained for it, files
@@ -104,35 +86,23 @@ class DiffusionTrainer(Trainer):
         for name, value in (("n", n), ("batch_size", batch_size), ("grid_images", grid_images)):
             if value < 1:
                 raise InputError(f"--{name} {value} must be 1 or more")
-        request = SampleRequest(
-            sampler or AncestralSampler(),
-            steps,
-            grid or StridedGrid(),
-            seed,
-            labels,
-            guidance_scale,
-            read_inpainting(known, mask, inpainting, n, model.shape, model.levels),
-            interpolate_to,
-            interpolation_columns,
-        )
-        drawing = request.on(model)
+        pixels = read_inpainting(known, mask, inpainting, n, model.shape, model.levels)
+        asked = SampleRequest(inpainting=pixels, cap_steps=False, **request)
+        drawing = asked.on(model)
         if ckpt_path is None:
             raise InputError("sample needs a trained model: give --ckpt_path FILE, or last for the run's last one")
         folder = (Run(out) if out else Run.of(self)).folder
         settings = {"n": n, "ckpt_path": ckpt_path, "known": known, "mask": mask, **drawing.description()}
-        metadata = {"seed": str(seed), "settings": json.dumps(settings)}
+        metadata = {"seed": str(asked.seed), "settings": json.dumps(settings)}
         labelled = drawing.labels is not None
         file = ImageFile(folder / "samples.safetensors", n * drawing.columns, model.shape, labelled, metadata)
         check_folder(folder, file.size * (2 if format == "npz" else 1), n)
         with hold(folder / ".samples.lock", "is being sampled into") if self.is_global_zero else nullcontext():
-            self._restore(model, ckpt_path, weights_only is not False)
+            checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
             if model.ema_model.schedule.is_learned:
-                drawing = request.on(model)  # the weights decide where its steps are
+                drawing = asked.on(model)  # the weights decide where its steps are
             task = SamplingTask(drawing, file, batch_size, filmed=grid_images if gif else 0)
             self.predict(task, return_predictions=False)
             task.publish(format == "npz", grid_images)
-
-    def _restore(self, model: DiffusionModule, ckpt_path: str, weights_only: bool) -> None:
-        checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only)
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])

@@ -141,7 +141,9 @@ class Contest:
         running, optimizer = WeightAverage(module.ema_model, module.model), optimizer_of(module.model.parameters())
 
         def loss() -> Tensor:
-            return module.objective(module.model, levels_to_model(next(batches).image, 256), generator).mean()
+            objective: Any = module.objective  # nn.Module's attributes are typed too widely
+            losses: Tensor = objective(module.model, levels_to_model(next(batches).image, 256), generator)
+            return losses.mean()
 
         def step() -> None:
             descent(loss, optimizer)
@@ -237,7 +239,8 @@ def diffusers(size: int, device: torch.device, width: int) -> Group:
     torch.manual_seed(0)
     theirs, base = unet2d(width, 2 * width, 2 * width), "diffusers"
     contest, adamw = Contest(UNet2DNetwork(theirs, T), size, device), partial(torch.optim.AdamW, lr=1e-4)
-    fused, noisy = partial(adamw, fused=True), DDPMScheduler(num_train_timesteps=T).add_noise
+    scheduler: Any = DDPMScheduler(num_train_timesteps=T)
+    fused, noisy = partial(adamw, fused=True), scheduler.add_noise
     by_hand = Contest(theirs, size, device).by_hand(adamw, noisy, lambda network, x, t: network(x, t).sample)
     variants = {
         base: Variant(timed(by_hand, device)),

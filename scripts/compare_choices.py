@@ -126,7 +126,7 @@ def main(
         out: folder
     """
     at_least(1, steps=steps, many=many)
-    at_least(2, few=few, **({} if images is None else {"images": images}))
+    at_least(2, few=few, images=2 if images is None else images)
     chosen = {names: model for names, model in TRAININGS.items() if only in ", ".join(names)}
     if not chosen:
         raise InputError(f"--only {only}: none of {'; '.join(', '.join(names) for names in TRAININGS)}")

@@ -186,7 +186,7 @@ def main(
     if compile:
         module.ema_model.network.compile()
     add("training images", training_images(module, data.split("train"), n, seed))
-    draw = partial(Samples, n, batch_size=trained.batch_size, seed=seed)
+    draw = partial(Samples, n=n, batch_size=trained.batch_size, seed=seed)
     for cost in costs:
         for name in samplers or SAMPLERS:
             sampler = SAMPLERS[name]

@@ -341,7 +341,7 @@ class TestBadInput:
             (["--model.objective=HybridObjective"], ["nothing to learn", "LearnedRangeVariance"]),
             (["--data.batch_size=5000"], ["--data.batch_size"]),
             (["--data.batch_size=0"], ["--data.batch_size"]),
-            (["--ckpt_path=nowhere.ckpt"], ["--ckpt_path nowhere.ckpt does not exist"]),
+            (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt does not exist"]),
             (["--ckpt_path=best"], ["best.ckpt does not exist"]),
         ],
     )

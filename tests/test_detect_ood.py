@@ -15,7 +15,10 @@ from ddpm_lightning.runs import Run
 pytestmark = pytest.mark.cli
 
 
-def test_every_set_is_judged(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_set_is_judged(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddpm_lightning.progress.QUIET", 0)
     main(["evaluate", "ood", str(trained), "--images=60", "--batch_size=40", f"--out={tmp_path}"])
     record = json.loads((tmp_path / "ood.json").read_text())
     assert (record["T"], record["steps"], record["weights"], record["steps_trained"]) == (12, 11, "averaged", 20)

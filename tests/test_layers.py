@@ -18,7 +18,7 @@ LAYERS = [
     ["schedules", "networks"],
     ["process"],
     ["objectives", "samplers", "metrics"],
-    ["data", "checkpoints", "figures", "command_line"],
+    ["data", "checkpoints", "figures", "command_line", "progress"],
     ["training"],
     ["runs"],
     ["sampling"],

@@ -103,12 +103,12 @@ def test_the_callback_sees_every_state() -> None:
 
 
 def test_rows_between_two_seeds_keep_their_class() -> None:
-    request = SampleRequest(DDIMSampler(), 2, labels=[4, 9], interpolate_to=1, columns=3)
+    request = SampleRequest(DDIMSampler(), 2, labels=[4, 9], interpolate_to=1, interpolation_columns=3)
     draw = request.on(conditional())
     label = draw.label(torch.arange(9))
     assert label is not None and label.tolist() == [4, 4, 4, 9, 9, 9, 4, 4, 4]
     # columns count only between two seeds
-    assert SampleRequest(columns=1).on(build()).columns == 1
+    assert SampleRequest(interpolation_columns=1).on(build()).columns == 1
 
 
 @pytest.mark.parametrize("factory", [ReplacementSampler, partial(ReplacementSampler, resamplings=3)])

@@ -156,11 +156,14 @@ def test_nearest_neighbours_lie_below_their_sample() -> None:
     assert bool((picture[:, height : height + 2] == 255).all())
 
 
-def test_quality_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quality_of_a_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddpm_lightning.progress.QUIET", 0)
     options = ["--n=40", "--steps=4", "--batch_size=30", f"--out={tmp_path}", "--sampler=HeunSampler"]
     main(["evaluate", "quality", str(trained), *options])
     captured, record = capsys.readouterr(), json.loads((tmp_path / "quality.json").read_text())
-    assert captured.out == (tmp_path / "quality.txt").read_text() + "\n" and "40/40" in captured.err
+    assert captured.out == (tmp_path / "quality.txt").read_text() and "40/40" in captured.err
     assert "40 samples (HeunSampler, 4 steps, seed 0" in captured.out
     assert list(record["figures"]) == ["samples", "40 training images", "40 validation images"]
     digits = Digits()

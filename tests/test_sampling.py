@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import tile
+from ddpm_lightning.progress import progress
 from ddpm_lightning.samplers import (
     AncestralSampler,
     DDIMSampler,
@@ -27,7 +28,6 @@ from ddpm_lightning.samplers import (
     Sampler,
 )
 from ddpm_lightning.sampling import SampleRequest
-from ddpm_lightning.sampling import progress as sampling_progress
 from ddpm_lightning.sampling.known import read_images, read_mask
 from ddpm_lightning.sampling.output import ImageFile
 from ddpm_lightning.sampling.request import slerp
@@ -414,17 +414,14 @@ def test_an_exploding_schedule_is_shown_in_units_of_the_data(tmp_path: Path) -> 
 
 def test_progress_in_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    monkeypatch.setattr(sampling_progress.time, "monotonic", lambda: now[0])
-    progress = sampling_progress.SamplingProgress(n=20, share=10, steps=4)
-    for second in (5, 19, 20, 30, 41):
-        now[0] = second
-        progress.stepped(4)
-        if second == 20:
-            progress.drawn(4)
-    lines = capsys.readouterr().out.splitlines()
-    # 12 of 40 steps in 20 s, the other process as fast
-    assert lines[0] == "sampling: 0 of 20 images, 24 of 80 steps, about 47 s left"
-    assert lines[1] == "sampling: 8 of 20 images, 40 of 80 steps, about 41 s left" and len(lines) == 2
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with progress("sampling", 80, "steps") as bar:
+        for second in (5, 19, 20, 30, 41):
+            now[0] = second
+            bar.update(8)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    # 24 of 80 steps in 20 s
+    assert "24/80 [00:20<00:46" in lines[0] and "40/80" in lines[1] and len(lines) == 2, lines
 
 
 # ---------------------------------------------------------------- what is refused

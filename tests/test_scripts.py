@@ -69,7 +69,10 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 # --- forms
 
 
-def test_forms_are_compared_at_every_T(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forms_are_compared_at_every_T(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddpm_lightning.progress.QUIET", 0)
     main(["evaluate", "forms", str(trained), f"--out={tmp_path}", "--T", "4", "40", "--images=24", "--draws=4"])
     rows = json.loads((tmp_path / "forms.json").read_text())
     assert [(row["T"], row["form"]) for row in rows] == [

@@ -9,16 +9,6 @@ from ddpm_lightning.callbacks.quality import SampleQuality
 from ddpm_lightning.callbacks.reports import BoundTable, ImageTermsWriter
 
 __all__ = [
-    "BatchSizeTest",
-    "BoundTable",
-    "EpochLines",
-    "ForwardStrip",
-    "ImageTermsWriter",
-    "ImagesPerSecond",
-    "LastCheckpoint",
-    "LearningRateTest",
-    "SampleGrid",
-    "SampleQuality",
-    "ScheduleCurves",
-    "StopOnNonFinite",
-]
+    "BatchSizeTest", "BoundTable", "EpochLines", "ForwardStrip", "ImageTermsWriter", "ImagesPerSecond",
+    "LastCheckpoint", "LearningRateTest", "SampleGrid", "SampleQuality", "ScheduleCurves", "StopOnNonFinite",
+]  # fmt: skip

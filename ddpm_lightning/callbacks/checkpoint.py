@@ -56,47 +56,42 @@ class LastCheckpoint(Checkpoint):
                 _move(state, Path(state["dirpath"]), Path(callback.dirpath))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, and listen."""
         self._is_due = False
         self._saved_at = trainer.global_step, time.monotonic()
         self._signals.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save what fell due with the batch before, now that its loss is logged."""
-        if self._is_due:
+        if self._is_due:  # the loss of the batch before is logged now
             self._save_what_is_due(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the clock and for signals. On one do not wait for a validation, which would take long."""
         fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
         self._is_due |= self._is_time(trainer)
         validates = loop._should_check_val_fx(fit._data_fetcher)  # type: ignore[arg-type]
         if _ends(trainer) or (loop.batch_progress.is_last_batch and not validates):
             return
-        if self._signals.received(trainer):
+        if self._signals.received(trainer):  # do not wait for a validation, which would take long
             # Lightning logs the loss after this hook
             trainer._logger_connector.on_batch_end()
             trainer._logger_connector.update_train_step_metrics()
             self._save_what_is_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after each validation; after the last one of an epoch when its other callbacks are done."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._is_due = True
+            # after the last validation of an epoch the other callbacks come first
             if not _ends(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
                 self._save_what_is_due(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what is due."""
         often = self.every_n_train_steps or self.train_time_interval
         self._is_due |= not (trainer.enable_validation or often)
         if not _ends(trainer):
             self._save_what_is_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state in which training stopped."""
         self._is_due |= trainer.global_step != self._saved_at[0]
         self._save_what_is_due(trainer)
 
@@ -109,7 +104,6 @@ class LastCheckpoint(Checkpoint):
         return bool(trainer.strategy.broadcast(seconds >= self.train_time_interval.total_seconds()))
 
     def _save_what_is_due(self, trainer: Trainer) -> None:
-        """Save where it is due or a signal has come; on a signal end the process."""
         number = self._signals.received(trainer)
         path = Run.of(trainer).checkpoints / LAST
         moved_on = number and trainer.global_step != self._saved_at[0]

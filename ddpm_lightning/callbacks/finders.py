@@ -22,11 +22,6 @@ class LearningRateTest(LearningRateFinder):
         super().__init__(min_lr, max_lr, num_training_steps, update_attr=False)
 
     def lr_find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test, say, end.
-
-        Raises:
-            SystemExit: with status 0.
-        """
         super().lr_find(trainer, pl_module)
         assert self.optimal_lr is not None
         rate, losses = self.optimal_lr.suggestion(), self.optimal_lr.results["loss"]
@@ -47,11 +42,6 @@ class BatchSizeTest(BatchSizeFinder):
         super().__init__("power", steps_per_trial, init_val, max_trials, max_val=2**40)
 
     def scale_batch_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Search, say, end.
-
-        Raises:
-            SystemExit: with status 0.
-        """
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning's connectors set it
         assert isinstance(data, ImageDataModule)
         # Lightning would go on to batches that the split cannot fill

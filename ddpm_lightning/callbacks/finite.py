@@ -29,7 +29,6 @@ class StopOnNonFinite(Callback):
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to what draws the times."""
         self._losses.clear()
         self._hooks = [
             part.register_forward_hook(self._drawn) for part in pl_module.modules() if isinstance(part, TimeSampler)
@@ -41,17 +40,14 @@ class StopOnNonFinite(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss, and now and then look at those kept."""
         self._losses.append((trainer.global_step, outputs["loss"].detach(), self._position))
         if len(self._losses) >= (trainer.log_every_n_steps or 50):  # type: ignore[attr-defined]  # set by connectors
             self._check(trainer, None)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look at the losses kept and at what is about to be saved."""
         self._check(trainer, checkpoint["state_dict"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the rest, and listen no more."""
         self._check(trainer, None)
         for hook in self._hooks:
             hook.remove()
@@ -59,7 +55,8 @@ class StopOnNonFinite(Callback):
     def _check(self, trainer: Trainer, state: dict[str, Tensor] | None) -> None:
         kept, self._losses = self._losses, []
         finite = torch.stack([loss for _, loss, _ in kept]).isfinite().tolist() if kept else []
-        bad = [name for name, value in (state or {}).items() if value.is_floating_point() and not _all_finite(value)]
+        weights = ((name, value) for name, value in (state or {}).items() if value.is_floating_point())
+        bad = [name for name, value in weights if not bool(value.isfinite().all())]
         if not trainer.strategy.reduce_boolean_decision(bool(bad) or not all(finite), all=False):
             return
         where = "is not finite on another process"
@@ -75,7 +72,3 @@ class StopOnNonFinite(Callback):
             f"the loss {where}; the last good checkpoint is {good or 'none'}: try a smaller learning rate, "
             "or --trainer.gradient_clip_val 1"
         )
-
-
-def _all_finite(value: Tensor) -> bool:
-    return bool(value.isfinite().all())

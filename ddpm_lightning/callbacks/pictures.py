@@ -44,12 +44,10 @@ class SampleGrid(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw one where the validation belongs to training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw one, unless this step's validation has just done so."""
         assert isinstance(pl_module, DiffusionModule)
         with pl_module.whole_average():
             if trainer.is_global_zero:
@@ -58,7 +56,7 @@ class SampleGrid(Callback):
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, DiffusionModule)
         if self._last_step == trainer.global_step:
-            return
+            return  # this step's validation has drawn it
         self._last_step = trainer.global_step
         draw = SampleRequest(self.sampler, self.steps, seed=self.seed, cap_steps=True).on(module)
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
@@ -80,7 +78,6 @@ class ForwardStrip(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the strip."""
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, ImageDataModule):
             return
@@ -103,29 +100,20 @@ class ScheduleCurves(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the schedule that training starts from."""
         assert isinstance(pl_module, DiffusionModule)
         self._at_start = deepcopy(pl_module.model.schedule)
         name = "start" if self._at_start.is_learned else type(self._at_start).__name__
         self._publish(trainer, {name: self._at_start})
 
     @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw a learned schedule anew."""
-        if self._at_start is not None and trainer.state.fn == "fit":
-            self._draw_learned(trainer, pl_module, self._at_start)
+    def _draw_learned(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        start = self._at_start
+        if start is not None and start.is_learned and trainer.state.fn == "fit":
+            now, averaged = pl_module.model.schedule, pl_module.ema_model.schedule
+            self._publish(trainer, {"start": start, "now": now, "averaged": averaged})
 
-    @rank_zero_only
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw a learned schedule anew."""
-        if self._at_start is not None:
-            self._draw_learned(trainer, pl_module, self._at_start)
-
-    def _draw_learned(self, trainer: Trainer, module: LightningModule, at_start: Schedule) -> None:
-        assert isinstance(module, DiffusionModule)
-        if at_start.is_learned:
-            curves = {"start": at_start, "now": module.model.schedule, "averaged": module.ema_model.schedule}
-            self._publish(trainer, curves)
+    on_validation_end = on_train_end = _draw_learned
 
     def _publish(self, trainer: Trainer, curves: dict[str, Schedule]) -> None:
         _publish(trainer, "schedule", schedule_curves(curves), "schedule.png")

@@ -24,18 +24,18 @@ class EpochLines(Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch, the step, the loss, the bound and the rate."""
         assert isinstance(pl_module, DiffusionModule)
+        metrics = trainer.callback_metrics
         parts = [f"epoch {trainer.current_epoch}", f"step {trainer.global_step}"]
-        if "train/loss" in trainer.callback_metrics:
-            parts.append(f"loss {float(trainer.callback_metrics['train/loss']):.4f}")
+        if "train/loss" in metrics:
+            parts.append(f"loss {float(metrics['train/loss']):.4f}")
         for form, scores in pl_module.bound_scores.get("val", {}).items():
             bits = scores["elbo"].in_bits(pl_module.dims)
             parts.append(f"val/{form} {bits.mean:.4f} +- {bits.se:.4f} bits/dim")
-        if "val/frechet" in trainer.callback_metrics:
-            parts.append(f"val/frechet {float(trainer.callback_metrics['val/frechet']):.4f}")
-        if "train/images_per_second" in trainer.callback_metrics:
-            parts.append(f"{float(trainer.callback_metrics['train/images_per_second']):.0f} images/s")
+        if "val/frechet" in metrics:
+            parts.append(f"val/frechet {float(metrics['val/frechet']):.4f}")
+        if "train/images_per_second" in metrics:
+            parts.append(f"{float(metrics['train/images_per_second']):.0f} images/s")
         print(" | ".join(parts), flush=True)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,13 +73,11 @@ class ImagesPerSecond(Callback):
         self._images, self._seconds, self._start = 0, 0.0, 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock of a step."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the step up, and log every ``log_every_n_steps`` steps."""
         self._seconds += time.perf_counter() - self._start
         self._images += len(batch.image) * trainer.world_size
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddpm_lightning.data import Batch, ImageDataModule
 from ddpm_lightning.data.datamodule import SplitName
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.quality import (
     Comparison,
     Labelled,
@@ -15,6 +15,7 @@ from ddpm_lightning.evaluation.quality import (
     named_classifier,
     quality_report,
 )
+from ddpm_lightning.evaluation.trained import publish
 from ddpm_lightning.networks import FeatureClassifier
 from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import DDIMSampler, Sampler
@@ -61,9 +62,10 @@ class SampleQuality(Callback):
         guidance_scale: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if every_n_epochs < 1:
-            raise InputError(f"every_n_epochs = {every_n_epochs} must be 1 or more")
-        self.samples = Samples(n, sampler or DDIMSampler(), steps, batch_size, guidance_scale, seed)
+        at_least(1, every_n_epochs=every_n_epochs)
+        self.samples = Samples(
+            sampler or DDIMSampler(), steps, seed=seed, guidance_scale=guidance_scale, n=n, batch_size=batch_size
+        )
         self.every_n_epochs, self.reference, self.classifier = every_n_epochs, reference, classifier
         self.measured: dict[str, dict[str, float]] = {}
         self._judge: FeatureClassifier | None = None
@@ -77,38 +79,31 @@ class SampleQuality(Callback):
         self.classifier, self._judge = named_classifier(pl_module, self.classifier)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """``val/frechet``, where the validation belongs to training and it is the epoch's turn."""
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if trainer.state.fn != "fit" or trainer.sanity_checking or not due:
             return
-        module, judge = self._parts(pl_module)
-        compare = Comparison(module, judge, self._real(trainer, self.reference), only=["frechet"])
-        module.log("val/frechet", compare(self._sampled(trainer, module))["frechet"])
+        compare = self._comparison(trainer, pl_module, self.reference, ["frechet"])
+        pl_module.log("val/frechet", compare(self._sampled(trainer, pl_module))["frechet"])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """``test/frechet`` and the other measures, and those of training images: ``test/floor_frechet``."""
-        module, judge = self._parts(pl_module)
-        compare = Comparison(module, judge, self._real(trainer, "test"))
-        self.measured["samples"] = compare(self._sampled(trainer, module))
+        compare = self._comparison(trainer, pl_module, "test")
+        self.measured["samples"] = compare(self._sampled(trainer, pl_module))
         self.measured["training images"] = compare(self._real(trainer, "train"))
         for prefix, row in (("", "samples"), ("floor_", "training images")):
-            module.log_dict({f"test/{prefix}{name}": value for name, value in self.measured[row].items()})
+            pl_module.log_dict({f"test/{prefix}{name}": value for name, value in self.measured[row].items()})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print and write the table."""
-        if not trainer.is_global_zero:
-            return
-        module, _ = self._parts(pl_module)
-        real = len(self._chosen(trainer, "test").image)
-        text, record = quality_report(module, self.samples, self.measured, real, str(self.classifier))
-        print(text, flush=True)
-        run = Run.of(trainer)
-        run.write("quality-test.txt", text)
-        run.write("quality-test.json", record)
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, DiffusionModule)
+            real = len(self._chosen(trainer, "test").image)
+            report = quality_report(pl_module, self.samples, self.measured, real, str(self.classifier))
+            publish(Run.of(trainer), "quality-test", *report)
 
-    def _parts(self, module: LightningModule) -> tuple[DiffusionModule, FeatureClassifier]:
+    def _comparison(
+        self, trainer: Trainer, module: LightningModule, split: SplitName, only: list[str] | None = None
+    ) -> Comparison:
         assert isinstance(module, DiffusionModule) and self._judge is not None
-        return module, self._judge
+        return Comparison(module, self._judge, self._real(trainer, split), only)
 
     def _chosen(self, trainer: Trainer, split: SplitName) -> Batch:
         data = getattr(trainer, "datamodule", None)
@@ -120,6 +115,7 @@ class SampleQuality(Callback):
         images = self._chosen(trainer, split)
         return labelled_batches(images, self.samples.batch_size, trainer.global_rank, trainer.world_size)
 
-    def _sampled(self, trainer: Trainer, module: DiffusionModule) -> Iterator[Labelled]:
+    def _sampled(self, trainer: Trainer, module: LightningModule) -> Iterator[Labelled]:
+        assert isinstance(module, DiffusionModule)
         forward = trainer.precision_plugin.forward_context
         return self.samples.batches(module, trainer.global_rank, trainer.world_size, precision=forward)

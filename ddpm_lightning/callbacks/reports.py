@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from ddpm_lightning.evaluation.bound import bound_report, csv_text
+from ddpm_lightning.evaluation.trained import publish
 from ddpm_lightning.runs import Run
 from ddpm_lightning.training.distributed import gather_to_all
 from ddpm_lightning.training.module import DiffusionModule
@@ -19,8 +20,7 @@ class BoundTable(Callback):
     """After validate and test: print the bound's table and write RUN/bound-STAGE.txt and .json."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """For the ``validate`` command; ``fit`` has its own lines."""
-        if trainer.state.fn == "validate":
+        if trainer.state.fn == "validate":  # fit has its own lines
             self._write(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -28,13 +28,8 @@ class BoundTable(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule, stage: Literal["val", "test"]) -> None:
         assert isinstance(module, DiffusionModule)
-        if not trainer.is_global_zero:
-            return
-        text, record = bound_report(module, stage, str(trainer.precision))
-        print(text, flush=True)
-        run = Run.of(trainer)
-        run.write(f"bound-{stage}.txt", text)
-        run.write(f"bound-{stage}.json", record)
+        if trainer.is_global_zero:
+            publish(Run.of(trainer), f"bound-{stage}", *bound_report(module, stage, str(trainer.precision)))
 
 
 class ImageTermsWriter(BasePredictionWriter):
@@ -50,7 +45,6 @@ class ImageTermsWriter(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any] | None,
     ) -> None:
-        """Gather all processes' rows and write them once."""
         if not predictions or "index" not in predictions[0]:
             return
         columns = {name: torch.cat([batch[name].cpu() for batch in predictions]) for name in predictions[0]}

@@ -53,21 +53,14 @@ def bound_table(scores: BoundScores, dims: int) -> str:
         lines.append("-" * len(lines[0]))
         for name, score in terms.items():
             length = score.in_bits(dims)
-            nats = f"{score.mean:.3f} +- {score.se:.3f}"
-            bits = f"{length.mean:.5f} +- {length.se:.5f}"
+            nats, bits = f"{score.mean:.3f} +- {score.se:.3f}", f"{length.mean:.5f} +- {length.se:.5f}"
             label = f"({name})" if score.kind == "diagnostic" else name
             lines.append(f"{form:<12} {label:<24} {nats:>22} {bits:>22}")
     return "\n".join(lines)
 
 
 def bound_report(module: DiffusionModule, stage: Literal["val", "test"], precision: str) -> tuple[str, dict[str, Any]]:
-    """The module's last scores of a stage as text and as plain data.
-
-    Args:
-        module: has evaluated its bounds on the stage's images.
-        stage: which of its evaluations.
-        precision: of the network, in the Trainer's words.
-    """
+    """The module's last scores of a stage as text and as plain data; ``precision`` in the Trainer's words."""
     scores, images, model = module.bound_scores[stage], module.images_evaluated[stage], module.ema_model
     estimators = module.bounds[stage]
     facts = model_facts(module)
@@ -83,23 +76,20 @@ def bound_report(module: DiffusionModule, stage: Literal["val", "test"], precisi
     if model.decoder.is_density:
         constant = math.log2((module.levels - 1) / 2)
         head.append(f"A density on [-1, 1]: add {constant:.5f} bits/dim for units of one grey level.")
-    bounds = {}
-    for estimator in estimators:
-        T, steps = estimator.evaluated(model.T)
-        bounds[estimator.name] = {"T": T, "steps_evaluated": steps, "draws": 1}
+    chains = {estimator.name: estimator.evaluated(model.T) for estimator in estimators}
     with_bits = {form: {**terms, "bits_per_dim": terms["elbo"].in_bits(module.dims)} for form, terms in scores.items()}
     record = {
         "stage": stage,
         "images": images,
         **facts,
         "precision": precision,
-        "bounds": bounds,
+        "bounds": {name: {"T": T, "steps_evaluated": steps, "draws": 1} for name, (T, steps) in chains.items()},
         "figures": {
             form: {name: {"mean": score.mean, "se": score.se} for name, score in terms.items()}
             for form, terms in with_bits.items()
         },
     }
-    return "\n".join([*head, "", bound_table(scores, module.dims), ""]), record
+    return "\n".join([*head, "", bound_table(scores, module.dims)]), record
 
 
 def steps_in_words(estimator: ElboEstimator, own_T: int) -> str:
@@ -112,10 +102,8 @@ def steps_in_words(estimator: ElboEstimator, own_T: int) -> str:
 
 def image_bits(trained: Trained, estimator: ElboEstimator, images: Batch, what: str) -> Tensor:
     """The bound of each image, bits/dim, float64 ``[N]``."""
-    nats = []
-    for part in trained.batches(images, what):
-        with torch.inference_mode():
-            nats.append(trained.module.bound(estimator, part)["elbo"].cpu())
+    with torch.inference_mode():
+        nats = [trained.module.bound(estimator, part)["elbo"].cpu() for part in trained.batches(images, what)]
     return in_bits(torch.cat(nats), trained.module.dims)
 
 

@@ -13,6 +13,7 @@ from ddpm_lightning.evaluation.bound import in_bits, mean_and_error, model_facts
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.metrics import decoded_log_prob, dequantized_log_prob
 from ddpm_lightning.ops import image_generators
+from ddpm_lightning.process import DiffusionModel
 from ddpm_lightning.samplers import ExactDivergence, HutchinsonDivergence, ProbabilityFlow
 
 __all__ = ["flow"]
@@ -47,7 +48,7 @@ def flow(
     """
     at_least(2, images=images)
     at_least(0, probes=probes)
-    chosen = trained.data.split("test").chosen(images, trained.seed)
+    facts, chosen = model_facts(trained.module), trained.data.split("test").chosen(images, trained.seed)
     lines, rows, values = [], [], []
     for solver in map(ProbabilityFlow, (steps, 2 * steps) if check else (steps,)):
         bits = _image_bits(trained, chosen, solver, probes, dequantization == "uniform")
@@ -56,7 +57,7 @@ def flow(
         rows.append({"steps": solver.steps, "evaluations": solver.evaluations, "bits_per_dim": mean, "se": error})
         lines.append(f"{solver.steps} steps, {solver.evaluations} evaluations: {mean:.4f} +- {error:.4f} bits/dim")
     record = {
-        **model_facts(trained.module),
+        **facts,
         "images": len(chosen.image),
         "probes": probes,
         "dequantization": dequantization,
@@ -66,14 +67,11 @@ def flow(
         change = values[1] - values[0]
         record["change"] = {"mean": float(change.mean()), "largest": float(change.abs().max())}
         lines.append(f"twice the steps: {change.mean():+.5f} bits/dim, at most {change.abs().max():.5f} for an image")
-    text = "\n".join(lines)
-    print(text)
-    trained.write("flow", {"flow.txt": text + "\n", "flow.json": record})
+    trained.report("flow", "\n".join(lines), record)
     return record
 
 
 def _image_bits(trained: Trained, images: Batch, solver: ProbabilityFlow, probes: int, uniform: bool) -> Tensor:
-    """Bits/dim of each image, float64 ``[N]``."""
     divergence = HutchinsonDivergence(probes) if probes else ExactDivergence()
     module, results = trained.module, []
     model, levels = module.ema_model, module.levels
@@ -81,16 +79,16 @@ def _image_bits(trained: Trained, images: Batch, solver: ProbabilityFlow, probes
         x0, generators = levels_to_model(part.image, levels), image_generators(trained.seed, part.index)
         cond = {"label": part.label} if module.class_conditional else {}
         likelihood = solver.image_log_likelihood if uniform else solver.log_likelihood
-        density = partial(likelihood, model, divergence=divergence, generators=generators, **cond)
-
-        def log_density(x: Tensor, density: Callable[[Tensor], Any] = density) -> Tensor:
-            nats: Tensor = density(x).log_prob
-            return nats
-
+        density = partial(_log_prob, likelihood, model, divergence=divergence, generators=generators, **cond)
         if uniform:
-            nats = dequantized_log_prob(log_density, x0, levels, generators)
+            nats = dequantized_log_prob(density, x0, levels, generators)
         else:
             with torch.no_grad():
-                nats = decoded_log_prob(log_density, model, x0, generators, **cond)
+                nats = decoded_log_prob(density, model, x0, generators, **cond)
         results.append(nats.cpu())
     return in_bits(torch.cat(results), module.dims)
+
+
+def _log_prob(likelihood: Callable[..., Any], model: DiffusionModel, x: Tensor, **options: Any) -> Tensor:
+    nats: Tensor = likelihood(model, x, **options).log_prob
+    return nats

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import at_least
-from ddpm_lightning.evaluation.progress import tracked
+from ddpm_lightning.evaluation.bound import mean_and_error
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import drawn
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.progress import tracked
 
 __all__ = ["forms"]
 
@@ -47,36 +48,32 @@ def forms(trained: Trained, T: list[int] | None = None, images: int = 32, draws:
         found = {form.name: _draw(chain, form, x0, draws, trained.seed) for form in FORMS}
         rows += [_summary(form, states, found[form.name]) for form in FORMS]
     text = f"{len(x0)} test images, {draws} draws each, averaged weights\n\n{_table(rows)}"
-    print(text)
-    picture = _picture(chain, found)
-    trained.write("forms", {"forms.txt": text + "\n", "forms.json": rows, "forms.png": picture})
+    trained.report("forms", text, rows, {"forms.png": _picture(chain, found)})
     return rows
 
 
 def _draw(model: DiffusionModel, form: ElboEstimator, x0: Tensor, draws: int, seed: int) -> dict[str, Any]:
     """Every draw's totals ``[draws, B]``, step costs ``[draws, B, T - 1]`` and diagnostics, and the seconds taken."""
-    totals, steps, literal = [], [], []
+    found: list[list[Tensor]] = []
     start = time.perf_counter()
     for number in tracked(range(draws), draws, f"T = {model.T}, {form.name}", "draws", lambda _: 1):
         generators = image_generators(seed + number, range(len(x0)))
         with torch.inference_mode():
             terms = form(model, x0, generators)
-        totals.append(terms.total.cpu())
-        steps.append(terms.step_costs.cpu())
-        literal.append(terms.diagnostics.get("consistency_literal_kl", torch.zeros(0)).cpu())
-    seconds = time.perf_counter() - start
-    return {"total": torch.stack(totals), "steps": torch.stack(steps), "literal": torch.stack(literal), "s": seconds}
+        literal = terms.diagnostics.get("consistency_literal_kl", torch.zeros(0))
+        found.append([terms.total.cpu(), terms.step_costs.cpu(), literal.cpu()])
+    total, steps, literal = map(torch.stack, zip(*found, strict=True))
+    return {"total": total, "steps": steps, "literal": literal, "s": time.perf_counter() - start}
 
 
 def _summary(form: ElboEstimator, T: int, found: dict[str, Any]) -> dict[str, Any]:
-    """One row of the table."""
     total, steps = found["total"], found["steps"]
-    per_image = total.mean(0)
+    mean, error = mean_and_error(total.mean(0))
     row = {
         "T": T,
         "form": form.name,
-        "elbo_nats": float(per_image.mean()),
-        "elbo_se": float(per_image.std() / len(per_image) ** 0.5),
+        "elbo_nats": mean,
+        "elbo_se": error,
         "noise_one_path": float(total.var(0).mean().sqrt()),
         "noise_separate_steps": float(steps.var(0).sum(1).mean().sqrt()),
         "evaluations_per_image": T,
@@ -104,7 +101,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _picture(model: DiffusionModel, found: dict[str, dict[str, Any]]) -> Tensor:
-    """The cost summed from t = 1 down to each step, and each step's noise, against t and log SNR, for one T."""
     times = model.grid[2:]
     axes_x = {"t": times.cpu(), "log SNR": -model.schedule.gamma(times).detach().cpu()}
     picture = Figure(figsize=(10, 6), dpi=110, layout="constrained")

@@ -7,7 +7,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from torchmetrics.functional.classification import binary_auroc
 
 from ddpm_lightning.data import Batch, Digits, levels_to_model, model_to_levels
 from ddpm_lightning.errors import at_least
@@ -25,18 +24,15 @@ RESAMPLES = 1000
 
 
 def _uniform_noise(batch: Batch, levels: int, seed: int) -> Tensor:
-    """Every grey level equally often, for each image from a generator of its own."""
-    generators = image_generators(seed, batch.index)
-    drawn = [torch.randint(levels, batch.image.shape[1:], generator=generator) for generator in generators]
-    return torch.stack(drawn).to(torch.uint8)
+    generators, shape = image_generators(seed, batch.index), batch.image.shape[1:]
+    return torch.stack([torch.randint(levels, shape, generator=each) for each in generators]).to(torch.uint8)
 
 
 def _shuffled(batch: Batch, seed: int) -> Tensor:
     """The pixels of each image in an order of its own, the channels of a pixel together."""
     flat = batch.image.flatten(2)
-    orders = [torch.randperm(flat.shape[2], generator=generator) for generator in image_generators(seed, batch.index)]
-    order = torch.stack(orders)[:, None].expand_as(flat)
-    return flat.gather(2, order).view_as(batch.image)
+    orders = [torch.randperm(flat.shape[2], generator=each) for each in image_generators(seed, batch.index)]
+    return flat.gather(2, torch.stack(orders)[:, None].expand_as(flat)).view_as(batch.image)
 
 
 def enlarged_digits(module: DiffusionModule, count: int) -> tuple[Tensor, Tensor]:
@@ -67,31 +63,28 @@ def outliers(module: DiffusionModule, inside: Batch, of_digits: bool, seed: int)
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
     """Probability that an outlier's score exceeds that of an image of the data, a tie counting half."""
-    scores = torch.cat([inside, outside])
-    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
-    # torchmetrics squeezes scores outside [0, 1] through a sigmoid, in which large ones become equal: give it ranks
-    ranks = scores.unique(return_inverse=True)[1].double() / len(scores)
-    return float(binary_auroc(ranks, target))
+    return float(_wins(inside, outside).mean())
+
+
+def _wins(inside: Tensor, outside: Tensor) -> Tensor:
+    return (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()
 
 
 def auroc_se(inside: Tensor, outside: Tensor, seed: int = 0) -> float:
     """Standard error of :func:`auroc` by the bootstrap over the N pairs of scores, each ``[N]``."""
     n = len(inside)
-    wins = (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()
     picks = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
     counts = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, picks, torch.ones_like(picks).double())
-    return float(((counts @ wins) * counts).sum(1).div(n * n).std())
+    return float(((counts @ _wins(inside, outside)) * counts).sum(1).div(n * n).std())
 
 
 def _judged(inside: Tensor, outside: Tensor, typical: float) -> dict[str, Any]:
-    """AUROC of both scores, each with its standard error."""
     inside = inside[: len(outside)]
     scores = {"likelihood": (inside, outside), "typicality": ((inside - typical).abs(), (outside - typical).abs())}
     return {name: {"auroc": auroc(*pair), "se": auroc_se(*pair)} for name, pair in scores.items()}
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
     lines = [f"{'set':<24} {'images':>6} {'bits/dim':>18} {'AUROC likelihood':>19} {'AUROC typicality':>19}"]
     for row in rows:
         cells = [f"{row[name]['auroc']:.4f} +- {row[name]['se']:.4f}" if name in row else "" for name in SCORES]
@@ -101,7 +94,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _histograms(rows: list[dict[str, Any]], images: dict[str, Tensor], values: dict[str, Tensor], top: int) -> Tensor:
-    """For each set some of its images and the histogram of its bits/dim, that of the test images behind it."""
     inside = values["test images"]
     everything = torch.cat([values[row["set"]] for row in rows])
     low, high = float(everything.min()), float(everything.max())
@@ -123,9 +115,8 @@ def _histograms(rows: list[dict[str, Any]], images: dict[str, Tensor], values: d
             histogram.hist(values[name].numpy(), edges, color="tab:red", alpha=0.6)
             title += "; AUROC " + ", ".join(f"{score} {row[score]['auroc']:.3f}" for score in SCORES)
         histogram.set_title(title, fontsize=9, loc="left")
-        histogram.set_yticks([])
+        histogram.set(yticks=[], xlim=(edges[0], edges[-1]))
         histogram.spines[["top", "right", "left"]].set_visible(False)
-        histogram.set_xlim(edges[0], edges[-1])
         if logarithmic:
             histogram.set_xscale("log")
             ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
@@ -171,10 +162,8 @@ def ood(trained: Trained, images: int = 500, steps: int = 20, T: int | None = No
     # noise of their own
     typical = typical._replace(index=typical.index + len(test))
     sets = {"test images": inside, **outliers(module, inside, isinstance(data, Digits), seed)}
-    values = {
-        name: image_bits(trained, estimator, batch, name)
-        for name, batch in {"validation images": typical, **sets}.items()
-    }
+    measured = {"validation images": typical, **sets}
+    values = {name: image_bits(trained, estimator, batch, name) for name, batch in measured.items()}
     rows: list[dict[str, Any]] = []
     centre = float(values["validation images"].mean())
     for name, found in values.items():
@@ -195,8 +184,5 @@ def ood(trained: Trained, images: int = 500, steps: int = 20, T: int | None = No
     shown = {name: batch.image for name, batch in sets.items()}
     picture = _histograms([row for row in rows if row["set"] in sets], shown, values, module.levels - 1)
     chain = f"chain of T = {states} states, {evaluated} of its {(states or 0) - 1} steps, averaged weights, seed {seed}"
-    text = f"{chain}\n\n{_table(rows)}"
-    print(text)
-    table = csv_text(columns)
-    trained.write("ood", {"ood.txt": text + "\n", "ood.json": record, "ood.csv": table, "ood.png": picture})
+    trained.report("ood", f"{chain}\n\n{_table(rows)}", record, {"ood.csv": csv_text(columns), "ood.png": picture})
     return record

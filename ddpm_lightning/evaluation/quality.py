@@ -12,29 +12,21 @@ from ddpm_lightning.checkpoints.descriptions import describe
 from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.data.batches import EvalBatches, IndexBatches, Split
 from ddpm_lightning.data.datamodule import SplitName
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.bound import model_facts
-from ddpm_lightning.evaluation.progress import tracked
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import nearest_neighbours
 from ddpm_lightning.metrics import QualityMetrics, classifier_for, load_classifier, nearest
 from ddpm_lightning.networks import FeatureClassifier
+from ddpm_lightning.progress import tracked
 from ddpm_lightning.samplers import DDIMSampler, Sampler
-from ddpm_lightning.sampling import Drawing, SampleRequest
-from ddpm_lightning.schedules import StridedGrid, TimeGrid
+from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.training.module import DiffusionModule
 
 __all__ = [
-    "Comparison",
-    "Labelled",
-    "Samples",
-    "labelled_batches",
-    "named_classifier",
-    "neighbours_of",
-    "points_of",
-    "quality",
-    "quality_report",
-]
+    "Comparison", "Labelled", "Samples", "labelled_batches", "named_classifier", "neighbours_of", "points_of",
+    "quality", "quality_report",
+]  # fmt: skip
 
 Labelled = tuple[Tensor, Tensor | None]
 """Grey levels uint8 ``[B, C, H, W]`` and the classes ``[B]`` that they have or are meant to have, or None."""
@@ -43,42 +35,27 @@ NEIGHBOURS = 2
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Images 0..n-1 of a seed, drawn from the averaged model; its classes in turn, if it has any.
+class Samples(SampleRequest):
+    """Images 0..n-1 of a request, the same images on any number of processes.
 
-    Attributes:
-        n: number of images of all processes together.
+    Args:
         sampler: how to sample.
-        steps: steps of the sampler, cut to the T of a chain that has fewer; None for all T.
+        n: number of images of all processes together.
         batch_size: images drawn at a time on each process.
-        guidance_scale: of classifier-free guidance; 1 is none.
-        seed: seed of the images, and of the choice of the real images that they are compared with.
-        grid: where the steps are.
+        cap_steps: as it is in a request, and the default here.
 
     Raises:
         InputError: a number out of its range.
     """
 
-    n: int = 1000
     sampler: Sampler = field(default_factory=DDIMSampler)
-    steps: int | None = None
+    n: int = 1000
     batch_size: int = 100
-    guidance_scale: float = 1.0
-    seed: int = 0
-    grid: TimeGrid = field(default_factory=StridedGrid)
+    cap_steps: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in {"n": 4, "batch_size": 1, "steps": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} = {value} must be {least} or more")
-
-    def on(self, module: DiffusionModule) -> Drawing:
-        """What draws them."""
-        scale = self.guidance_scale
-        return SampleRequest(self.sampler, self.steps, self.grid, self.seed, guidance_scale=scale, cap_steps=True).on(
-            module
-        )
+        at_least(4, n=self.n)
+        at_least(1, batch_size=self.batch_size, steps=1 if self.steps is None else self.steps)
 
     def batches(
         self,
@@ -87,14 +64,7 @@ class Samples:
         world: int = 1,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Iterator[Labelled]:
-        """This process's share of the images, the same images on any number of processes.
-
-        Args:
-            module: the trained module.
-            rank: this process, 0..world-1.
-            world: number of processes.
-            precision: context that the network is evaluated in.
-        """
+        """The share of process ``rank`` of ``world``; ``precision`` is a context for the network."""
         draw = self.on(module)
         for indices in IndexBatches(self.n, self.batch_size, rank, world):
             with torch.inference_mode(), precision():
@@ -111,9 +81,7 @@ def labelled_batches(images: Batch, batch_size: int, rank: int = 0, world: int =
 def named_classifier(module: DiffusionModule, name: str | None) -> tuple[str, FeatureClassifier]:
     """The name and the classifier in whose features a module's images are compared.
 
-    Args:
-        module: whose images.
-        name: a name or a file (``load_classifier``); None for the one that is shipped for such images.
+    ``name`` is a name or a file (``load_classifier``), or None for the one that is shipped for such images.
 
     Raises:
         InputError: no such classifier, or one for other images.
@@ -164,15 +132,7 @@ class Comparison:
 def quality_report(
     module: DiffusionModule, samples: Samples, rows: Mapping[str, Mapping[str, float]], real: int, classifier: str
 ) -> tuple[str, dict[str, Any]]:
-    """What was measured, as text and as plain data.
-
-    Args:
-        module: whose samples.
-        samples: how they were drawn.
-        rows: the measures of each set of images.
-        real: number of test images that the sets were compared with.
-        classifier: name of the classifier.
-    """
+    """The measures ``rows`` of each set of images, against ``real`` test images, as text and as plain data."""
     steps = None if samples.steps is None else samples.on(module).steps
     guidance = "" if samples.guidance_scale == 1 else f", guidance scale {samples.guidance_scale:g}"
     head = (
@@ -191,11 +151,10 @@ def quality_report(
         "classifier": classifier,
         "figures": rows,
     }
-    return f"{head}\n\n{_table(rows)}\n", record
+    return f"{head}\n\n{_table(rows)}", record
 
 
 def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """A line for each set of images that was measured, a column for each measure; ``-`` where a set lacks one."""
     names = list(dict.fromkeys(name for values in rows.values() for name in values))
     first = max(map(len, rows))
     lines = [f"{'':<{first}}" + "".join(f" {name:>13}" for name in names)]
@@ -234,7 +193,10 @@ def quality(
         guidance_scale: scale of classifier-free guidance, 1 for none
         classifier: mnist, digits or a file, by default the one for such images
     """
-    samples = Samples(n, sampler or DDIMSampler(), steps, trained.batch_size, guidance_scale, trained.seed)
+    samples = Samples(
+        sampler or DDIMSampler(), steps, seed=trained.seed, guidance_scale=guidance_scale, n=n,
+        batch_size=trained.batch_size,
+    )  # fmt: skip
     module, data = trained.module, trained.data
     name, judge = named_classifier(module, classifier)
     size, test = samples.batch_size, data.split("test").chosen(samples.n, samples.seed)
@@ -256,9 +218,7 @@ def quality(
     gap = torch.full((3, 12, pictures[0].shape[2]), 255, dtype=torch.uint8)
     picture = torch.cat([pictures[0], gap, pictures[1]], 1)
     record["median_distance_to_nearest_training_image"] = medians
-    text += f"\n{_neighbour_table(medians)}\n"
-    print(text)
-    trained.write("quality", {"quality.txt": text, "quality.json": record, "neighbours.png": picture})
+    trained.report("quality", f"{text}\n\n{_neighbour_table(medians)}", record, {"neighbours.png": picture})
     return record
 
 
@@ -275,12 +235,7 @@ def neighbours_of(
 ) -> tuple[dict[str, float], Tensor]:
     """Median distance to the nearest training image in each space, and a picture of the first images' neighbours.
 
-    Args:
-        images: grey levels ``[N, C, H, W]``.
-        train: training images, grey levels.
-        points: those as points (:func:`points_of`).
-        levels: number of grey levels.
-        classifier: gives the features.
+    ``images`` and ``train`` are grey levels ``[N, C, H, W]``; ``points`` are the latter (:func:`points_of`).
     """
     medians, shown = {}, []
     for space, queries in points_of(images, levels, classifier).items():

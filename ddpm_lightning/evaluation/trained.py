@@ -1,18 +1,17 @@
 """A finished run that is measured."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ddpm_lightning.data import MNIST, Batch, ImageDataModule
 from ddpm_lightning.errors import at_least
-from ddpm_lightning.evaluation.progress import tracked
+from ddpm_lightning.progress import tracked
 from ddpm_lightning.runs import Run
 from ddpm_lightning.training.module import DiffusionModule
 
-__all__ = ["Trained"]
+__all__ = ["Trained", "publish"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Trained:
 
     @cached_property
     def module(self) -> DiffusionModule:
-        """In evaluation mode, on the device."""
         return Run(self.run).load_module(self.checkpoint).to(self.device)
 
     @cached_property
@@ -59,7 +57,17 @@ class Trained:
         parts = (Batch(*(column[start : start + self.batch_size] for column in columns)) for start in starts)
         return tracked(parts, len(images.image), what)
 
-    def write(self, name: str, contents: dict[str, Any]) -> list[Path]:
-        """Write files (``Run.write``) into RUN/name, or into the folder that was given for the results."""
-        results = Run(Run(self.run).folder / name if self.out is None else self.out)
-        return [results.write(file, content) for file, content in contents.items()]
+    def results(self, name: str) -> Run:
+        """Where results are written (``Run.write``): RUN/name, or the folder that was given for them."""
+        return Run(Run(self.run).folder / name if self.out is None else self.out)
+
+    def report(self, name: str, text: str, record: Any, others: Mapping[str, Any] = {}) -> None:
+        """Publish a result of that name."""
+        publish(self.results(name), name, text, record, others)
+
+
+def publish(run: Run, name: str, text: str, record: Any, others: Mapping[str, Any] = {}) -> None:
+    """Print a result, and write it into a folder: NAME.txt, NAME.json, and other files by their names."""
+    print(text, flush=True)
+    for file, content in {f"{name}.txt": f"{text}\n", f"{name}.json": record, **others}.items():
+        run.write(file, content)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import InputError, at_least
-from ddpm_lightning.evaluation.progress import tracked
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.process import eps_mse_table, spread_times
+from ddpm_lightning.progress import tracked
 from ddpm_lightning.runs import Run
 
 __all__ = ["variance"]
@@ -52,12 +52,10 @@ def variance(trained: Trained, images: int = 2000, points: int = 40) -> dict[str
     gammas, eps_mse = eps_mse_table(model, tracked(batches(), len(rows), "training images"), times, generator)
     lines = [f"{'gamma':>9} {'mean squared error of eps':>26}"]
     lines += [f"{gamma:>9.3f} {error:>26.6g}" for gamma, error in zip(gammas, eps_mse, strict=True)]
-    part = {
-        "class_path": "ddpm_lightning.process.AnalyticVariance",
-        "init_args": {"gammas": gammas, "eps_mse": eps_mse},
-    }
+    arguments = {"gammas": gammas, "eps_mse": eps_mse}
+    part = {"class_path": "ddpm_lightning.process.AnalyticVariance", "init_args": arguments}
     overlay = {"model": {"variance": part}}
-    (path,) = trained.write("variance", {"analytic.yaml": yaml.safe_dump(overlay, sort_keys=False)})
+    path = trained.results("variance").write("analytic.yaml", yaml.safe_dump(overlay, sort_keys=False))
     config = Run(trained.run).config_path
     print("\n".join([*lines, f"use it: ddpm test -c {config} -c {path} --ckpt_path {trained.checkpoint}"]))
     return overlay

@@ -37,11 +37,7 @@ _VARIANCE_TYPES = {FixedLargeVariance: "fixed_large", FixedSmallVariance: "fixed
 
 @dataclass
 class NoiseOutput(BaseOutput):
-    """What diffusers' pipelines expect of a model.
-
-    Attributes:
-        sample: predicted eps ``[B, C, H, W]``.
-    """
+    """What diffusers' pipelines expect of a model: predicted eps ``[B, C, H, W]``."""
 
     sample: Tensor
 
@@ -94,10 +90,10 @@ def scheduler_for(model: DiffusionModel) -> DDPMScheduler:
     Raises:
         InputError: a chain or a variance that diffusers does not know.
     """
-    variance_type = _VARIANCE_TYPES.get(type(model.reverse_process.variance))
-    if variance_type is None:
+    variance = type(model.reverse_process.variance)
+    if variance not in _VARIANCE_TYPES:
         raise InputError(
-            f"diffusers has no {type(model.reverse_process.variance).__name__}: export a model with "
+            f"diffusers has no {variance.__name__}: export a model with "
             "--model.variance FixedLargeVariance or FixedSmallVariance"
         )
     if isinstance(model.schedule, VarianceExploding):
@@ -107,18 +103,14 @@ def scheduler_for(model: DiffusionModel) -> DDPMScheduler:
     return DDPMScheduler(
         num_train_timesteps=model.T,
         trained_betas=(1 - alpha_bars / before).tolist(),
-        variance_type=variance_type,
+        variance_type=_VARIANCE_TYPES[variance],
         clip_sample=model.clip_x0,
         prediction_type="epsilon",
     )
 
 
 def to_pipeline(model: DiffusionModel, shape: tuple[int, ...]) -> DDPMPipeline:
-    """The model as a DDPMPipeline, weights copied.
-
-    Args:
-        model: the generative model.
-        shape: (C, H, W) of the images.
+    """The model, for images of a shape (C, H, W), as a DDPMPipeline with a copy of its weights.
 
     Raises:
         InputError: as :func:`scheduler_for`; a part that is not of this package.

@@ -89,6 +89,6 @@ def model_of(description: dict[str, Any]) -> DiffusionModel:
 def _class_paths(description: Any) -> Iterator[str]:
     if isinstance(description, dict) and "class_path" in description:
         yield description["class_path"]
-    if isinstance(description, dict | list):
-        for item in description.values() if isinstance(description, dict) else description:
-            yield from _class_paths(item)
+    items = description.values() if isinstance(description, dict) else description
+    for item in items if isinstance(description, dict | list) else ():
+        yield from _class_paths(item)

@@ -40,15 +40,7 @@ class Inpainting:
 def read_inpainting(
     known: str | None, mask: str | None, factory: InpaintingFactory | None, n: int, shape: tuple[int, ...], levels: int
 ) -> Inpainting | None:
-    """What ``--known``, ``--mask`` and ``--inpainting`` say; None where none is given.
-
-    Args:
-        known: a file for :func:`read_images`.
-        mask: a file for :func:`read_mask`.
-        factory: makes the sampler; None for ``ReplacementSampler``.
-        n: number of images to draw.
-        shape: (C, H, W) of the images.
-        levels: number of grey levels.
+    """What ``--known``, ``--mask`` and ``--inpainting`` say of n images of a model; None where none is given.
 
     Raises:
         InputError: one without the other, files that cannot be read or do not fit, neither one nor ``n`` images.
@@ -66,16 +58,13 @@ def read_inpainting(
 
 
 def read_images(path: Path, shape: tuple[int, ...], levels: int) -> Tensor:
-    """Images that are known, for ``--known``.
+    """Images that are known, for ``--known``: uint8 grey levels ``[n, C, H, W]``.
 
     Args:
         path: a picture of one image, black to white; or a file of ``ddpm sample``, .safetensors or .npz, whose
             ``images`` are uint8 grey levels ``[n, C, H, W]``.
         shape: (C, H, W) that they must have.
         levels: number of grey levels.
-
-    Returns:
-        uint8 ``[n, C, H, W]``, grey levels.
 
     Raises:
         InputError: no such file, or not of that shape.
@@ -97,15 +86,10 @@ def read_images(path: Path, shape: tuple[int, ...], levels: int) -> Tensor:
 
 
 def read_mask(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Which pixels are known, for ``--mask``.
+    """Which pixels of images of a shape (C, H, W) are known, for ``--mask``: bool ``[n, C or 1, H, W]``.
 
-    Args:
-        path: a black and white picture, white where a pixel is known; or .safetensors or .npz with a bool ``mask``,
-            ``[H, W]``, ``[C or 1, H, W]`` or ``[n, C or 1, H, W]``.
-        shape: (C, H, W) of the images.
-
-    Returns:
-        bool ``[n, C or 1, H, W]``.
+    The file is a black and white picture, white where a pixel is known; or .safetensors or .npz with a bool ``mask``,
+    ``[H, W]``, ``[C or 1, H, W]`` or ``[n, C or 1, H, W]``.
 
     Raises:
         InputError: no such file, not of that size, grey pixels.
@@ -113,9 +97,9 @@ def read_mask(path: Path, shape: tuple[int, ...]) -> Tensor:
     mask = _tensor(path, "mask", "--mask")
     if mask is None:
         picture = _picture(path, "--mask", "L")
-        if not bool(((picture == 0) | (picture == 255)).all()):
-            raise InputError(f"--mask {path} must be black and white: white where a pixel is known")
         mask = picture == 255
+        if not bool((mask | (picture == 0)).all()):
+            raise InputError(f"--mask {path} must be black and white: white where a pixel is known")
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     if mask.dtype != torch.bool or mask.ndim != 4 or not len(mask):
         raise InputError(f"--mask {path}: mask must be bool [height, width] or [n, channels or 1, height, width]")

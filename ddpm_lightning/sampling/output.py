@@ -30,30 +30,30 @@ class ImageFile:
         shape: (C, H, W) of the images.
         labelled: with a class for each image.
         metadata: the file's.
+
+    Attributes:
+        size: bytes of the file.
+        written: images written by this object.
     """
 
     def __init__(
         self, path: Path, n: int, shape: tuple[int, ...], labelled: bool = False, metadata: Mapping[str, str] = {}
     ) -> None:
-        self.path, self.n, self.metadata = path, n, dict(metadata)
+        self.path, self.n, self.metadata, self.written = path, n, dict(metadata), 0
         self.partial = path.with_name(f"{path.name}.partial")
-        self.written = 0
-        """Images written by this object."""
-        tensors = {**({"labels": ("I64", "<i8", (n,))} if labelled else {}), "images": ("U8", "u1", (n, *shape))}
-        described: dict[str, object] = {"__metadata__": self.metadata}
-        ends = [0]
-        for name, (code, dtype, size) in tensors.items():
-            ends.append(ends[-1] + np.dtype(dtype).itemsize * math.prod(size))
-            described[name] = {"dtype": code, "shape": size, "data_offsets": ends[-2:]}
-        text = json.dumps(described).encode()
+        tensors: list[tuple[str, str, str, tuple[int, ...]]] = [("labels", "I64", "<i8", (n,))] if labelled else []
+        header: dict[str, object] = {"__metadata__": self.metadata}
+        places, end = {}, 0
+        for name, code, dtype, size in [*tensors, ("images", "U8", "u1", (n, *shape))]:
+            start, end = end, end + np.dtype(dtype).itemsize * math.prod(size)
+            header[name] = {"dtype": code, "shape": size, "data_offsets": (start, end)}
+            places[name] = dtype, start, size
+        text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._header = struct.pack("<Q", len(text)) + text
-        self.size = len(self._header) + ends[-1]
-        """Bytes of the file."""
-        self._places = {
-            name: (dtype, len(self._header) + start, size)
-            for (name, (_, dtype, size)), start in zip(tensors.items(), ends, strict=False)
-        }
+        first = len(self._header)
+        self.size = first + end
+        self._places = {name: (dtype, first + start, size) for name, (dtype, start, size) in places.items()}
 
     def create(self) -> None:
         """Lay the file out: once, before any process writes. What an interrupted sampling left is replaced.
@@ -80,6 +80,7 @@ class ImageFile:
             InputError: the disk is full.
         """
         parts = {"images": images} if labels is None else {"images": images, "labels": labels}
+        # not through a map: there a full disk kills the process
         with _refusing(self.path.parent), self.partial.open("r+b") as file:
             for name, values in parts.items():
                 dtype, start, _ = self._places[name]
@@ -90,19 +91,13 @@ class ImageFile:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What was written, by name, mapped from the disk."""
-        return {
-            name: np.memmap(self.partial, dtype, "r", offset, size)
-            for name, (dtype, offset, size) in self._places.items()
-        }
+        places = self._places.items()
+        return {name: np.memmap(self.partial, dtype, "r", offset, size) for name, (dtype, offset, size) in places}
 
     def finish(self, npz: bool = False) -> Path:
-        """Give the file its name: once, when every process has written its images.
+        """Give the file its name, once every process has written its images, and return its path.
 
-        Args:
-            npz: make a NumPy file of it, whose metadata are strings beside the arrays.
-
-        Returns:
-            The path, which ends in ``.npz`` then.
+        With ``npz`` it becomes a NumPy file, whose metadata are strings beside the arrays.
         """
         if not npz:
             return self.partial.replace(self.path)
@@ -122,18 +117,12 @@ def whole(path: Path) -> Iterator[Path]:
         InputError: it cannot be written.
     """
     with _refusing(path.parent), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        fresh = Path(folder) / path.name
-        yield fresh
+        yield (fresh := Path(folder) / path.name)
         fresh.replace(path)
 
 
 def check_folder(folder: Path, needed: int, n: int) -> None:
-    """Make a folder, and see that it can be written to and has room.
-
-    Args:
-        folder: made where there is none.
-        needed: bytes.
-        n: number of images, for the message.
+    """Make a folder, and see that it can be written to and has room for ``needed`` bytes, those of ``n`` images.
 
     Raises:
         InputError: it cannot be written to, has less free space, or holds a folder where a file is to be.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -30,31 +30,34 @@ class SampleRequest:
         draw = SampleRequest(sampler=DDIMSampler(), steps=50, seed=1).on(module)
         images = draw(range(16))
 
-    Image k of a request is the same whatever else is drawn with it.
+    Image k of a request is the same whatever else is drawn with it. All fields but the last two are options of
+    ``ddpm sample``, and this is their help.
 
-    Attributes:
-        sampler: takes the steps.
-        steps: steps of the sampler for each image (see ``Sampler.evaluations``); None for all T.
-        grid: where the steps are.
-        seed: x_T and the noise of image k are functions of the seed and k.
-        labels: classes that the images of a class-conditional model have in turn; None for all classes in turn.
-        guidance_scale: of classifier-free guidance; 1 is the model itself, at half the cost.
+    Args:
+        sampler: AncestralSampler (the default) or another sampler class.
+        steps: steps of the sampler for each image (see ``Sampler.evaluations``); null for all T.
+        grid: where the steps are: StridedGrid (the default), states of the chain; LogSNRGrid or KarrasGrid.
+        seed: seed of the images: x_T and the noise of image k are functions of the seed and k.
+        labels: classes of a class-conditional model, for example [3] or [0,1,2], which the images take in turn; null
+            for all classes in turn.
+        guidance_scale: of classifier-free guidance, for a class-conditional model trained with label_dropout: 1 is the
+            model itself, at half the cost; above 1 draws sharper images of the class.
+        interpolate_to: another seed: each row goes from image k of seed to image k of this one. Needs a sampler that
+            draws no noise.
+        interpolation_columns: images in such a row, both ends among them.
         inpainting: pixels that are known.
-        interpolate_to: another seed. The images then form rows of ``columns``, and row k goes from image k of ``seed``
-            to image k of this one.
-        columns: images in such a row, both ends among them.
-        cap_steps: cut ``steps`` to the T of a chain that has fewer, for a default that must serve short chains.
+        cap_steps: cut steps to the T of a chain that has fewer, for a default that must serve short chains.
     """
 
-    sampler: Sampler = field(default_factory=AncestralSampler)
+    sampler: Sampler | None = None
     steps: int | None = None
-    grid: TimeGrid = field(default_factory=StridedGrid)
+    grid: TimeGrid | None = None
     seed: int = 0
-    labels: Sequence[int] | None = None
+    labels: list[int] | None = None
     guidance_scale: float = 1.0
-    inpainting: Inpainting | None = None
     interpolate_to: int | None = None
-    columns: int = 8
+    interpolation_columns: int = 8
+    inpainting: Inpainting | None = None
     cap_steps: bool = False
 
     def on(self, module: DiffusionModule) -> "Drawing":
@@ -76,23 +79,28 @@ class Drawing:
     Attributes:
         request: the request.
         module: the module.
+        sampler: takes the steps.
+        grid: where they are.
         times: float64 ``[steps + 1]``, the grid of the steps.
+        steps: steps of the sampler for each image.
         labels: classes that the images have in turn; None for a model without classes.
         columns: images in a row between two seeds; 1 where there is one seed.
     """
 
     def __init__(self, request: SampleRequest, module: DiffusionModule) -> None:
         self.request, self.module = request, module
+        self.sampler, self.grid = request.sampler or AncestralSampler(), request.grid or StridedGrid()
         self.labels = _labels(module, request.labels)
         self._model = _guided(module, request.guidance_scale)
         model, steps = module.ema_model, request.steps
         if request.cap_steps and steps is not None:
             steps = min(steps, model.T)
         try:
-            self.times = request.grid(model.schedule, model.grid, steps)
+            self.times = self.grid(model.schedule, model.grid, steps)
         except InputError as error:
             raise InputError(f"--steps {steps}: {error}") from None
-        self.columns = 1 if request.interpolate_to is None else request.columns
+        self.steps = len(self.times) - 1
+        self.columns = 1 if request.interpolate_to is None else request.interpolation_columns
         sampler = self._sampler(torch.tensor([0]))
         if request.interpolate_to is None:
             return
@@ -107,11 +115,6 @@ class Drawing:
                 + ("" if request.inpainting is None else ", and --inpainting MomentMatchingSampler")
             )
 
-    @property
-    def steps(self) -> int:
-        """Steps of the sampler for each image."""
-        return len(self.times) - 1
-
     def label(self, index: Tensor) -> Tensor | None:
         """Classes ``[n]`` of images by index; None for a model without classes."""
         return None if self.labels is None else torch.tensor(self.labels)[index // self.columns % len(self.labels)]
@@ -119,15 +122,7 @@ class Drawing:
     def __call__(
         self, indices: Iterable[int] | Tensor, callback: Callable[[Tensor, Tensor], None] | None = None
     ) -> Tensor:
-        """Draw images.
-
-        Args:
-            indices: which ones, 0, 1, ...
-            callback: called with (x_t, t) at x_T and after each step.
-
-        Returns:
-            uint8 ``[n, C, H, W]``, grey levels.
-        """
+        """Images by index, uint8 ``[n, C, H, W]`` grey levels; (x_t, t) is shown to ``callback`` at every state."""
         index = indices.cpu() if isinstance(indices, Tensor) else torch.tensor([*indices])
         rows, label = index // self.columns, self.label(index)
         generators = image_generators(self.request.seed, rows)
@@ -147,8 +142,8 @@ class Drawing:
         return prior.sample(generators)
 
     def _sampler(self, rows: Tensor) -> Sampler:
-        sampler, inpainting = self.request.sampler, self.request.inpainting
-        return sampler if inpainting is None else inpainting.sampler(sampler, rows, self.module.levels)
+        inpainting = self.request.inpainting
+        return self.sampler if inpainting is None else inpainting.sampler(self.sampler, rows, self.module.levels)
 
     def description(self) -> dict[str, Any]:
         """The request as plain data, as it was resolved."""
@@ -160,8 +155,8 @@ class Drawing:
             "steps": self.steps,
             "guidance_scale": request.guidance_scale,
             "labels": self.labels,
-            "sampler": _described(request.sampler),
-            "grid": _described(request.grid),
+            "sampler": _described(self.sampler),
+            "grid": _described(self.grid),
             "inpainting": None if request.inpainting is None else _described(self._sampler(torch.tensor([0]))),
         }
 
@@ -173,11 +168,7 @@ def slerp(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
 
     with $\omega$ the angle between a and b (Shoemake 1985). Half-way between two draws of $N(0, I)$ it has the norm of
     a draw, where a straight line's is smaller by $\sqrt 2$.
-
-    Args:
-        a: ``[B, ...]``.
-        b: the same.
-        fraction: f, ``[B]``.
+    a and b are ``[B, ...]``, the fraction f is ``[B]``.
     """
     x, y = a.double().flatten(1), b.double().flatten(1)
     cosine = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
@@ -188,22 +179,21 @@ def slerp(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
     return (of_a * a.double() + of_b * b.double()).to(a.dtype)
 
 
-def _labels(module: DiffusionModule, labels: Sequence[int] | None) -> list[int] | None:
+def _labels(module: DiffusionModule, labels: list[int] | None) -> list[int] | None:
     if not module.class_conditional:
         if labels is not None:
-            raise InputError(f"--labels {list(labels)}: this model is not class-conditional")
+            raise InputError(f"--labels {labels}: this model is not class-conditional")
         return None
     classes = module.num_classes or 0
     if labels is None:
         return list(range(classes))
     none = f", or be {classes} for no class" if module.label_dropout else ""
     if not labels or not all(0 <= label < classes + bool(none) for label in labels):
-        raise InputError(f"--labels {list(labels)}: classes must lie between 0 and {classes - 1}{none}")
-    return list(labels)
+        raise InputError(f"--labels {labels}: classes must lie between 0 and {classes - 1}{none}")
+    return labels
 
 
 def _guided(module: DiffusionModule, scale: float) -> DiffusionModel:
-    """The averaged model under classifier-free guidance; itself at scale 1."""
     if scale == 1:
         return module.ema_model
     if not module.class_conditional:

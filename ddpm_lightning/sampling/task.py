@@ -10,8 +10,8 @@ from ddpm_lightning.data import model_to_levels
 from ddpm_lightning.data.batches import IndexBatches
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import save_gif, save_png, tile
+from ddpm_lightning.progress import progress
 from ddpm_lightning.sampling.output import ImageFile, whole
-from ddpm_lightning.sampling.progress import SamplingProgress
 from ddpm_lightning.sampling.request import Drawing
 from ddpm_lightning.training.distributed import gather_to_all
 
@@ -37,7 +37,8 @@ class SamplingTask(LightningModule):
         self.drawing, self.file, self.batch_size, self.filmed = drawing, file, batch_size, filmed
         self._shown = set(torch.linspace(0, drawing.steps, _FRAMES + 1).round().long().tolist())
         self._states: list[tuple[int, Tensor]] = []
-        self._progress: SamplingProgress | None = None
+        self._drawn = 0
+        self._bar = progress("sampling", 0, shown=False)
 
     def setup(self, stage: str) -> None:
         """Lay out the weights, which the module does itself only where it is the Trainer's own."""
@@ -47,7 +48,6 @@ class SamplingTask(LightningModule):
         """Nothing: samples are drawn with whole weights, under strategies that ask for this, too."""
 
     def predict_dataloader(self) -> IndexBatches:
-        """This process's indices, in batches."""
         return IndexBatches(self.file.n, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
 
     def on_predict_start(self) -> None:
@@ -55,15 +55,13 @@ class SamplingTask(LightningModule):
         if self.trainer.is_global_zero:
             self.file.create()
         self.trainer.strategy.barrier()
-        share = len(range(self.trainer.global_rank, self.file.n, self.trainer.world_size))
-        shown = self.trainer.is_global_zero
-        self._progress = SamplingProgress(self.file.n, max(share, 1), self.drawing.steps, shown)
+        self._bar = progress("sampling", self.file.n * self.drawing.steps, "steps", self.trainer.is_global_zero)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Draw the images of the given indices ``[B]`` and put them into the file."""
-        index, progress = batch.cpu(), self._progress
-        assert progress is not None
+        index, bar = batch.cpu(), self._bar
         filmed, frames, states = index < self.filmed, list[Tensor](), count()
+        share = len(index) * self.trainer.world_size  # the processes are taken to be equally fast
 
         def seen(x: Tensor, t: Tensor) -> None:
             done = next(states)
@@ -72,26 +70,22 @@ class SamplingTask(LightningModule):
                 unit = torch.exp(-0.5 * self.module.ema_model.schedule.log_unit_var(t))
                 frames.append(model_to_levels(x[filmed.to(x.device)] * unit.to(x), 256).cpu())
             if done:
-                progress.stepped(len(index))
+                bar.update(min(share, bar.total - bar.n))
 
         images = self.drawing(index, seen)
         self.file.write(index, images, self.drawing.label(index))
-        progress.drawn(len(index))
+        self._drawn = min(self._drawn + share, self.file.n)
+        bar.set_postfix_str(f"{self._drawn:,} of {self.file.n:,} images", refresh=False)
         if frames:
             self._states += zip(index[filmed].tolist(), torch.stack(frames, 1), strict=True)
         return batch
 
     def teardown(self, stage: str) -> None:
-        """Take the bar away."""
-        if self._progress is not None:
-            self._progress.stop()
+        self._bar.close()
 
     def publish(self, npz: bool, grid_images: int) -> None:
-        """Give the file its name, and show its first images in samples.png and, where they were filmed, samples.gif.
-
-        Args:
-            npz: make the file a .npz.
-            grid_images: so many at most are shown, in whole rows where there are any.
+        """Give the file its name, and show its first images in samples.png and, where they were filmed, samples.gif:
+        ``grid_images`` at most, in whole rows where there are any.
 
         Raises:
             InputError: not all images were drawn, or the files cannot be written.
