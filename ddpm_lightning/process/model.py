@@ -68,12 +68,12 @@ class DiffusionModel(nn.Module):
         self.denoiser = NetworkDenoiser(
             self.network, self.schedule, parameterization, conditioning, variance.network_outputs
         )
-        self._set_reverse_process(variance)
-
-    def _set_reverse_process(self, variance: ReverseVariance) -> None:
         reverse: Denoiser = self.denoiser
         for wrap in self._wraps:
             reverse = wrap(reverse)
+        self._set_reverse_process(reverse, variance)
+
+    def _set_reverse_process(self, reverse: Denoiser, variance: ReverseVariance) -> None:
         reverse = ClippedDenoiser(reverse) if self.clip_x0 else reverse
         self.reverse_process = ReverseProcess(reverse, self.forward_process, variance)
 
@@ -116,9 +116,10 @@ class DiffusionModel(nn.Module):
         ``wrap`` makes it of the denoiser that the reverse steps have now, before clipping. Where ``clip_x0`` is set,
         the result is clipped too. ``denoiser``, which a training objective sees, stays.
         """
-        other = copy(self)
+        other, reverse = copy(self), self.reverse_process.denoiser
         other._wraps = (*self._wraps, wrap)
-        other._set_reverse_process(self.reverse_process.variance)
+        unclipped = reverse.denoiser if isinstance(reverse, ClippedDenoiser) else reverse
+        other._set_reverse_process(wrap(unclipped), self.reverse_process.variance)
         return other
 
     def tabulated(self, times: Tensor) -> tuple["DiffusionModel", tuple[Tensor, ...]]:
