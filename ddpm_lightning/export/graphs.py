@@ -1,33 +1,26 @@
 """The network alone, as a graph that runs without this package: ONNX, and torch.export."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process import DiffusionModel
 
-__all__ = ["export_onnx", "export_program"]
+__all__ = ["export_onnx", "export_program", "network_inputs"]
 
 
-def _traced(
-    model: DiffusionModel, path: Path, shape: tuple[int, ...], num_classes: int | None
-) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
-    """The network, the inputs that it is traced with, and which of their dimensions are free; a folder for the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def network_inputs(shape: tuple[int, ...], num_classes: int | None) -> dict[str, Tensor]:
+    """What the graphs are traced with: ``x`` float32 ``[2, C, H, W]``, ``t`` ``[2]``, and ``label`` int64 ``[2]``."""
     inputs = {"x": torch.zeros(2, *shape), "t": torch.full((2,), 0.5)}
-    if num_classes is not None:
-        inputs["label"] = torch.zeros(2, dtype=torch.long)
-    batch = torch.export.Dim("batch", min=1)
-    return _Positional(model.network).eval(), inputs, {name: {0: batch} for name in inputs}
+    return inputs if num_classes is None else {**inputs, "label": torch.zeros(2, dtype=torch.long)}
 
 
-class _Positional(nn.Module):
+class _Positional(torch.nn.Module):
     """The network with its label as third argument, for formats that know no others."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         self.network = network
 
@@ -50,8 +43,11 @@ def export_program(
         shape: (C, H, W) of the images.
         num_classes: of a class-conditional network, which then takes a label.
     """
-    network, inputs, dynamic = _traced(model, path, shape, num_classes)
-    program = torch.export.export(network, tuple(inputs.values()), dynamic_shapes=dynamic)
+    inputs = network_inputs(shape, num_classes)
+    batch = torch.export.Dim("batch", min=1)
+    shapes = {name: {0: batch} for name in inputs}
+    program = torch.export.export(_Positional(model.network).eval(), tuple(inputs.values()), dynamic_shapes=shapes)
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, path)
     return program
 
@@ -69,15 +65,17 @@ def export_onnx(model: DiffusionModel, path: Path, shape: tuple[int, ...], num_c
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is missing: pip install 'ddpm-lightning[export]'") from None
-    network, inputs, dynamic = _traced(model, path, shape, num_classes)
+    inputs = network_inputs(shape, num_classes)
+    batch = torch.export.Dim("batch", min=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
-        network,
+        _Positional(model.network).eval(),
         tuple(inputs.values()),
         str(path),
         dynamo=True,
         input_names=list(inputs),
         output_names=["output"],
-        dynamic_shapes=dynamic,
+        dynamic_shapes={name: {0: batch} for name in inputs},
         external_data=False,
         verbose=False,
     )
