@@ -192,9 +192,11 @@ def _buffers(module: LightningModule, parts: tuple[str, ...]) -> dict[str, Tenso
 
 
 def _share(module: LightningModule, parts: tuple[str, ...]) -> None:
-    """Give all processes the first one's buffers, which are those of a checkpoint. DDP does it before a step's batch."""
+    """Give all processes the first one's buffers, which are those of a checkpoint; DDP does so before each step."""
     for buffer in _buffers(module, parts).values():
-        dist.broadcast(buffer, 0)
+        value = buffer.detach().contiguous()
+        dist.broadcast(value, 0)
+        buffer.copy_(value)
 
 
 def _validation_follows(trainer: Trainer) -> bool:
