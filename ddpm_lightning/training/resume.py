@@ -107,14 +107,18 @@ class ExactResume(Callback):
         sharded = isinstance(trainer.strategy, ShardedStrategy)
         if not first or not (sharded or batches > 1):
             return
-        buffers = {name: b for name, b in pl_module.named_buffers() if name.startswith(("model.", "objective."))}
-        if sharded:  # a checkpoint holds the first process' buffers; DDP gives them to the others, too
-            for buffer in buffers.values():
-                dist.broadcast(buffer, 0)
+        if sharded:
+            _share(pl_module, ("model.", "objective.", "ema_model."))
         if batches > 1:
-            self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+            named = _buffers(pl_module, ("model.", "objective."))
+            self._buffers = {name: buffer.clone() for name, buffer in named.items()}
             done = trainer.fit_loop.total_batch_idx
             self._validated = [number for number in self._validated if number > done]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let all processes evaluate with the buffers that a checkpoint would hold."""
+        if trainer.state.fn == "fit" and trainer.world_size > 1:
+            _share(pl_module, ("ema_model.",))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -178,6 +182,18 @@ class ExactResume(Callback):
 
 def _callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def _buffers(module: LightningModule, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in module.named_buffers() if name.startswith(parts)}
+
+
+def _share(module: LightningModule, parts: tuple[str, ...]) -> None:
+    """Give all processes the first one's buffers, which are those of a checkpoint; DDP does so before each step."""
+    for buffer in _buffers(module, parts).values():
+        value = buffer.detach().contiguous()
+        dist.broadcast(value, 0)
+        buffer.copy_(value)
 
 
 def _validation_follows(trainer: Trainer) -> bool:
