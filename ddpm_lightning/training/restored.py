@@ -162,7 +162,7 @@ def check_schedule(model: DiffusionModel, theirs: Any) -> None:
     if model.schedule.is_learned or not isinstance(model.denoiser.conditioning, TimeConditioning):
         return
     mine = schedule_marks(model)
-    gamma = theirs.get("gamma") if isinstance(theirs, Mapping) else None
+    gamma: Any = theirs.get("gamma") if isinstance(theirs, Mapping) else None
     numbers = isinstance(gamma, list) and all(type(value) is float for value in gamma)
     if not numbers or len(gamma) != len(mine["gamma"]) or not {"name", "T"} <= theirs.keys():
         raise InputError("the checkpoint's note of its schedule is damaged: take another checkpoint")

@@ -44,7 +44,9 @@ def check_training_state(
     if not isinstance(loaders, list) or len(loaders) > 1 or not all(isinstance(loader, Mapping) for loader in loaders):
         raise _unfit("loops.fit_loop", "has another combined_loader than that of one data set")
     optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
-    made = {"optimizer_states": optimizers, **({} if scheduler_changes else {"lr_schedulers": schedulers})}
+    made: dict[str, list[Any]] = {"optimizer_states": optimizers}
+    if not scheduler_changes:
+        made["lr_schedulers"] = schedulers
     for name, parts in made.items():
         if len(parts) != len(checkpoint[name]):
             raise InputError(
