@@ -2,6 +2,8 @@
 
 import re
 import shlex
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+from ddpm_lightning import commands
 from ddpm_lightning.cli import DiffusionCLI
 
 README = (ROOT / "README.md").read_text()
@@ -43,13 +46,23 @@ class ParsedOnly(DiffusionCLI):
         pass
 
 
+def parsed_only(function: Callable[..., object]) -> Callable[..., object]:
+    """A function with the same arguments that does nothing."""
+    return wraps(function)(lambda **arguments: None)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     subcommand, *arguments = shlex.split(command)[1:]
+    if subcommand in ("evaluate", "export"):
+        monkeypatch.setattr(commands, "export", parsed_only(commands.export))
+        for name, function in commands.EVALUATIONS.items():
+            monkeypatch.setitem(commands.EVALUATIONS, name, parsed_only(function))
+        return commands.run_command(subcommand, arguments)
     # a run stands for the configuration that it was started with
     config = "configs/mnist.yaml" if "runs/mnist" in command else "configs/digits.yaml"
-    arguments = [config if a.startswith("runs/") and a.endswith("/config.yaml") else a for a in arguments]
+    arguments = [config if re.fullmatch(r"(runs/\w+|RUN)/config\.yaml", a) else a for a in arguments]
     if not arguments[0].startswith("-"):
         arguments = ["-c", config, *arguments[1:]]
     assert ParsedOnly([subcommand, *arguments]).config.subcommand == subcommand
@@ -57,7 +70,7 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 12 and {c.split()[1] for c in COMMANDS} == {
-        "fit", "validate", "test", "predict", "sample"
+        "fit", "validate", "test", "predict", "sample", "evaluate", "export"
     }  # fmt: skip
 
 

@@ -103,7 +103,7 @@ class Run:
             return path
         known = sorted(map(str, self.checkpoints.glob("*.ckpt")))
         hint = f"this run has {', '.join(known)}" if known else f"there is none in {self.checkpoints} either"
-        raise InputError(f"--ckpt_path {path} does not exist; {hint}")
+        raise InputError(f"the checkpoint {path} does not exist; {hint}")
 
     def newest_checkpoint(self) -> Path | None:
         """From where training goes on: ``last.ckpt``, or the file written last where it is missing; None for none."""
