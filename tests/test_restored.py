@@ -92,7 +92,11 @@ def test_a_learning_rate_under_a_schedule_starts_from_the_new_one(run: Run) -> N
         (["--model.conditioning=TimeConditioning"], "trained with GammaConditioning"),
         (["--model.network.init_args.width=8"], "--model.network.width 8: the checkpoint was trained with 4"),
         (["--model.optimizer=torch.optim.SGD"], "trained with AdamW"),
-        ([*ONE_CYCLE, "--model.lr_scheduler.init_args.total_steps=15"], "OneCycleLR"),
+        ([*ONE_CYCLE, "--model.lr_scheduler.init_args.total_steps=15"], "15 is less than the 30 steps of training"),
+        (
+            [*ONE_CYCLE, "--model.lr_scheduler.init_args.total_steps=15", "--trainer.max_epochs=-1"],
+            "--model.lr_scheduler OneCycleLR ends at step",
+        ),
     ],
 )
 def test_what_cannot_be_applied_is_refused_and_changes_no_file(
