@@ -100,8 +100,8 @@ class DiffusionCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 **parser_kwargs,
-                "description": "Train, evaluate and sample denoising diffusion models. RUN is the folder of a run. Beside the "
-                "subcommands below there are: ddpm evaluate quality|ood|flow|forms|variance RUN, and ddpm export RUN.",
+                "description": "Train, evaluate and sample diffusion models. RUN is the folder of a run. There are "
+                "also: ddpm evaluate quality|ood|flow|forms|variance RUN, and ddpm export RUN.",
                 # argparse's own usage is a page of 80 options before the one line of the error
                 **{name: {**parser_kwargs, "usage": f"ddpm {name} [RUN] [options]"} for name in self.subcommands()},
             },
