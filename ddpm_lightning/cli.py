@@ -69,13 +69,15 @@ class _SaveConfig(SaveConfigCallback):
     """Saves the resolved configuration in the run's folder: config.yaml of fit, config-STAGE.yaml of the others."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet in ``fit``: the checkpoint that training goes on from may be refused."""
+        """Nothing yet in ``fit``: what is asked for may be refused until the first step."""
         if stage != "fit":
             # the Trainer hands over a member of an enumeration, whatever the signature says
             self._write(trainer, f"config-{TrainerFn(stage).value}.yaml")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, "config.yaml")
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.already_saved:
+            self._write(trainer, "config.yaml")
+            self.already_saved = True
 
     def _write(self, trainer: Trainer, name: str) -> None:
         if trainer.is_global_zero:

@@ -78,7 +78,14 @@ def test_python_runs() -> None:
     """One block after the other, as a reader would type them."""
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        exec(compile(code.replace("runs/mnist", str(ROOT / "tests/data/run_of_0_1")), "README.md", "exec"), names)
+        exec(
+            compile(
+                code.replace("runs/mnist", str(ROOT / "tests/data/run_of_0_1")).replace("steps=50", "steps=10"),
+                "README.md",
+                "exec",
+            ),
+            names,
+        )
     network = names["MyNet"]
     assert network(8)(torch.zeros(2, 1, 4, 4), torch.zeros(2)).shape == (2, 1, 4, 4)  # type: ignore[operator]
 

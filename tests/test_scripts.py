@@ -35,7 +35,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("evaluate likes", "evaluate likes: there are quality, ood, flow, forms, variance"),
         ("evaluate flow", "missing: RUN"),
         ("export nowhere", "missing: --to, --out"),
-        ("export nowhere --to onnx --out a.onnx", "nowhere/checkpoints/last.ckpt does not exist"),
+        ("export nowhere --to onnx --out a.onnx", "nowhere holds no run"),
         ("evaluate flow nowhere", "nowhere holds no run"),
         ("evaluate flow nowhere --images few", "--images few cannot be read as int"),
         ("evaluate flow nowhere --imag 3", "unrecognized arguments: --imag 3"),

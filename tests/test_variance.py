@@ -548,7 +548,7 @@ def test_nothing_to_learn(variance: ReverseVariance) -> None:
     model = DiffusionModel(
         Zero(), BetaChain(CHAINS[3]), EpsParameterization(), TimeConditioning(), variance, PlainGaussian(levels=256)
     )
-    with pytest.raises(InputError, match=rf"{type(variance).__name__} has nothing to learn: use .* NoiseMSE"):
+    with pytest.raises(InputError, match=rf"{type(variance).__name__} has nothing to learn: use NoiseMSE"):
         HybridObjective(UniformTimes()).check(model)
 
 

@@ -137,7 +137,7 @@ def test_times_of_the_axis_of_the_grid_and_of_another_grid() -> None:
             losses = [objective(model_of(schedule), data(300, generator), generator).mean() for _ in range(50)]
         assert_mean(torch.stack(losses), expected, max_se=0.003)
     assert min(abs(on_a_grid(3) - on_a_grid(5)), abs(on_a_grid(5) - on_the_axis)) > 0.05
-    with pytest.raises(InputError, match="T = 1 is too few"):
+    with pytest.raises(InputError, match="T = 1 must be 2 or more"):
         WeightedMSE(StratifiedTimes(), T=1)(model_of(schedule), torch.zeros(2, 1, 4, 4))
 
 

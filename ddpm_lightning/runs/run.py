@@ -101,6 +101,8 @@ class Run:
         path = self.checkpoints / f"{which}.ckpt" if which in ("last", "best") else Path(which).expanduser().absolute()
         if path.is_file() or (path.name == LAST and last_good(path.parent)):
             return path
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} holds no run: there is no such folder")
         known = sorted(map(str, self.checkpoints.glob("*.ckpt")))
         hint = f"this run has {', '.join(known)}" if known else f"there is none in {self.checkpoints} either"
         raise InputError(f"the checkpoint {path} does not exist; {hint}")
