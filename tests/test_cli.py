@@ -261,7 +261,9 @@ def test_two_processes_train_as_one_does(
 @pytest.mark.parametrize("config", ["mnist", "lecture", "mnist_likelihood"])
 def test_mnist_trains_and_is_tested(config: str, tmp_path: Path) -> None:
     common = [f"--data.root={DATA_DIR}", f"--run_dir={tmp_path}", "--data.limit_val=32", "--data.limit_test=48"]
+    # half precision is slow on a CPU without instructions for it
     small = ["--data.batch_size=32", "--trainer.limit_train_batches=3", "--trainer.max_epochs=1"]
+    small += ["--trainer.precision=32-true"]
     sampled = "--trainer.callbacks=[ddpm_lightning.callbacks.LastCheckpoint]"
     run_ddpm("fit", "-c", f"configs/{config}.yaml", *common, *small, sampled)
     bounds = "[{class_path: DenoisingElbo, init_args: {steps: 2}}]"

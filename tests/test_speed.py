@@ -184,7 +184,7 @@ def test_both_models_and_the_optimiser_have_the_layout_of_the_option(
     expected = option is not False
     module, seen = build(channels_last=option, optimizer=ADAMW, network=SimpleUNet()), []
     module.model.network.encoder.register_forward_hook(lambda m, i, output: seen.append(output.stride(1) == 1))
-    runner = trainer(tmp_path, enable_checkpointing=False, precision=precision, limit_val_batches=0)
+    runner = trainer(tmp_path, enable_checkpointing=False, precision=precision, limit_val_batches=0, max_steps=2)
     runner.fit(module, Digits())
     assert is_channels_last(module.model) == is_channels_last(module.ema_model) == {expected}
     states = [(p, state["exp_avg"]) for p, state in runner.optimizers[0].state.items()]
