@@ -232,7 +232,7 @@ _NOISE = (
     "Checkpoint directory .* exists and is not empty",
     # the averaged model is only ever evaluated
     "in eval mode at the start of training",
-    # figures of the bound are equal on all processes when they are logged
+    # the scores of the bound are equal on all processes when they are logged
     "sync_dist=True",
 )
 

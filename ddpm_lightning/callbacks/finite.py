@@ -1,4 +1,4 @@
-"""Training stops where the loss is no longer a number."""
+"""Training stops where the loss is NaN or infinite."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ __all__ = ["StopOnNonFinite"]
 
 
 class StopOnNonFinite(Callback):
-    """Stops training with a :class:`~ddpm_lightning.errors.RunError` where a loss is infinite or no number.
+    """Stops training with a :class:`~ddpm_lightning.errors.RunError` where a loss is NaN or infinite.
 
     The losses are looked at every ``log_every_n_steps`` batches and before each checkpoint, all at once: looking at
     each would make the CPU wait for the GPU at every step. Before a checkpoint the weights are looked at, too: no
-    checkpoint is replaced by one of weights that are no numbers.
+    checkpoint with NaN replaces a good one.
     """
 
     def __init__(self) -> None:
