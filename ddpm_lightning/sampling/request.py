@@ -182,14 +182,14 @@ def slerp(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
 def _labels(module: DiffusionModule, labels: list[int] | None) -> list[int] | None:
     if not module.class_conditional:
         if labels is not None:
-            raise InputError(f"--labels {labels}: this model is not class-conditional")
+            raise InputError(f"--labels {list(labels)}: this model is not class-conditional")
         return None
     classes = module.num_classes or 0
     if labels is None:
         return list(range(classes))
     none = f", or be {classes} for no class" if module.label_dropout else ""
     if not labels or not all(0 <= label < classes + bool(none) for label in labels):
-        raise InputError(f"--labels {labels}: classes must lie between 0 and {classes - 1}{none}")
+        raise InputError(f"--labels {list(labels)}: classes must lie between 0 and {classes - 1}{none}")
     return labels
 
 
