@@ -70,7 +70,7 @@ class ContinuousNegativeElbo(Objective):
         with schedule.held_interior():
             diffusion = (1 - first) * diffusion_cost(model, model.denoiser, x0, t, generators, **cond)
             x1 = process.marginal(x0, first).sample(generators)
-            reconstruction = model.decoder.log_prob(x0, model.decoder_gaussian(x1, **cond))
+            reconstruction = model.log_likelihood(x0, x1, **cond)
             prior_matching = process.marginal(x0, model.grid_on(x0.device)[-1]).kl(model.prior(x0))
         if self.training:
             self.times.update(draw.position, diffusion.detach())

@@ -5,7 +5,10 @@ from ddpm_lightning.process.decoders import CategoricalDecoder, Decoder, Discret
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
 from ddpm_lightning.process.eps_mse import eps_mse_table, spread_times
 from ddpm_lightning.process.forward import ForwardProcess
+from ddpm_lightning.process.generative import GenerativeModel
 from ddpm_lightning.process.guidance import ClassifierDenoiser, ClassifierFreeDenoiser, LogFactor, ProductDenoiser
+from ddpm_lightning.process.hierarchy import HierarchicalVAE
+from ddpm_lightning.process.levels import DiffusionLevel, Level, LinearLevel
 from ddpm_lightning.process.measurement import (
     AverageOperator,
     DenoisingOperator,
@@ -44,6 +47,7 @@ __all__ = [
     "Decoder",
     "Denoiser",
     "DenoisingOperator",
+    "DiffusionLevel",
     "DiffusionModel",
     "DiscretizedGaussian",
     "EpsParameterization",
@@ -51,7 +55,11 @@ __all__ = [
     "FixedSmallVariance",
     "ForwardProcess",
     "GammaConditioning",
+    "GenerativeModel",
+    "HierarchicalVAE",
     "LearnedRangeVariance",
+    "Level",
+    "LinearLevel",
     "LinearMeasurement",
     "LinearOperator",
     "LogFactor",

@@ -14,6 +14,7 @@ from ddpm_lightning.process.conditioning import NoiseConditioning
 from ddpm_lightning.process.decoders import Decoder
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
 from ddpm_lightning.process.forward import ForwardProcess
+from ddpm_lightning.process.generative import GenerativeModel
 from ddpm_lightning.process.parameterization import Parameterization, Prediction
 from ddpm_lightning.process.reverse import ReverseProcess
 from ddpm_lightning.process.variance import ReverseVariance
@@ -22,7 +23,7 @@ from ddpm_lightning.schedules import Schedule, TabulatedSchedule
 __all__ = ["DiffusionModel"]
 
 
-class DiffusionModel(nn.Module):
+class DiffusionModel(GenerativeModel):
     """Everything that the objectives, the bound and the samplers need, and nothing of training.
 
     Args:
@@ -136,6 +137,20 @@ class DiffusionModel(nn.Module):
         denoiser = self.denoiser
         other._set_views(denoiser.parameterization, denoiser.conditioning, self.reverse_process.variance)
         return other, table.times
+
+    def encoder(self, n: int | Tensor, before: Tensor) -> DiagonalGaussian:
+        grid = self.grid_on(before.device)
+        return self.forward_process.transition(before, grid[n - 1], grid[n])
+
+    def encoder_marginal(self, n: int | Tensor, x0: Tensor) -> DiagonalGaussian:
+        return self.forward_process.marginal(x0, self.grid_on(x0.device)[n])
+
+    def reverse(self, n: int | Tensor, after: Tensor, **cond: Any) -> DiagonalGaussian:
+        grid = self.grid_on(after.device)
+        return self.reverse_process.transition(after, grid[n], grid[n + 1], **cond)
+
+    def reconstruction_gaussian(self, x1: Tensor, **cond: Any) -> DiagonalGaussian:
+        return self.decoder_gaussian(x1, **cond)
 
     def prior(self, like: Tensor) -> DiagonalGaussian:
         """p(x_T) over images of the shape of ``like``: N(0, I) for a variance-preserving schedule."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from ddpm_lightning.objectives.elbo.estimator import ChainWalk, ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.ops import Generators
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import GenerativeModel
 
 __all__ = ["ConsistencyElbo"]
 
@@ -25,6 +25,12 @@ class ConsistencyElbo(ElboEstimator):
     often printed E_{q(x_{t-1}, x_{t+1}|x_0)} KL(q(x_t|x_{t-1}) || p(x_t|x_{t+1})) averages over a fresh x_t that knows
     nothing of x_{t+1}. This is larger by about one nat for each dimension and step. It is the diagnostic
     ``consistency_literal_kl`` and never enters the bound.
+
+    Args:
+        steps: as in every estimator.
+        T: as in every estimator.
+        closed_entropy: take E log q(x_t|x_{t-1}) given x_{t-1} in closed form, as minus the entropy of the Gaussian,
+            not at the draw. The expectation is the same.
     """
 
     name = "consistency"
@@ -36,22 +42,25 @@ class ConsistencyElbo(ElboEstimator):
         "consistency_literal_kl": "diagnostic",
     }
 
-    def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        process, reverse = model.forward_process, model.reverse_process
+    def __init__(self, steps: int | None = None, T: int | None = None, closed_entropy: bool = False) -> None:
+        super().__init__(steps, T)
+        self.closed_entropy = closed_entropy
+
+    def estimate(self, model: GenerativeModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         walk = ChainWalk(model, x0, self.steps, generators)
         step_costs, literal_kls = [], []
         for w in walk:
-            forward_step = process.transition(w.before, w.t_before, w.t_at)
-            reverse_step = reverse.transition(w.after, w.t_at, w.t_after, **cond)
-            step_costs.append(forward_step.log_prob(w.at) - reverse_step.log_prob(w.at))
+            forward_step, reverse_step = model.encoder(w.n, w.before), model.reverse(w.n, w.after, **cond)
+            log_q = -forward_step.entropy() if self.closed_entropy else forward_step.log_prob(w.at)
+            step_costs.append(log_q - reverse_step.log_prob(w.at))
             literal_kls.append(forward_step.kl(reverse_step))
-        last_step = process.transition(walk.x_last_but_one, *model.grid_on(x0.device)[-2:])
+        last_step = model.encoder(model.T, walk.x_last_but_one)
         return self.assemble(
-            self.reconstruction(model, x0, walk.x_first, **cond),
+            model.log_likelihood(x0, walk.x_first, **cond),
             "consistency",
             step_costs,
             walk.indices,
             walk.weights,
-            end_costs={"prior_matching": last_step.kl(model.prior(x0))},
+            end_costs={"prior_matching": last_step.kl(model.prior(last_step.mean))},
             diagnostics={"consistency_literal_kl": literal_kls},
         )

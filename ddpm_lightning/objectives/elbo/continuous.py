@@ -37,6 +37,7 @@ class ContinuousElbo(ElboEstimator):
     """
 
     name = "continuous"
+    needs_posterior = True
     term_kinds: Mapping[str, TermKind] = {
         "reconstruction": "log_prob",
         "prior_matching": "cost",
@@ -61,7 +62,7 @@ class ContinuousElbo(ElboEstimator):
             step_costs.append(span * diffusion_cost(model, denoiser, x0, t, generators, **cond))
         parts = torch.arange(1, steps + 1, device=x0.device)[:, None].expand(steps, len(x0))
         return self.assemble(
-            self.reconstruction(model, x0, x1, **cond),
+            model.log_likelihood(x0, x1, **cond),
             "diffusion",
             step_costs,
             parts,

@@ -25,6 +25,7 @@ class DenoisingElbo(ElboEstimator):
     """
 
     name = "denoising"
+    needs_posterior = True
     term_kinds: Mapping[str, TermKind] = {
         "reconstruction": "log_prob",
         "prior_matching": "cost",
@@ -42,7 +43,7 @@ class DenoisingElbo(ElboEstimator):
             x_t = process.marginal(x0, t).sample(generators)
             step_costs.append(process.posterior(x0, x_t, s, t).kl(reverse.transition(x_t, s, t, **cond)))
         return self.assemble(
-            self.reconstruction(model, x0, x1, **cond),
+            model.log_likelihood(x0, x1, **cond),
             "denoising_matching",
             step_costs,
             indices,

@@ -12,25 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import at_least
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.objectives.times import stratified_steps
 from ddpm_lightning.ops import Generators
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import DiffusionModel, GenerativeModel
 
 __all__ = ["ChainWalk", "ElboEstimator", "Window"]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbouring states x_{n-1}, x_n, x_{n+1} of a chain, ``[B, C, H, W]``, and their times ``[B]`` or ``[]``."""
+    """Neighbouring states x_{n-1}, x_n, x_{n+1} of a chain, and n, a number or int64 ``[B]``."""
 
+    n: int | Tensor
     before: Tensor
     at: Tensor
     after: Tensor
-    t_before: Tensor
-    t_at: Tensor
-    t_after: Tensor
 
 
 class ChainWalk:
@@ -43,43 +41,41 @@ class ChainWalk:
     Attributes:
         indices: int64 ``[K, B]``, the n of each window.
         weights: float64 ``[K]``, what each window stands for in a sum over n.
-        x_first: x_1, ``[B, C, H, W]``.
+        x_first: x_1.
+        q_first: q(x_1 | x_0).
     """
 
     x_last_but_one: Tensor
     x_last: Tensor
 
-    def __init__(self, model: DiffusionModel, x0: Tensor, steps: int | None, generators: Generators) -> None:
-        self._process, self._x0, self._generators = model.forward_process, x0, generators
-        self._grid = model.grid_on(x0.device)
+    def __init__(self, model: GenerativeModel, x0: Tensor, steps: int | None, generators: Generators) -> None:
+        self._model, self._x0, self._generators = model, x0, generators
         self.indices, self.weights = stratified_steps(model.T - 1, steps, x0, generators)
-        self.x_first = self._process.marginal(x0, self._grid[1]).sample(generators)
+        self.q_first = model.encoder_marginal(1, x0)
+        self.x_first = self.q_first.sample(generators)
 
     def __iter__(self) -> Iterator[Window]:
-        T = len(self._grid) - 1
-        return self._along_one_path(T) if len(self.indices) == T - 1 else self._apart(T)
+        return self._along_one_path() if len(self.indices) == self._model.T - 1 else self._apart()
 
-    def _move(self, x_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return self._process.transition(x_s, s, t).sample(self._generators)
+    def _move(self, n: int | Tensor, before: Tensor) -> Tensor:
+        return self._model.encoder(n, before).sample(self._generators)
 
-    def _along_one_path(self, T: int) -> Iterator[Window]:
-        grid = self._grid
+    def _along_one_path(self) -> Iterator[Window]:
         before, at = self._x0, self.x_first
-        for n in range(1, T):
-            after = self._move(at, grid[n], grid[n + 1])
-            yield Window(before, at, after, grid[n - 1], grid[n], grid[n + 1])
+        for n in range(1, self._model.T):
+            after = self._move(n + 1, at)
+            yield Window(n, before, at, after)
             before, at = at, after
         self.x_last_but_one, self.x_last = before, at
 
-    def _apart(self, T: int) -> Iterator[Window]:
-        grid = self._grid
+    def _apart(self) -> Iterator[Window]:
+        model, T = self._model, self._model.T
         for n in self.indices:
-            before = self._process.marginal(self._x0, grid[n - 1]).sample(self._generators)
-            at = self._move(before, grid[n - 1], grid[n])
-            after = self._move(at, grid[n], grid[n + 1])
-            yield Window(before, at, after, grid[n - 1], grid[n], grid[n + 1])
-        self.x_last_but_one = self._process.marginal(self._x0, grid[T - 1]).sample(self._generators)
-        self.x_last = self._move(self.x_last_but_one, grid[T - 1], grid[T])
+            before = model.encoder_marginal(n - 1, self._x0).sample(self._generators)
+            at = self._move(n, before)
+            yield Window(n, before, at, self._move(n + 1, at))
+        self.x_last_but_one = model.encoder_marginal(T - 1, self._x0).sample(self._generators)
+        self.x_last = self._move(T, self.x_last_but_one)
 
 
 class ElboEstimator:
@@ -95,6 +91,8 @@ class ElboEstimator:
     """The form's name in logs and tables."""
     term_kinds: Mapping[str, TermKind]
     """The kind of each term, by the keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
+    needs_posterior = False
+    """True for a form of diffusion models only: it needs q(x_s | x_t, x_0)."""
 
     def __init__(self, steps: int | None = None, T: int | None = None) -> None:
         if steps is not None:
@@ -105,22 +103,26 @@ class ElboEstimator:
     def term_names(self) -> tuple[str, ...]:
         return tuple(self.term_kinds)
 
-    def __call__(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
+    def __call__(self, model: GenerativeModel, x0: Tensor, generators: Generators = None, **cond: Any) -> ElboTerms:
+        self.check(model)
         return self.estimate(model if self.T is None else model.with_steps(self.T), x0, generators, **cond)
+
+    def check(self, model: GenerativeModel) -> None:
+        """Raise InputError for a model of which the form needs what it cannot give."""
+        if self.needs_posterior and not isinstance(model, DiffusionModel):
+            raise InputError(
+                f"the {self.name} form needs q(x_s | x_t, x_0), which {type(model).__name__} does not know for learned "
+                "encoders: use ConsistencyElbo or TrajectoryElbo"
+            )
 
     def evaluated(self, own_T: int) -> tuple[int | None, int]:
         """For a model of ``own_T`` states, the numbers of states (None: infinitely many) and of steps evaluated."""
         T = self.T or own_T
         return T, T - 1 if self.steps is None else min(self.steps, T - 1)
 
-    def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        """The bound of each image, for the model's own chain."""
+    def estimate(self, model: Any, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
+        """The bound of each image, for the model's own chain: a DiffusionModel where ``needs_posterior``."""
         raise NotImplementedError
-
-    @staticmethod
-    def reconstruction(model: DiffusionModel, x0: Tensor, x1: Tensor, **cond: Any) -> Tensor:
-        """log p(x_0 | x_1), ``[B]`` nats."""
-        return model.decoder.log_prob(x0, model.decoder_gaussian(x1, **cond))
 
     @staticmethod
     def assemble(

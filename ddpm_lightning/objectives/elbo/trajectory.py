@@ -6,7 +6,7 @@ from torch import Tensor
 from ddpm_lightning.objectives.elbo.estimator import ChainWalk, ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
 from ddpm_lightning.ops import Generators
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import GenerativeModel
 
 __all__ = ["TrajectoryElbo"]
 
@@ -23,18 +23,15 @@ class TrajectoryElbo(ElboEstimator):
     name = "trajectory"
     term_kinds: Mapping[str, TermKind] = {"reconstruction": "log_prob", "path_log_ratio": "cost", "elbo": "log_prob"}
 
-    def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        process, reverse = model.forward_process, model.reverse_process
+    def estimate(self, model: GenerativeModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         walk = ChainWalk(model, x0, self.steps, generators)
-        step_costs = []
-        for w in walk:
-            log_q = process.transition(w.at, w.t_at, w.t_after).log_prob(w.after)
-            log_p = reverse.transition(w.after, w.t_at, w.t_after, **cond).log_prob(w.at)
-            step_costs.append(log_q - log_p)
-        log_q_first = process.marginal(x0, model.grid_on(x0.device)[1]).log_prob(walk.x_first)
-        log_p_last = model.prior(x0).log_prob(walk.x_last)
+        step_costs = [
+            model.encoder(w.n + 1, w.at).log_prob(w.after) - model.reverse(w.n, w.after, **cond).log_prob(w.at)
+            for w in walk
+        ]
+        log_q_first, log_p_last = walk.q_first.log_prob(walk.x_first), model.prior(walk.x_last).log_prob(walk.x_last)
         return self.assemble(
-            self.reconstruction(model, x0, walk.x_first, **cond),
+            model.log_likelihood(x0, walk.x_first, **cond),
             "path_log_ratio",
             step_costs,
             walk.indices,
