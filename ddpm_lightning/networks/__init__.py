@@ -3,7 +3,8 @@ nothing of diffusion."""
 
 from ddpm_lightning.networks.classifier import FeatureClassifier
 from ddpm_lightning.networks.embedding import FourierFeatures, SinusoidalEmbedding
+from ddpm_lightning.networks.residual import ResidualStack
 from ddpm_lightning.networks.simple_unet import SimpleUNet
 from ddpm_lightning.networks.unet import UNet
 
-__all__ = ["FeatureClassifier", "FourierFeatures", "SimpleUNet", "SinusoidalEmbedding", "UNet"]
+__all__ = ["FeatureClassifier", "FourierFeatures", "ResidualStack", "SimpleUNet", "SinusoidalEmbedding", "UNet"]

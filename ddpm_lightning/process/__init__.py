@@ -8,7 +8,7 @@ from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.generative import GenerativeModel
 from ddpm_lightning.process.guidance import ClassifierDenoiser, ClassifierFreeDenoiser, LogFactor, ProductDenoiser
 from ddpm_lightning.process.hierarchy import HierarchicalVAE
-from ddpm_lightning.process.levels import DiffusionLevel, Level, LinearLevel
+from ddpm_lightning.process.levels import ConvLevel, DiffusionLevel, Level, LinearLevel, VectorLevel
 from ddpm_lightning.process.measurement import (
     AverageOperator,
     DenoisingOperator,
@@ -43,6 +43,7 @@ __all__ = [
     "ClassifierDenoiser",
     "ClassifierFreeDenoiser",
     "ClippedDenoiser",
+    "ConvLevel",
     "DPSDenoiser",
     "Decoder",
     "Denoiser",
@@ -77,6 +78,7 @@ __all__ = [
     "ScoreParameterization",
     "TimeConditioning",
     "VParameterization",
+    "VectorLevel",
     "X0Parameterization",
     "eps_mse_table",
     "spread_times",

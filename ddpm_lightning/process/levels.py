@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ddpm_lightning.distributions import DiagonalGaussian
 from ddpm_lightning.errors import InputError, at_least
+from ddpm_lightning.networks import ResidualStack
 from ddpm_lightning.process.model import DiffusionModel
 
-__all__ = ["DiffusionLevel", "Level", "LinearLevel"]
+__all__ = ["ConvLevel", "DiffusionLevel", "Level", "LinearLevel", "VectorLevel"]
 
 
 class Level(nn.Module):
@@ -65,6 +66,94 @@ class LinearLevel(Level):
     def decode(self, own: Tensor, **cond: Any) -> DiagonalGaussian:
         mean, log_var = self.down(own), self.log_var_down[None]
         return DiagonalGaussian(mean.unflatten(1, self.below), log_var.unflatten(1, self.below))
+
+
+class _NetworkLevel(Level):
+    """An encoder and a decoder network, ``up`` and ``down``, which give a mean and a log variance for each value."""
+
+    carry: float
+
+    def _check(self, **sizes: int) -> None:
+        at_least(1, "", **sizes)
+        if not 0 <= self.carry < 1:
+            raise InputError(f"carry = {self.carry:g} must lie in [0, 1)")
+
+    def _set(self, below: Sequence[int], own: tuple[int, ...], up: nn.Module, down: nn.Module) -> tuple[int, ...]:
+        self.below, self.own, self.up, self.down = tuple(below), own, up, down
+        self.kept = self.carry if self.below == own else 0.0
+        return own
+
+    def _gaussian(self, start: Tensor, output: Tensor, shape: tuple[int, ...]) -> DiagonalGaussian:
+        mean, log_var = (part.reshape(-1, *shape) for part in output.chunk(2, dim=1))
+        mean = mean + self.kept * start if self.kept else mean
+        # within (-12, 12), so that no variance overflows; nearly the network's own in the middle
+        return DiagonalGaussian(mean, math.log1p(-(self.kept**2)) + 12 * torch.tanh(log_var / 12))
+
+    def encode(self, below: Tensor) -> DiagonalGaussian:
+        return self._gaussian(below, self.up(below), self.own)
+
+    def decode(self, own: Tensor, **cond: Any) -> DiagonalGaussian:
+        return self._gaussian(own, self.down(own), self.below)
+
+
+class ConvLevel(_NetworkLevel):
+    r"""Convolutional encoder and decoder, for images on either side.
+
+    At first their means are those of an autoregression,
+
+    .. math:: q(x_n|x_{n-1}) = N(c x_{n-1}, (1 - c^2) I), \qquad p(x_{n-1}|x_n) = N(c x_n, (1 - c^2) I)
+
+    with c = ``carry`` where the two shapes are equal, and 0 elsewhere.
+
+    Args:
+        channels: channels of the state.
+        width: channels of the networks.
+        blocks: residual blocks of each network.
+        factor: the state's height and width are those below divided by it.
+        carry: part of the state that is passed on at first, in [0, 1).
+    """
+
+    def __init__(self, channels: int, width: int = 32, blocks: int = 2, factor: int = 1, carry: float = 0.9) -> None:
+        super().__init__()
+        self.channels, self.width, self.blocks, self.factor, self.carry = channels, width, blocks, factor, carry
+        self._check(channels=channels, width=width, factor=factor, blocks=blocks)
+
+    def stand_on(self, below: Sequence[int]) -> tuple[int, ...]:
+        if len(below) != 3 or below[1] % self.factor or below[2] % self.factor:
+            raise InputError(
+                f"the state below has the shape {list(below)}; it must be [channels, height, width] with a height and "
+                f"width that factor = {self.factor} divides"
+            )
+        own = (self.channels, below[1] // self.factor, below[2] // self.factor)
+        up = ResidualStack(below[0], 2 * self.channels, self.width, self.blocks, self.factor)
+        down = ResidualStack(self.channels, 2 * below[0], self.width, self.blocks, self.factor, up=True)
+        return self._set(below, own, up, down)
+
+
+class VectorLevel(_NetworkLevel):
+    """Encoder and decoder of two fully connected hidden layers, to a vector from a state of any shape.
+
+    Args:
+        size: length of the state.
+        width: length of the hidden layers.
+        carry: as in :class:`ConvLevel`.
+    """
+
+    def __init__(self, size: int, width: int = 256, carry: float = 0.9) -> None:
+        super().__init__()
+        self.size, self.width, self.carry = size, width, carry
+        self._check(size=size, width=width)
+
+    def stand_on(self, below: Sequence[int]) -> tuple[int, ...]:
+        inputs = math.prod(below)
+        return self._set(below, (self.size,), self._network(inputs, self.size), self._network(self.size, inputs))
+
+    def _network(self, inputs: int, outputs: int) -> nn.Sequential:
+        last = nn.Linear(self.width, 2 * outputs)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        hidden = (nn.Linear(inputs, self.width), nn.SiLU(), nn.Linear(self.width, self.width), nn.SiLU())
+        return nn.Sequential(nn.Flatten(), *hidden, last)
 
 
 class DiffusionLevel(Level):
