@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -30,7 +31,7 @@ from ddpm_lightning.data import ImageDataModule
 from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.runs import Run
 from ddpm_lightning.trainer import DiffusionTrainer
-from ddpm_lightning.training import DiffusionModule
+from ddpm_lightning.training import DiffusionModule, GenerativeModule
 
 __all__ = ["DiffusionCLI", "main"]
 
@@ -89,11 +90,12 @@ class _SaveConfig(SaveConfigCallback):
 class DiffusionCLI(LightningCLI):
     """LightningCLI with a run folder, links from the data to the model, ``sample``, and errors of one sentence."""
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None, module: type[GenerativeModule] = DiffusionModule) -> None:
+        self._module = module
         # abbreviations would turn a misspelt option into another one
         parser_kwargs: dict[str, Any] = {"parser_mode": _PARSER_MODE, "allow_abbrev": False, "prog": "ddpm"}
         super().__init__(
-            DiffusionModule,
+            module,
             ImageDataModule,
             trainer_class=DiffusionTrainer,
             subclass_mode_data=True,
@@ -125,6 +127,8 @@ class DiffusionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder for all that the run writes.")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
+        name = f"{self._module.__module__}.{self._module.__qualname__}"
+        parser.add_argument("--module", type=str, default=name, help="LightningModule, by its import path.")
         for fact in ("shape", "levels", "num_classes"):
             parser.link_arguments(f"data.{fact}", f"model.{fact}", apply_on="instantiate")
         parser.link_arguments("data.levels", "model.decoder.init_args.levels", apply_on="instantiate")
@@ -219,6 +223,26 @@ class DiffusionCLI(LightningCLI):
             )
 
 
+def _module_of(args: list[str]) -> type[GenerativeModule]:
+    """The module that the last configuration file or option names, which decides what options ``--model`` has."""
+    name = ""
+    for option, value in pairwise([word for each in args for word in each.split("=", 1)]):
+        if option in ("-c", "--config") and Path(value).is_file():
+            loaded = _load_extending(Path(value).read_text(), Path(value).parent)
+            name = loaded.get("module", name) if isinstance(loaded, dict) else name
+        elif option == "--module":
+            name = value
+    if not name:
+        return DiffusionModule
+    try:
+        found = resolve_name(str(name))
+    except (ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"--module {name} cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, GenerativeModule)):
+        raise InputError(f"--module {name} is no GenerativeModule: there are DiffusionModule and HierarchyModule")
+    return found
+
+
 _NOISE = (
     "treespec, LeafSpec",
     # the arguments are the command line's, with RUN spelled out
@@ -269,7 +293,8 @@ def main(args: list[str] | None = None) -> None:
         if words[:1] in (["evaluate"], ["export"]):
             run_command(words[0], words[1:])
         else:
-            DiffusionCLI(_of_a_run(words))
+            spelled_out = _of_a_run(words)
+            DiffusionCLI(spelled_out, _module_of(spelled_out))
     except (InputError, MisconfigurationException, RunError) as error:
         print(f"ddpm: error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunError) else 2)

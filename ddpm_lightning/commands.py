@@ -40,7 +40,7 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
     path = Path(out).expanduser()
     if path.suffix != SUFFIXES[to]:
         raise InputError(f"--out {out}: the name of {to} ends in {SUFFIXES[to] or 'no suffix: it is a folder'}")
-    module = Run(run).load_module(checkpoint)
+    module = Run(run).load_diffusion(checkpoint)
     classes = module.num_classes if module.class_conditional else None
     if to == "safetensors":
         save_model(module.ema_model, path)

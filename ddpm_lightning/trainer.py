@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ddpm_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.process import DiffusionModel
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.lock import hold
 from ddpm_lightning.samplers import InpaintingFactory
@@ -18,7 +19,7 @@ from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.sampling.known import read_inpainting
 from ddpm_lightning.sampling.output import ImageFile, check_folder
 from ddpm_lightning.sampling.task import SamplingTask
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.training.module import GenerativeModule
 
 __all__ = ["DiffusionTrainer"]
 
@@ -41,7 +42,7 @@ class DiffusionTrainer(Trainer):
 
     def sample(
         self,
-        model: DiffusionModule,
+        model: GenerativeModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
@@ -89,6 +90,8 @@ class DiffusionTrainer(Trainer):
         pixels = read_inpainting(known, mask, inpainting, n, model.shape, model.levels)
         asked = SampleRequest(inpainting=pixels, cap_steps=False, **request)
         drawing = asked.on(model)
+        if gif and not isinstance(model.model, DiffusionModel):
+            raise InputError("--gif true shows images on their way from noise: a hierarchical VAE has no such way")
         if ckpt_path is None:
             raise InputError("sample needs a trained model: give --ckpt_path FILE, or last for the run's last one")
         folder = (Run(out) if out else Run.of(self)).folder
@@ -101,7 +104,7 @@ class DiffusionTrainer(Trainer):
             checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"])
-            if model.ema_model.schedule.is_learned:
+            if isinstance(model.ema_model, DiffusionModel) and model.ema_model.schedule.is_learned:
                 drawing = asked.on(model)  # the weights decide where its steps are
             task = SamplingTask(drawing, file, batch_size, filmed=grid_images if gif else 0)
             self.predict(task, return_predictions=False)

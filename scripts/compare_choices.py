@@ -93,7 +93,7 @@ def variances(module: DiffusionModule, x0: torch.Tensor) -> dict[str, process.Re
 def rows_of(names: tuple[str, str], run: Run, few: int, many: int, images: int | None) -> list[dict[str, Any]]:
     """A row for each variance of one training: mean and standard error of the bound in each column, bits/dim."""
     trained = Trained(str(run.folder), batch_size=images or 1000)
-    module, test = trained.module, trained.data.split("test")
+    module, test = trained.diffusion, trained.data.split("test")
     shown = test.batch(torch.arange(len(test))[:images])
     bounds = (DenoisingElbo(T=few), DenoisingElbo(steps=min(many, module.ema_model.T - 1)), ContinuousElbo(many))
     rows = []

@@ -42,7 +42,7 @@ from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, DPMSolverSampler, HeunSampler, Sampler
 from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.schedules import KarrasGrid, LogSNRGrid, StridedGrid, TimeGrid
-from ddpm_lightning.training import DiffusionModule
+from ddpm_lightning.training import GenerativeModule
 
 GRIDS: dict[str, TimeGrid] = {"strided": StridedGrid(), "log-SNR": LogSNRGrid(), "Karras": KarrasGrid()}
 SAMPLERS: dict[str, Sampler] = {
@@ -58,7 +58,7 @@ SHOWN_SCORES = ("frechet", "precision", "recall", "accuracy")
 Rows = dict[str, dict[str, Any]]
 
 
-def training_images(module: DiffusionModule, split: Split, n: int, seed: int) -> list[Labelled]:
+def training_images(module: GenerativeModule, split: Split, n: int, seed: int) -> list[Labelled]:
     """A random choice of them, with the classes that the samples are asked to have."""
     shuffled = split.chosen(len(split), seed)
     wanted = SampleRequest().on(module).label(torch.arange(n))

@@ -204,7 +204,7 @@ def test_the_entropy_in_closed_form_is_the_same_number_in_expectation(steps: int
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "T = 0": (lambda: HierarchicalVAE([], PlainGaussian(256), (2,)), "levels = [] must hold one level at least"),
+    "T = 0": (lambda: HierarchicalVAE([], PlainGaussian(256), (2,)), "hierarchy = [] must hold one level at least"),
     "size": (lambda: LinearLevel(0), "size = 0 must be 1 or more"),
     "denoising": (lambda: DenoisingElbo()(linear_hierarchy([2, 2], 0), torch.zeros(1, 2)), "the denoising form needs"),
     "continuous": (
@@ -264,7 +264,7 @@ def test_check_bound_evaluates_hierarchies(tmp_path: Path) -> None:
 BAD_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"kind": "linear"}, "kind is 'linear'"),
     "lengths": ({"decoder": []}, "lists of one length"),
-    "no levels": ({"decoder": [], "encoder": []}, "levels = [] must hold"),
+    "no levels": ({"decoder": [], "encoder": []}, "hierarchy = [] must hold"),
     "chain": ({"x": [[1.0, 2.0, 3.0]]}, "A must be finite numbers of shape [1, 3]"),
     "ragged": ({"x": [[1.0], [2.0, 3.0]]}, "x must be finite numbers"),
     "exact": ({"exact": [{}]}, "exact must be a list with an object for each of the 2"),

@@ -3,6 +3,7 @@
 from ddpm_lightning.callbacks.checkpoint import LastCheckpoint
 from ddpm_lightning.callbacks.finders import BatchSizeTest, LearningRateTest
 from ddpm_lightning.callbacks.finite import StopOnNonFinite
+from ddpm_lightning.callbacks.hierarchy import LevelPictures
 from ddpm_lightning.callbacks.pictures import ForwardStrip, SampleGrid, ScheduleCurves
 from ddpm_lightning.callbacks.progress import EpochLines, ImagesPerSecond
 from ddpm_lightning.callbacks.quality import SampleQuality
@@ -10,5 +11,6 @@ from ddpm_lightning.callbacks.reports import BoundTable, ImageTermsWriter
 
 __all__ = [
     "BatchSizeTest", "BoundTable", "EpochLines", "ForwardStrip", "ImageTermsWriter", "ImagesPerSecond",
-    "LastCheckpoint", "LearningRateTest", "SampleGrid", "SampleQuality", "ScheduleCurves", "StopOnNonFinite",
+    "LastCheckpoint", "LearningRateTest", "LevelPictures", "SampleGrid", "SampleQuality", "ScheduleCurves",
+    "StopOnNonFinite",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import Sampler
 from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.schedules import Schedule, strided_grid
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.training.module import DiffusionModule, GenerativeModule
 
 __all__ = ["ForwardStrip", "SampleGrid", "ScheduleCurves"]
 
@@ -32,13 +32,13 @@ class SampleGrid(Callback):
     each validation within ``fit`` and when training ends.
 
     Args:
-        sampler: how to sample.
+        sampler: how to sample; None for AncestralSampler, and for a hierarchical VAE.
         steps: steps of the sampler, cut to the T of a chain that has fewer; None for all T.
         n: number of images.
         seed: seed of the images.
     """
 
-    def __init__(self, sampler: Sampler, steps: int | None = None, n: int = 64, seed: int = 0) -> None:
+    def __init__(self, sampler: Sampler | None = None, steps: int | None = None, n: int = 64, seed: int = 0) -> None:
         self.sampler, self.steps, self.n, self.seed = sampler, steps, n, seed
         self._last_step: int | None = None
 
@@ -48,13 +48,13 @@ class SampleGrid(Callback):
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, GenerativeModule)
         with pl_module.whole_average():
             if trainer.is_global_zero:
                 self._draw(trainer, pl_module)
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, DiffusionModule)
+        assert isinstance(module, GenerativeModule)
         if self._last_step == trainer.global_step:
             return  # this step's validation has drawn it
         self._last_step = trainer.global_step

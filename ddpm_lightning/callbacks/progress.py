@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.training.module import GenerativeModule
 
 __all__ = ["EpochLines", "ImagesPerSecond"]
 
@@ -24,7 +24,7 @@ class EpochLines(Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, GenerativeModule)
         metrics = trainer.callback_metrics
         parts = [f"epoch {trainer.current_epoch}", f"step {trainer.global_step}"]
         if "train/loss" in metrics:

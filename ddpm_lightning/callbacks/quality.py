@@ -19,7 +19,7 @@ from ddpm_lightning.evaluation.trained import publish
 from ddpm_lightning.networks import FeatureClassifier
 from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import DDIMSampler, Sampler
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.training.module import GenerativeModule
 
 __all__ = ["SampleQuality"]
 
@@ -72,7 +72,7 @@ class SampleQuality(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the classifier and refuse what cannot be measured, before anything is trained."""
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, GenerativeModule)
         self.samples.on(pl_module)
         if self.samples.n < trainer.world_size * 4:
             raise InputError(f"SampleQuality: n = {self.samples.n} is too few for {trainer.world_size} processes")
@@ -94,7 +94,7 @@ class SampleQuality(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            assert isinstance(pl_module, DiffusionModule)
+            assert isinstance(pl_module, GenerativeModule)
             real = len(self._chosen(trainer, "test").image)
             report = quality_report(pl_module, self.samples, self.measured, real, str(self.classifier))
             publish(Run.of(trainer), "quality-test", *report)
@@ -102,7 +102,7 @@ class SampleQuality(Callback):
     def _comparison(
         self, trainer: Trainer, module: LightningModule, split: SplitName, only: list[str] | None = None
     ) -> Comparison:
-        assert isinstance(module, DiffusionModule) and self._judge is not None
+        assert isinstance(module, GenerativeModule) and self._judge is not None
         return Comparison(module, self._judge, self._real(trainer, split), only)
 
     def _chosen(self, trainer: Trainer, split: SplitName) -> Batch:
@@ -116,6 +116,6 @@ class SampleQuality(Callback):
         return labelled_batches(images, self.samples.batch_size, trainer.global_rank, trainer.world_size)
 
     def _sampled(self, trainer: Trainer, module: LightningModule) -> Iterator[Labelled]:
-        assert isinstance(module, DiffusionModule)
+        assert isinstance(module, GenerativeModule)
         forward = trainer.precision_plugin.forward_context
         return self.samples.batches(module, trainer.global_rank, trainer.world_size, precision=forward)

@@ -11,7 +11,7 @@ from ddpm_lightning.evaluation.bound import bound_report, csv_text
 from ddpm_lightning.evaluation.trained import publish
 from ddpm_lightning.runs import Run
 from ddpm_lightning.training.distributed import gather_to_all
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.training.module import GenerativeModule
 
 __all__ = ["BoundTable", "ImageTermsWriter"]
 
@@ -27,7 +27,7 @@ class BoundTable(Callback):
         self._write(trainer, pl_module, "test")
 
     def _write(self, trainer: Trainer, module: LightningModule, stage: Literal["val", "test"]) -> None:
-        assert isinstance(module, DiffusionModule)
+        assert isinstance(module, GenerativeModule)
         if trainer.is_global_zero:
             publish(Run.of(trainer), f"bound-{stage}", *bound_report(module, stage, str(trainer.precision)))
 

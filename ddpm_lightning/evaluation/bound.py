@@ -16,12 +16,12 @@ from ddpm_lightning.data import Batch
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.metrics import BoundScores, MeanAndError, bits_per_dim
 from ddpm_lightning.objectives import ElboEstimator
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.training.module import GenerativeModule
 
 __all__ = ["bound_report", "bound_table", "csv_text", "image_bits", "in_bits", "mean_and_error", "model_facts"]
 
 
-def model_facts(module: DiffusionModule) -> dict[str, Any]:
+def model_facts(module: GenerativeModule) -> dict[str, Any]:
     """What a measurement of a model depends on besides images and steps, as plain data."""
     model = module.ema_model
     return {
@@ -31,8 +31,7 @@ def model_facts(module: DiffusionModule) -> dict[str, Any]:
         "weights": "averaged",
         "ema_decay": module.ema_decay,
         "steps_trained": module.steps_trained,
-        "clip_x0": model.clip_x0,
-        "variance": type(model.reverse_process.variance).__name__,
+        **model.facts(),
         "decoder": type(model.decoder).__name__,
         "density": model.decoder.is_density,
         "class_conditional": module.class_conditional,
@@ -59,17 +58,19 @@ def bound_table(scores: BoundScores, dims: int) -> str:
     return "\n".join(lines)
 
 
-def bound_report(module: DiffusionModule, stage: Literal["val", "test"], precision: str) -> tuple[str, dict[str, Any]]:
+def bound_report(module: GenerativeModule, stage: Literal["val", "test"], precision: str) -> tuple[str, dict[str, Any]]:
     """The module's last scores of a stage as text and as plain data; ``precision`` in the Trainer's words."""
     scores, images, model = module.bound_scores[stage], module.images_evaluated[stage], module.ema_model
     estimators = module.bounds[stage]
     facts = model_facts(module)
     evaluated = ", ".join(f"{e.name}: {steps_in_words(e, model.T)}" for e in estimators)
+    clipped, parts = facts.get("clip_x0"), facts.get("variance") or f"shapes {facts['shapes']}"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     head = [
         f"Bound on {images} images ({stage}), T = {model.T}, averaged weights after "
-        f"{module.steps_trained} steps, x0 {'clipped' if model.clip_x0 else 'not clipped'}",
-        f"{facts['decoder']} over {module.levels} levels, {facts['variance']}; reverse steps evaluated: {evaluated}",
+        f"{module.steps_trained} steps"
+        + ("" if clipped is None else f", x0 {'clipped' if clipped else 'not clipped'}"),
+        f"{facts['decoder']} over {module.levels} levels, {parts}; reverse steps evaluated: {evaluated}",
         f"one draw for each image and step from eval_seed {module.eval_seed}; +- is the standard error over images",
         f"precision {precision}, {facts['device']}; {versions}",
     ]

@@ -48,7 +48,7 @@ def flow(
     """
     at_least(2, images=images)
     at_least(0, probes=probes)
-    facts, chosen = model_facts(trained.module), trained.data.split("test").chosen(images, trained.seed)
+    facts, chosen = model_facts(trained.diffusion), trained.data.split("test").chosen(images, trained.seed)
     lines, rows, values = [], [], []
     for solver in map(ProbabilityFlow, (steps, 2 * steps) if check else (steps,)):
         bits = _image_bits(trained, chosen, solver, probes, dequantization == "uniform")
@@ -73,7 +73,7 @@ def flow(
 
 def _image_bits(trained: Trained, images: Batch, solver: ProbabilityFlow, probes: int, uniform: bool) -> Tensor:
     divergence = HutchinsonDivergence(probes) if probes else ExactDivergence()
-    module, results = trained.module, []
+    module, results = trained.diffusion, []
     model, levels = module.ema_model, module.levels
     for part in trained.batches(images, f"{solver.steps} steps"):
         x0, generators = levels_to_model(part.image, levels), image_generators(trained.seed, part.index)

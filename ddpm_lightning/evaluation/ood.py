@@ -154,7 +154,7 @@ def ood(trained: Trained, images: int = 500, steps: int = 20, T: int | None = No
         T: evaluate a chain of T states, by default steps + 1, at most the model's
     """
     at_least(2, images=images)
-    module, data, seed = trained.module, trained.data, trained.seed
+    module, data, seed = trained.diffusion, trained.data, trained.seed
     module.eval_seed = seed
     estimator = DenoisingElbo(steps, min(steps + 1, module.ema_model.T) if T is None else T)
     test, val = data.split("test"), data.split("val")

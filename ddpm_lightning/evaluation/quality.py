@@ -21,7 +21,7 @@ from ddpm_lightning.networks import FeatureClassifier
 from ddpm_lightning.progress import tracked
 from ddpm_lightning.samplers import DDIMSampler, Sampler
 from ddpm_lightning.sampling import SampleRequest
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.training.module import GenerativeModule
 
 __all__ = [
     "Comparison", "Labelled", "Samples", "labelled_batches", "named_classifier", "neighbours_of", "points_of",
@@ -59,7 +59,7 @@ class Samples(SampleRequest):
 
     def batches(
         self,
-        module: DiffusionModule,
+        module: GenerativeModule,
         rank: int = 0,
         world: int = 1,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -78,7 +78,7 @@ def labelled_batches(images: Batch, batch_size: int, rank: int = 0, world: int =
         yield batch.image, batch.label
 
 
-def named_classifier(module: DiffusionModule, name: str | None) -> tuple[str, FeatureClassifier]:
+def named_classifier(module: GenerativeModule, name: str | None) -> tuple[str, FeatureClassifier]:
     """The name and the classifier in whose features a module's images are compared.
 
     ``name`` is a name or a file (``load_classifier``), or None for the one that is shipped for such images.
@@ -106,7 +106,7 @@ class Comparison:
 
     def __init__(
         self,
-        module: DiffusionModule,
+        module: GenerativeModule,
         classifier: FeatureClassifier,
         real: Iterable[Labelled],
         only: Collection[str] | None = None,
@@ -130,7 +130,7 @@ class Comparison:
 
 
 def quality_report(
-    module: DiffusionModule, samples: Samples, rows: Mapping[str, Mapping[str, float]], real: int, classifier: str
+    module: GenerativeModule, samples: Samples, rows: Mapping[str, Mapping[str, float]], real: int, classifier: str
 ) -> tuple[str, dict[str, Any]]:
     """The measures ``rows`` of each set of images, against ``real`` test images, as text and as plain data."""
     steps = None if samples.steps is None else samples.on(module).steps

@@ -9,7 +9,7 @@ from ddpm_lightning.data import MNIST, Batch, ImageDataModule
 from ddpm_lightning.errors import at_least
 from ddpm_lightning.progress import tracked
 from ddpm_lightning.runs import Run
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.training.module import DiffusionModule, GenerativeModule
 
 __all__ = ["Trained", "publish"]
 
@@ -40,8 +40,13 @@ class Trained:
         at_least(1, batch_size=self.batch_size)
 
     @cached_property
-    def module(self) -> DiffusionModule:
+    def module(self) -> GenerativeModule:
         return Run(self.run).load_module(self.checkpoint).to(self.device)
+
+    @cached_property
+    def diffusion(self) -> DiffusionModule:
+        """The module of a run that trained a diffusion model; InputError for another run."""
+        return Run(self.run).load_diffusion(self.checkpoint).to(self.device)
 
     @cached_property
     def data(self) -> ImageDataModule:

@@ -32,7 +32,7 @@ def variance(trained: Trained, images: int = 2000, points: int = 40) -> dict[str
         points: noise levels, 2 or more, at most
     """
     at_least(1, images=images)
-    module = trained.module
+    module = trained.diffusion
     model = module.ema_model
     if model.reverse_process.variance.network_outputs > 1:
         raise InputError(

@@ -8,7 +8,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.times import TimeSampler, steps_of
 from ddpm_lightning.ops import Generators, expand_to, sum_per_image
-from ddpm_lightning.process import DiffusionModel, Prediction
+from ddpm_lightning.process import DiffusionModel, GenerativeModel, Prediction
 
 __all__ = ["HybridObjective"]
 
@@ -41,9 +41,10 @@ class HybridObjective(Objective):
         super().__init__()
         self.times, self.vlb_weight = times, vlb_weight
 
-    def check(self, model: DiffusionModel) -> None:
+    def check(self, model: GenerativeModel) -> None:
         """As in the base class; a variance that takes nothing from the network is refused too."""
         super().check(model)
+        assert isinstance(model, DiffusionModel)
         variance = model.reverse_process.variance
         if variance.network_outputs == 1:
             raise InputError(

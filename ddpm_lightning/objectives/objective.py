@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import Generators
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import DiffusionModel, GenerativeModel
 
 __all__ = ["Objective"]
 
@@ -20,9 +20,12 @@ class Objective(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def check(self, model: DiffusionModel) -> None:
-        """Raise InputError for a learned schedule under a loss that is no bound, which would only make its task easy,
-        and for a learned variance under a loss that does not depend on it."""
+    def check(self, model: GenerativeModel) -> None:
+        """Raise InputError for a model that is no diffusion model; for a learned schedule under a loss that is no
+        bound, which would only make its task easy; and for a learned variance under a loss that does not depend on it.
+        """
+        if not isinstance(model, DiffusionModel):
+            raise InputError(f"{type(self).__name__} trains diffusion models only: use NegativeElbo")
         variance = model.reverse_process.variance
         if variance.network_outputs > 1 and not self.trains_variance:
             raise InputError(
@@ -35,6 +38,6 @@ class Objective(nn.Module):
                 "ContinuousNegativeElbo or NegativeElbo"
             )
 
-    def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
+    def forward(self, model: Any, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
         """Loss of each image, ``[B]``. In training mode a time sampler learns from it."""
         raise NotImplementedError

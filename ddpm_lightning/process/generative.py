@@ -22,6 +22,8 @@ class GenerativeModel(nn.Module):
     that may be meant have one shape.
     """
 
+    network: nn.Module
+    """What is trained of it, but for a learned schedule."""
     decoder: Decoder
 
     @property
@@ -52,6 +54,10 @@ class GenerativeModel(nn.Module):
     def prior(self, like: Tensor) -> DiagonalGaussian:
         """p(x_T) over tensors of the shape of ``like``."""
         raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the model, as plain data."""
+        return {}
 
     def log_likelihood(self, x0: Tensor, x1: Tensor, **cond: Any) -> Tensor:
         """log p(x_0 | x_1), ``[B]`` nats."""

@@ -5,7 +5,7 @@ encoders, and one network for all decoders (Luo 2022, arXiv 2208.11970, section 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class HierarchicalVAE(GenerativeModel):
     Level n holds q(x_n | x_{n-1}) and p(x_{n-1} | x_n). The prior is p(x_T) = N(0, I).
 
     Args:
-        levels: the levels, from the data upwards.
+        hierarchy: the levels, from the data upwards.
         decoder: makes p(x_0 | x_1) of the first level's Gaussian over x_0.
         shape: shape of the data, without the batch.
 
@@ -34,27 +34,33 @@ class HierarchicalVAE(GenerativeModel):
         InputError: no level, or a level that cannot stand on the one below it.
     """
 
-    def __init__(self, levels: Sequence[Level], decoder: Decoder, shape: Sequence[int]) -> None:
+    def __init__(self, hierarchy: Sequence[Level], decoder: Decoder, shape: Sequence[int]) -> None:
         super().__init__()
-        if not levels:
-            raise InputError("levels = [] must hold one level at least: with one the model is the plain VAE")
-        self.levels, self.decoder = nn.ModuleList(levels), decoder
+        if not hierarchy:
+            raise InputError("hierarchy = [] must hold one level at least: with one the model is the plain VAE")
+        self.network, self.decoder = nn.ModuleList(hierarchy), decoder
         self.shapes = [tuple(shape)]
         """Shapes of x_0, ..., x_T."""
-        for number, level in enumerate(levels, start=1):
+        for number, level in enumerate(hierarchy, start=1):
             try:
                 self.shapes.append(level.stand_on(self.shapes[-1]))
             except InputError as error:
                 raise InputError(f"level {number}, {type(level).__name__}: {error}") from error
 
+    @property
+    def levels(self) -> list[Level]:
+        """The levels, from the data upwards."""
+        return cast(list[Level], list(cast(nn.ModuleList, self.network)))
+
     def _level(self, n: int | Tensor) -> Level:
-        level = self.levels[int(n) - 1]
-        assert isinstance(level, Level)
-        return level
+        return cast(Level, cast(nn.ModuleList, self.network)[int(n) - 1])
 
     @property
     def T(self) -> int:
-        return len(self.levels)
+        return len(self.shapes) - 1
+
+    def facts(self) -> dict[str, Any]:
+        return {"shapes": [list(shape) for shape in self.shapes]}
 
     def with_steps(self, T: int) -> "HierarchicalVAE":
         if self.T != T:

@@ -152,6 +152,9 @@ class DiffusionModel(GenerativeModel):
     def reconstruction_gaussian(self, x1: Tensor, **cond: Any) -> DiagonalGaussian:
         return self.decoder_gaussian(x1, **cond)
 
+    def facts(self) -> dict[str, Any]:
+        return {"clip_x0": self.clip_x0, "variance": type(self.reverse_process.variance).__name__}
+
     def prior(self, like: Tensor) -> DiagonalGaussian:
         """p(x_T) over images of the shape of ``like``: N(0, I) for a variance-preserving schedule."""
         return centred_like(like, self.schedule.log_unit_var(self.grid_on(like.device)[-1]))

@@ -18,7 +18,7 @@ from ddpm_lightning.data import ImageDataModule
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import save_png
 from ddpm_lightning.runs.lock import hold
-from ddpm_lightning.training import DiffusionModule
+from ddpm_lightning.training import DiffusionModule, GenerativeModule
 
 __all__ = ["Run"]
 
@@ -113,7 +113,7 @@ class Run:
             return self.checkpoints / LAST
         return max(self.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
-    def load(self, checkpoint: str | Path = "last") -> tuple[DiffusionModule, ImageDataModule]:
+    def load(self, checkpoint: str | Path = "last") -> tuple[GenerativeModule, ImageDataModule]:
         """The trained module, on the CPU and in evaluation mode, and the data that it was trained on.
 
         Raises:
@@ -121,8 +121,12 @@ class Run:
         """
         return self.load_module(checkpoint), self.load_data()
 
-    def load_module(self, checkpoint: str | Path = "last") -> DiffusionModule:
+    def load_module(self, checkpoint: str | Path = "last") -> GenerativeModule:
         """The module alone; needs a checkpoint and no configuration."""
+        return GenerativeModule.load_from_checkpoint(self.checkpoint(checkpoint), map_location="cpu").eval()
+
+    def load_diffusion(self, checkpoint: str | Path = "last") -> DiffusionModule:
+        """The module alone, of a run that trained a diffusion model; InputError for another run."""
         return DiffusionModule.load_from_checkpoint(self.checkpoint(checkpoint), map_location="cpu").eval()
 
     def load_data(self) -> ImageDataModule:

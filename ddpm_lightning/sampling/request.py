@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,13 +14,13 @@ from ddpm_lightning.checkpoints.descriptions import describe
 from ddpm_lightning.data import model_to_levels
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import expand_to, image_generators
-from ddpm_lightning.process import ClassifierFreeDenoiser, DiffusionModel
+from ddpm_lightning.process import ClassifierFreeDenoiser, DiffusionModel, HierarchicalVAE
 from ddpm_lightning.samplers import AncestralSampler, Sampler
 from ddpm_lightning.sampling.known import Inpainting
 from ddpm_lightning.schedules import StridedGrid, TimeGrid
-from ddpm_lightning.training import DiffusionModule
+from ddpm_lightning.training import DiffusionModule, GenerativeModule
 
-__all__ = ["Drawing", "SampleRequest", "slerp"]
+__all__ = ["Drawing", "HierarchyDrawing", "SampleRequest", "slerp"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class SampleRequest:
             draws no noise.
         interpolation_columns: images in such a row, both ends among them.
         inpainting: pixels that are known.
-        cap_steps: cut steps to the T of a chain that has fewer, for a default that must serve short chains.
+        cap_steps: cut steps to the T of a chain that has fewer, for a default that must serve short chains. Of a
+            hierarchical VAE, sampler and steps are then left aside.
     """
 
     sampler: Sampler | None = None
@@ -60,7 +61,7 @@ class SampleRequest:
     inpainting: Inpainting | None = None
     cap_steps: bool = False
 
-    def on(self, module: DiffusionModule) -> "Drawing":
+    def on(self, module: GenerativeModule) -> "Drawing | HierarchyDrawing":
         """Check the request against a module, and resolve it.
 
         A module whose schedule is learned must have its weights already: they decide where the steps are.
@@ -68,9 +69,9 @@ class SampleRequest:
         Raises:
             InputError: steps that the grid cannot make, classes that there are not, guidance of a model that was
                 trained without classes or never without, a row between two seeds with a sampler that draws noise,
-                without two ends, or from a seed to itself.
+                without two ends, or from a seed to itself; of a hierarchy, anything but a seed.
         """
-        return Drawing(self, module)
+        return Drawing(self, module) if isinstance(module, DiffusionModule) else HierarchyDrawing(self, module)
 
 
 class Drawing:
@@ -159,6 +160,49 @@ class Drawing:
             "grid": _described(self.grid),
             "inpainting": None if request.inpainting is None else _described(self._sampler(torch.tensor([0]))),
         }
+
+
+class HierarchyDrawing:
+    """A request resolved on a hierarchical VAE: it draws x_T from the prior, and the states below from their levels.
+
+    Attributes:
+        request: the request. Its sampler and steps must be left out, or be defaults (``cap_steps``).
+        module: the module.
+        steps: 1, since an image is drawn at once.
+        labels: None.
+        columns: 1.
+    """
+
+    steps, labels, columns = 1, None, 1
+
+    def __init__(self, request: SampleRequest, module: GenerativeModule) -> None:
+        self.request, self.module = request, module
+        free = {"seed", "cap_steps", *(("sampler", "steps") if request.cap_steps else ())}
+        for field in fields(SampleRequest):
+            if field.name not in free and getattr(request, field.name) != field.default:
+                raise InputError(f"--{field.name} is for diffusion models: a hierarchical VAE is drawn level by level")
+
+    def label(self, index: Tensor) -> None:
+        return None
+
+    def __call__(
+        self, indices: Iterable[int] | Tensor, callback: Callable[[Tensor, Tensor], None] | None = None
+    ) -> Tensor:
+        """Images by index, uint8 ``[n, C, H, W]`` grey levels, shown to ``callback`` before and after, as the steps of
+        a sampler are."""
+        index = indices.tolist() if isinstance(indices, Tensor) else [*indices]
+        model = cast(HierarchicalVAE, self.module.ema_model)
+        x0 = model.sample(
+            torch.empty(len(index), device=self.module.device), image_generators(self.request.seed, index)
+        )
+        if callback is not None:
+            for _ in range(self.steps + 1):
+                callback(x0, torch.zeros((), device=x0.device))
+        return model_to_levels(x0, self.module.levels)
+
+    def description(self) -> dict[str, Any]:
+        """The request as plain data."""
+        return {"seed": self.request.seed, "columns": self.columns, "steps": self.steps, "labels": self.labels}
 
 
 def slerp(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Sampling as a prediction over indices of images, so that the Trainer's devices and precision serve it."""
 
 from itertools import count
+from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,9 +11,10 @@ from ddpm_lightning.data import model_to_levels
 from ddpm_lightning.data.batches import IndexBatches
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import save_gif, save_png, tile
+from ddpm_lightning.process import DiffusionModel
 from ddpm_lightning.progress import progress
 from ddpm_lightning.sampling.output import ImageFile, whole
-from ddpm_lightning.sampling.request import Drawing
+from ddpm_lightning.sampling.request import Drawing, HierarchyDrawing
 from ddpm_lightning.training.distributed import gather_to_all
 
 __all__ = ["SamplingTask"]
@@ -31,7 +33,7 @@ class SamplingTask(LightningModule):
         filmed: so many of the first images have their states recorded.
     """
 
-    def __init__(self, drawing: Drawing, file: ImageFile, batch_size: int, filmed: int = 0) -> None:
+    def __init__(self, drawing: Drawing | HierarchyDrawing, file: ImageFile, batch_size: int, filmed: int = 0) -> None:
         super().__init__()
         self.module = drawing.module  # here for the Trainer, which moves it to its device
         self.drawing, self.file, self.batch_size, self.filmed = drawing, file, batch_size, filmed
@@ -67,7 +69,9 @@ class SamplingTask(LightningModule):
             done = next(states)
             if done in self._shown and bool(filmed.any()):
                 # in units in which the data and the noise have variance 1
-                unit = torch.exp(-0.5 * self.module.ema_model.schedule.log_unit_var(t))
+                # of diffusion models only (DiffusionTrainer.sample)
+                schedule = cast(DiffusionModel, self.module.ema_model).schedule
+                unit = torch.exp(-0.5 * schedule.log_unit_var(t))
                 frames.append(model_to_levels(x[filmed.to(x.device)] * unit.to(x), 256).cpu())
             if done:
                 bar.update(min(share, bar.total - bar.n))

@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.process import DiffusionModel, GenerativeModel
 from ddpm_lightning.training.checks import check_network
 from ddpm_lightning.training.ema import WeightAverage, decay_at
 from ddpm_lightning.training.memory_format import ChannelsLast, set_memory_format, wants_channels_last
@@ -38,7 +39,7 @@ class AveragedModule(RestorableModule):
     shape: tuple[int, ...]
     class_conditional: bool
 
-    def __init__(self, model: DiffusionModel, ema_decay: float, channels_last: ChannelsLast, compile: bool) -> None:
+    def __init__(self, model: GenerativeModel, ema_decay: float, channels_last: ChannelsLast, compile: bool) -> None:
         super().__init__()
         self.model = model
         # eval() here: Lightning leaves modules in the mode that they were built in
@@ -54,6 +55,8 @@ class AveragedModule(RestorableModule):
 
     def setup(self, stage: str) -> None:
         if isinstance(self.trainer.strategy, ShardedStrategy):
+            if not isinstance(self.model, DiffusionModel):
+                raise InputError("sharded weights are those of a diffusion model's network: use --trainer.strategy ddp")
             check_shardable(self, type(self.model.schedule).__name__, self.channels_last, self.compile_network)
         self.lay_out(self.trainer)
         if self.compile_network and stage == "fit" and self.model.network._compiled_call_impl is None:
@@ -81,6 +84,7 @@ class AveragedModule(RestorableModule):
         refuse_unknown_sharding(strategy)
         if not isinstance(strategy, ShardedStrategy) or self.trainer.state.fn != "fit" or self._sharded is not None:
             return
+        assert isinstance(self.model, DiffusionModel)  # setup
         network, variance = self.model.network, self.model.reverse_process.variance
         label = 0 if self.class_conditional else None
         for model in (self.model, self.ema_model):

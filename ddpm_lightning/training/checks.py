@@ -7,32 +7,33 @@ from torch import nn
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.objectives import ElboEstimator
-from ddpm_lightning.process import Decoder, DiffusionModel, ReverseVariance
+from ddpm_lightning.process import Decoder, GenerativeModel, ReverseVariance
 
-__all__ = ["check_bounds", "check_network", "check_options"]
+__all__ = ["check_bounds", "check_classes", "check_network", "check_options"]
 
 
-def check_options(
-    decoder: Decoder,
-    levels: int,
-    ema_decay: float,
-    class_conditional: bool,
-    num_classes: int | None,
-    label_dropout: float,
-) -> None:
-    """Refuse, with an InputError, numbers of a module that make no sense or do not go together."""
+def check_options(decoder: Decoder, levels: int, ema_decay: float) -> None:
+    """Refuse, with an InputError, a decoder for other grey levels, and a decay outside [0, 1)."""
     if decoder.levels != levels:
         raise InputError(
             f"the decoder is made for {decoder.levels} grey levels and the data have {levels}: "
             f"set --model.decoder.init_args.levels to {levels}, or leave it out and it follows the data"
         )
-    for name, value in (("ema_decay", ema_decay), ("label_dropout", label_dropout)):
-        if not 0 <= value < 1:
-            raise InputError(f"--model.{name} {value:g} must lie in [0, 1)")
+    _check_part("ema_decay", ema_decay)
+
+
+def check_classes(class_conditional: bool, num_classes: int | None, label_dropout: float) -> None:
+    """Refuse, with an InputError, options of a class-conditional model that do not go together."""
+    _check_part("label_dropout", label_dropout)
     if class_conditional and num_classes is None:
         raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
     if label_dropout > 0 and not class_conditional:
         raise InputError(f"--model.label_dropout {label_dropout:g} needs --model.class_conditional true")
+
+
+def _check_part(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise InputError(f"--model.{name} {value:g} must lie in [0, 1)")
 
 
 def check_network(
@@ -70,11 +71,12 @@ def check_network(
         )
 
 
-def check_bounds(model: DiffusionModel, bounds: Mapping[str, Sequence[ElboEstimator]]) -> None:
+def check_bounds(model: GenerativeModel, bounds: Mapping[str, Sequence[ElboEstimator]]) -> None:
     """Make every chain that an estimator asks for now, not after hours of training.
 
     Raises:
-        InputError: a form named twice for a stage (``val``, ``test``), or a chain with too few states.
+        InputError: a form named twice for a stage (``val``, ``test``) or not for such a model, or a chain with too few
+            states.
     """
     for stage, estimators in bounds.items():
         option = {"val": "validation_bounds", "test": "test_bounds"}[stage]
@@ -83,6 +85,7 @@ def check_bounds(model: DiffusionModel, bounds: Mapping[str, Sequence[ElboEstima
             raise InputError(f"--model.{option} names a form of the bound twice: {', '.join(names)}")
         for estimator in estimators:
             try:
+                estimator.check(model)
                 model.with_steps(model.T if estimator.T is None else estimator.T)
             except InputError as error:
                 raise InputError(f"--model.{option}, the {estimator.name} form: {error}") from error

@@ -15,21 +15,28 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundMeans, BoundScores
 from ddpm_lightning.objectives import ElboEstimator, Objective
 from ddpm_lightning.ops import Generators, image_generators, rand
-from ddpm_lightning.process import Decoder, DiffusionModel, NoiseConditioning, Parameterization, ReverseVariance
+from ddpm_lightning.process import (
+    Decoder,
+    DiffusionModel,
+    GenerativeModel,
+    NoiseConditioning,
+    Parameterization,
+    ReverseVariance,
+)
 from ddpm_lightning.schedules import Schedule
 from ddpm_lightning.training.averaged import AveragedModule
-from ddpm_lightning.training.checks import check_bounds, check_network, check_options
+from ddpm_lightning.training.checks import check_bounds, check_classes, check_network, check_options
 from ddpm_lightning.training.memory_format import ChannelsLast
 from ddpm_lightning.training.seeding import seed_batch
 
-__all__ = ["DiffusionModule"]
+__all__ = ["DiffusionModule", "GenerativeModule", "OptimizerFactory", "SchedulerFactory"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
-class DiffusionModule(AveragedModule):
-    """A denoising diffusion model in training.
+class GenerativeModule(AveragedModule):
+    """A generative model in training.
 
     One batch: uint8 images -> [-1, 1] on the model's device -> objective -> ``train/loss``. Validation, test, predict
     and sampling use the averaged model, in every process and without swapping weights: it is a submodule of its own,
@@ -41,78 +48,39 @@ class DiffusionModule(AveragedModule):
     alone is drawn by each process for itself. What the batches of one optimiser step share
     (``BatchGenerator.step_generator``) is a function of (seed, number of batches done before them).
 
-    Args:
-        network: ``network(x, c, **cond) -> [B, C, H, W]``, or ``[B, 2 C, H, W]`` where ``variance`` is learned.
-        schedule: the noise schedule.
-        parameterization: what the network's output means.
-        conditioning: the scalar c that the network is given for the time.
-        variance: variance of the reverse steps.
-        decoder: p(x_0 | x_1), made for the data's grey levels.
-        objective: the training loss.
-        validation_bounds: estimators of the bound to run in validation.
-        test_bounds: estimators of the bound to run in test and predict.
-        optimizer: makes the optimiser of the model's parameters; None for a module that is only evaluated.
-        lr_scheduler: makes a learning-rate scheduler, stepped after each optimiser step.
-        ema_decay: decay of the average of the weights, in [0, 1), reached after a warm-up (``training/ema.py``). 0
-            makes the average the weights themselves.
-        clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers.
-        class_conditional: give the network each image's class as ``label``.
-        num_classes: number of classes in the data; a class-conditional model needs it.
-        label_dropout: probability that the network sees a training image of a class-conditional model without its class
-            (label ``num_classes``), in [0, 1): 0.1 or 0.2 for classifier-free guidance. Bounds are those of the
-            class-conditional model.
-        shape: (C, H, W) of the images.
-        levels: number of grey levels.
-        seed: seed of the training noise.
-        eval_seed: seed of the noise in validation, test and predict.
-        channels_last: let the channels of a pixel lie side by side in memory, which suits convolutions; "auto" does
-            where it gains (``training/memory_format.py``). Results differ by rounding.
-        compile: let ``torch.compile`` fuse the network's operations in training. The first step takes minutes, and
-            results differ by rounding. The averaged model is not compiled.
+    A subclass makes the model of its parts, and keeps its arguments by ``keep_hyperparameters``. The arguments are
+    described at DiffusionModule.
 
     Raises:
-        InputError: a network that does not take images of ``shape`` or does not return as many channels as the
-            variance needs, a decoder for other levels, a decay outside [0, 1), a form of the bound named twice, a
-            class-conditional model without ``num_classes``, a label dropout outside [0, 1) or without classes, an
-            objective that cannot train this model, a form with too few states.
+        InputError: a decoder for other levels, a form of the bound named twice or not for such a model, a form with too
+            few states, an objective that cannot train this model, a decay outside [0, 1).
     """
+
+    class_conditional = False
+    num_classes: int | None = None
+    label_dropout = 0.0
 
     def __init__(
         self,
-        network: nn.Module,
-        schedule: Schedule,
-        parameterization: Parameterization,
-        conditioning: NoiseConditioning,
-        variance: ReverseVariance,
-        decoder: Decoder,
+        model: GenerativeModel,
         objective: Objective,
         validation_bounds: Sequence[ElboEstimator],
         test_bounds: Sequence[ElboEstimator],
-        shape: tuple[int, int, int],
+        shape: Sequence[int],
         levels: int,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: SchedulerFactory | None = None,
         ema_decay: float = 0.999,
-        clip_x0: bool = True,
-        class_conditional: bool = False,
-        num_classes: int | None = None,
-        label_dropout: float = 0.0,
         seed: int = 0,
         eval_seed: int = 0,
         channels_last: ChannelsLast = "auto",
         compile: bool = False,
     ) -> None:
-        check_options(decoder, levels, ema_decay, class_conditional, num_classes, label_dropout)
-        # num_classes itself stands for "no class"
-        last_label = (num_classes if label_dropout else num_classes - 1) if class_conditional and num_classes else None
-        check_network(network, variance, tuple(shape), last_label)
-        model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0)
+        check_options(model.decoder, levels, ema_decay)
         objective.check(model)
         super().__init__(model, ema_decay, channels_last, compile)
-        self.keep_hyperparameters(currentframe())
         self.shape, self.levels, self.objective = tuple(shape), levels, objective
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
-        self.class_conditional, self.num_classes, self.label_dropout = class_conditional, num_classes, label_dropout
         self.seed, self.eval_seed = seed, eval_seed
         self._generator: Generators = None
         self.bounds = {"val": list(validation_bounds), "test": list(test_bounds)}
@@ -224,3 +192,93 @@ class DiffusionModule(AveragedModule):
         for estimator in self.bounds["test"]:
             columns |= {f"{estimator.name}/{name}": v for name, v in self.bound(estimator, batch).items()}
         return columns
+
+
+class DiffusionModule(GenerativeModule):
+    """A denoising diffusion model in training.
+
+    Args:
+        network: ``network(x, c, **cond) -> [B, C, H, W]``, or ``[B, 2 C, H, W]`` where ``variance`` is learned.
+        schedule: the noise schedule.
+        parameterization: what the network's output means.
+        conditioning: the scalar c that the network is given for the time.
+        variance: variance of the reverse steps.
+        decoder: p(x_0 | x_1), made for the data's grey levels.
+        objective: the training loss.
+        validation_bounds: estimators of the bound to run in validation.
+        test_bounds: estimators of the bound to run in test and predict.
+        optimizer: makes the optimiser of the model's parameters; None for a module that is only evaluated.
+        lr_scheduler: makes a learning-rate scheduler, stepped after each optimiser step.
+        ema_decay: decay of the average of the weights, in [0, 1), reached after a warm-up (``training/ema.py``). 0
+            makes the average the weights themselves.
+        clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers.
+        class_conditional: give the network each image's class as ``label``.
+        num_classes: number of classes in the data; a class-conditional model needs it.
+        label_dropout: probability that the network sees a training image of a class-conditional model without its class
+            (label ``num_classes``), in [0, 1): 0.1 or 0.2 for classifier-free guidance. Bounds are those of the
+            class-conditional model.
+        shape: (C, H, W) of the images.
+        levels: number of grey levels.
+        seed: seed of the training noise.
+        eval_seed: seed of the noise in validation, test and predict.
+        channels_last: let the channels of a pixel lie side by side in memory, which suits convolutions; "auto" does
+            where it gains (``training/memory_format.py``). Results differ by rounding.
+        compile: let ``torch.compile`` fuse the network's operations in training. The first step takes minutes, and
+            results differ by rounding. The averaged model is not compiled.
+
+    Raises:
+        InputError: a network that does not take images of ``shape`` or does not return as many channels as the
+            variance needs, a decoder for other levels, a decay outside [0, 1), a form of the bound named twice, a
+            class-conditional model without ``num_classes``, a label dropout outside [0, 1) or without classes, an
+            objective that cannot train this model, a form with too few states.
+    """
+
+    model: DiffusionModel
+    ema_model: DiffusionModel
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        conditioning: NoiseConditioning,
+        variance: ReverseVariance,
+        decoder: Decoder,
+        objective: Objective,
+        validation_bounds: Sequence[ElboEstimator],
+        test_bounds: Sequence[ElboEstimator],
+        shape: tuple[int, int, int],
+        levels: int,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: SchedulerFactory | None = None,
+        ema_decay: float = 0.999,
+        clip_x0: bool = True,
+        class_conditional: bool = False,
+        num_classes: int | None = None,
+        label_dropout: float = 0.0,
+        seed: int = 0,
+        eval_seed: int = 0,
+        channels_last: ChannelsLast = "auto",
+        compile: bool = False,
+    ) -> None:
+        check_classes(class_conditional, num_classes, label_dropout)
+        # num_classes itself stands for "no class"
+        last_label = (num_classes if label_dropout else num_classes - 1) if class_conditional and num_classes else None
+        check_network(network, variance, tuple(shape), last_label)
+        super().__init__(
+            DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0),
+            objective,
+            validation_bounds,
+            test_bounds,
+            shape,
+            levels,
+            optimizer,
+            lr_scheduler,
+            ema_decay,
+            seed,
+            eval_seed,
+            channels_last,
+            compile,
+        )
+        self.keep_hyperparameters(currentframe())
+        self.class_conditional, self.num_classes, self.label_dropout = class_conditional, num_classes, label_dropout

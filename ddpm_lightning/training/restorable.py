@@ -1,18 +1,18 @@
 """A LightningModule whose checkpoints are plain data, run no code, and are checked before they are used."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Self
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.saving import _default_map_location
 
-from ddpm_lightning.checkpoints.descriptions import describe, instantiate_arguments
+from ddpm_lightning.checkpoints.descriptions import describe, instantiate_arguments, trusted_class
 from ddpm_lightning.checkpoints.files import read_checkpoint
 from ddpm_lightning.checkpoints.weights import check_finite, check_state, limited_weights
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.process import DiffusionModel, GenerativeModel
 from ddpm_lightning.training.memory_format import state_like_parameters
 from ddpm_lightning.training.restored import (
     Changes,
@@ -33,7 +33,7 @@ __all__ = ["RestorableModule"]
 class RestorableModule(LightningModule):
     """What the checkpoints of a diffusion model's module need, for a subclass that trains it."""
 
-    model: DiffusionModel
+    model: GenerativeModel
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,6 +84,7 @@ class RestorableModule(LightningModule):
         if hparams_file is not None:
             raise InputError("hparams_file is not supported: give the module's arguments by name")
         checkpoint = read_checkpoint(checkpoint_path, map_location or _default_map_location, weights_only is not False)
+        cls = cls._that_wrote(checkpoint)
         described = checkpoint.get("hyper_parameters", {})
         if not isinstance(described, Mapping):
             raise InputError(f"{checkpoint_path}: its hyper_parameters are no mapping of names to descriptions")
@@ -98,6 +99,23 @@ class RestorableModule(LightningModule):
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
         return module.to(next((value.device for value in checkpoint["state_dict"].values()), module.device))
 
+    @classmethod
+    def _that_wrote(cls, checkpoint: Mapping[str, Any]) -> type[Self]:
+        """The class of the module that wrote a checkpoint, or this class where it is one of that kind.
+
+        Raises:
+            InputError: it is another class, or one that is not trusted.
+        """
+        # before there were others, the class was not noted
+        name = checkpoint.get("module", "ddpm_lightning.training.module.DiffusionModule")
+        known = {f"{each.__module__}.{each.__qualname__}": each for each in _subclasses(RestorableModule)}
+        wrote = known[name] if name in known else trusted_class(name, "module")
+        if issubclass(cls, wrote):
+            return cls
+        if not issubclass(wrote, cls):
+            raise InputError(f"the checkpoint was written by {wrote.__name__}, which is no {cls.__name__}")
+        return wrote
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit, in one sentence.
 
@@ -109,7 +127,7 @@ class RestorableModule(LightningModule):
         self._changes = changed_options(self.hparams, checkpoint.get("hyper_parameters", {}))
         training = self._trainer is not None and self.trainer.training
         refuse_changes(self._changes, training)
-        if "schedule" in checkpoint:
+        if "schedule" in checkpoint and isinstance(self.model, DiffusionModel):
             check_schedule(self.model, checkpoint["schedule"])
         if training:
             another_scheduler = any(path.startswith("lr_scheduler") for path in self._changes)
@@ -133,7 +151,9 @@ class RestorableModule(LightningModule):
         return super().load_state_dict(dict(state_dict), strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["schedule"] = schedule_marks(self.model)
+        checkpoint["module"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        if isinstance(self.model, DiffusionModel):
+            checkpoint["schedule"] = schedule_marks(self.model)
 
     def configure_callbacks(self) -> list[Callback]:
         return [ExactResume()]
@@ -145,3 +165,9 @@ class RestorableModule(LightningModule):
         self._changes = {}
         for optimizer in self.trainer.optimizers:
             state_like_parameters(optimizer)
+
+
+def _subclasses(cls: type[RestorableModule]) -> Iterator[type[RestorableModule]]:
+    for each in cls.__subclasses__():
+        yield each
+        yield from _subclasses(each)

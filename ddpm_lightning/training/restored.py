@@ -31,7 +31,16 @@ __all__ = [
 ]
 
 # what the weights mean; a network may be given another dropout
-_MEANING = ("network", "parameterization", "conditioning", "class_conditional", "num_classes", "shape", "levels")
+_MEANING = (
+    "network",
+    "hierarchy",
+    "parameterization",
+    "conditioning",
+    "class_conditional",
+    "num_classes",
+    "shape",
+    "levels",
+)
 _FREE = {"dropout"}
 # switched on or off, an optimiser has other moments
 _MOMENTS = ("optimizer.amsgrad", "optimizer.centered", "optimizer.momentum")
