@@ -214,7 +214,8 @@ class DiffusionCLI(LightningCLI):
 
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
-            network = self.model.model.network
+            model = self.model.model
+            network = model.network if isinstance(self.model, DiffusionModule) else model
             parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
             print(
                 f"{type(network).__name__} with {parameters:,} parameters on {type(self.datamodule).__name__} "

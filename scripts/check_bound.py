@@ -302,7 +302,8 @@ def main(cases: Path = OWN_CASES, seed: int = 0, max_se: float = 0.0045, batch: 
     # one case a process with one thread each: the tensors are too small to be worth sharing among threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=context) as pool:
-        for number, (case, (result, lines)) in enumerate(zip(read, pool.map(work, read), strict=True), start=1):
+        done = pool.map(work, read) if len(read) > 1 else map(work, read)
+        for number, (case, (result, lines)) in enumerate(zip(read, done, strict=True), start=1):
             results.append(result)
             missed = missed or bool(lines)
             seconds, status = time.perf_counter() - start, "missed" if lines else "ok"

@@ -246,19 +246,19 @@ def case_of(model: HierarchicalVAE, x: Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def test_check_bound_evaluates_hierarchies(tmp_path: Path) -> None:
     x = torch.tensor([[0.3, -0.4], [1.0, 0.2]]).double()
-    right = case_of(linear_hierarchy([2, 1, 2], seed=5), x)
-    wrong = json.loads(json.dumps(right))
-    wrong["exact"][1]["consistency"] += 0.3
+    case = case_of(linear_hierarchy([2, 1, 2], seed=5), x)
+    exact = json.loads(json.dumps(case["exact"]))
+    case["exact"][1]["consistency"] += 0.5
     path = tmp_path / "cases.json"
-    path.write_text(json.dumps([right, wrong]))
-    done = run_script("check_bound.py", "--cases", str(path), "--max_se", "0.02")
+    path.write_text(json.dumps([case]))
+    done = run_script("check_bound.py", "--cases", str(path), "--max_se", "0.04")
     assert done.returncode == 1
-    assert "case 1 of 2 (T = 2): ok" in done.stderr and "x[1].consistency_form.consistency" in done.stderr
+    assert "x[1].consistency_form.consistency" in done.stderr and "x[0]" not in done.stderr
     terms = json.loads(done.stdout)[0]["terms"]
     assert [set(each) for each in terms] == [{"consistency_form", "trajectory_form"}] * 2
-    for each, exact in zip(terms, right["exact"], strict=True):
-        assert set(each["consistency_form"]) == set(exact)
-        assert abs(each["trajectory_form"]["elbo"]["mean"] - exact["elbo"]) <= 4 * each["trajectory_form"]["elbo"]["se"]
+    for each, known in zip(terms, exact, strict=True):
+        assert set(each["consistency_form"]) == set(known)
+        assert abs(each["trajectory_form"]["elbo"]["mean"] - known["elbo"]) <= 4 * each["trajectory_form"]["elbo"]["se"]
 
 
 BAD_CASES: dict[str, tuple[dict[str, Any], str]] = {

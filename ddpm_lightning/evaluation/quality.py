@@ -21,7 +21,7 @@ from ddpm_lightning.networks import FeatureClassifier
 from ddpm_lightning.progress import tracked
 from ddpm_lightning.samplers import DDIMSampler, Sampler
 from ddpm_lightning.sampling import SampleRequest
-from ddpm_lightning.training.module import GenerativeModule
+from ddpm_lightning.training.module import DiffusionModule, GenerativeModule
 
 __all__ = [
     "Comparison", "Labelled", "Samples", "labelled_batches", "named_classifier", "neighbours_of", "points_of",
@@ -133,12 +133,14 @@ def quality_report(
     module: GenerativeModule, samples: Samples, rows: Mapping[str, Mapping[str, float]], real: int, classifier: str
 ) -> tuple[str, dict[str, Any]]:
     """The measures ``rows`` of each set of images, against ``real`` test images, as text and as plain data."""
-    steps = None if samples.steps is None else samples.on(module).steps
-    guidance = "" if samples.guidance_scale == 1 else f", guidance scale {samples.guidance_scale:g}"
+    how = "drawn level by level"
+    if isinstance(module, DiffusionModule):
+        steps = None if samples.steps is None else samples.on(module).steps
+        guidance = "" if samples.guidance_scale == 1 else f", guidance scale {samples.guidance_scale:g}"
+        how = f"{type(samples.sampler).__name__}, {steps or 'all'} steps{guidance}"
     head = (
-        f"Quality of {samples.n} samples ({type(samples.sampler).__name__}, {steps or 'all'} steps{guidance}, seed "
-        f"{samples.seed}; averaged weights after {module.steps_trained} steps)\nand of real images, against {real} "
-        f"test images, in the features of the classifier {classifier}"
+        f"Quality of {samples.n} samples ({how}, seed {samples.seed}; averaged weights after {module.steps_trained} "
+        f"steps)\nand of real images, against {real} test images, in the features of the classifier {classifier}"
     )
     record = {
         **model_facts(module),
