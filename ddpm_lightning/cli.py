@@ -4,7 +4,7 @@ import logging
 import signal
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -90,12 +90,12 @@ class _SaveConfig(SaveConfigCallback):
 class DiffusionCLI(LightningCLI):
     """LightningCLI with a run folder, links from the data to the model, ``sample``, and errors of one sentence."""
 
-    def __init__(self, args: list[str] | None = None, module: type[GenerativeModule] = DiffusionModule) -> None:
-        self._module = module
+    def __init__(self, args: list[str] | None = None) -> None:
+        self._module = _module_of(sys.argv[1:] if args is None else args)
         # abbreviations would turn a misspelt option into another one
         parser_kwargs: dict[str, Any] = {"parser_mode": _PARSER_MODE, "allow_abbrev": False, "prog": "ddpm"}
         super().__init__(
-            module,
+            self._module,
             ImageDataModule,
             trainer_class=DiffusionTrainer,
             subclass_mode_data=True,
@@ -229,8 +229,9 @@ def _module_of(args: list[str]) -> type[GenerativeModule]:
     name = ""
     for option, value in pairwise([word for each in args for word in each.split("=", 1)]):
         if option in ("-c", "--config") and Path(value).is_file():
-            loaded = _load_extending(Path(value).read_text(), Path(value).parent)
-            name = loaded.get("module", name) if isinstance(loaded, dict) else name
+            with suppress(yaml.YAMLError, UnicodeDecodeError):  # which the parser will say
+                loaded = _load_extending(Path(value).read_text(), Path(value).parent)
+                name = loaded.get("module", name) if isinstance(loaded, dict) else name
         elif option == "--module":
             name = value
     if not name:
@@ -294,8 +295,7 @@ def main(args: list[str] | None = None) -> None:
         if words[:1] in (["evaluate"], ["export"]):
             run_command(words[0], words[1:])
         else:
-            spelled_out = _of_a_run(words)
-            DiffusionCLI(spelled_out, _module_of(spelled_out))
+            DiffusionCLI(_of_a_run(words))
     except (InputError, MisconfigurationException, RunError) as error:
         print(f"ddpm: error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunError) else 2)

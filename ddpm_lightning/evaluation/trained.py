@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from ddpm_lightning.data import MNIST, Batch, ImageDataModule
-from ddpm_lightning.errors import at_least
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.progress import tracked
 from ddpm_lightning.runs import Run
 from ddpm_lightning.training.module import DiffusionModule, GenerativeModule
@@ -46,7 +46,11 @@ class Trained:
     @cached_property
     def diffusion(self) -> DiffusionModule:
         """The module of a run that trained a diffusion model; InputError for another run."""
-        return Run(self.run).load_diffusion(self.checkpoint).to(self.device)
+        if not isinstance(self.module, DiffusionModule):
+            raise InputError(
+                f"{self.run} trained a {type(self.module).__name__}: only diffusion models have what this measures"
+            )
+        return self.module
 
     @cached_property
     def data(self) -> ImageDataModule:
