@@ -32,6 +32,7 @@ from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.runs import Run
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
+from ddpm_lightning.training.hardware import resolve
 
 __all__ = ["DiffusionCLI", "main"]
 
@@ -144,6 +145,7 @@ class DiffusionCLI(LightningCLI):
         run = Run(config.run_dir)
         run.make()
         config.run_dir = config.trainer.default_root_dir = str(run.folder)
+        self._resolve_hardware(config.trainer, run)
         asked = config.get("ckpt_path")
         if self.subcommand != "fit" or asked not in (None, "last"):
             config["ckpt_path"] = asked if asked in (None, "hpc") else str(run.checkpoint(asked))
@@ -161,6 +163,15 @@ class DiffusionCLI(LightningCLI):
             elif newest.name != LAST:
                 _say(f"there is no {LAST} in {run.checkpoints}: training goes on from {newest.name}")
             config["ckpt_path"] = newest and str(newest)
+
+    def _resolve_hardware(self, trainer: Namespace, run: Run) -> None:
+        """Put what ``auto`` stands for here into the configuration that is saved; a run keeps the precision it has."""
+        if trainer.precision == "auto" and run.config_path.is_file() and run.newest_checkpoint():
+            trainer.precision = run.config.get("trainer", {}).get("precision", "auto")
+        options = (trainer.accelerator, trainer.precision, trainer.devices, trainer.num_nodes)
+        trainer.accelerator, trainer.precision, said = resolve(*options)
+        for line in said:
+            _say(line)
 
     def instantiate_classes(self) -> None:
         try:
