@@ -1,5 +1,6 @@
 """``ddpm``, and ``python -m ddpm_lightning``."""
 
+import os
 import sys
 
 from ddpm_lightning.first_screen import answered
@@ -17,4 +18,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Python has put the current folder first, where a file called random.py would take the place of a library
+    if sys.path[:1] == [os.getcwd()]:
+        del sys.path[0]
     main()

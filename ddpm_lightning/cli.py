@@ -4,16 +4,17 @@ import logging
 import signal
 import sys
 import warnings
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -27,9 +28,12 @@ from ddpm_lightning.commands import run_command
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data import ImageDataModule
+from ddpm_lightning.data.own import instantiate_data
 from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.failures import end
 from ddpm_lightning.first_screen import answered
+from ddpm_lightning.links import follow_data
+from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 from ddpm_lightning.runs import Run
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
@@ -89,6 +93,26 @@ class _SaveConfig(SaveConfigCallback):
             Run.of(trainer).write(name, self.parser.dump(config, skip_none=False))
 
 
+@contextmanager
+def _own_code() -> Iterator[None]:
+    """Say where a module of the user's failed; what the package itself says of its arguments stays."""
+    try:
+        yield
+    except Exception as error:
+        if own_error(error) is None and (failure := failure_in_own_code(error)):
+            raise InputError(failure) from error
+        raise
+
+
+class _Parser(LightningArgumentParser):
+    """A parser that says where a module of the user's failed."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if failure := failure_in_own_code(ex):
+            raise InputError(failure) from ex
+        super().error(message, ex)
+
+
 class DiffusionCLI(LightningCLI):
     """LightningCLI with a run folder, links from the data to the model, ``sample``, and errors of one sentence."""
 
@@ -98,8 +122,9 @@ class DiffusionCLI(LightningCLI):
         parser_kwargs: dict[str, Any] = {"parser_mode": _PARSER_MODE, "allow_abbrev": False, "prog": "ddpm"}
         super().__init__(
             self._module,
-            ImageDataModule,
+            LightningDataModule,
             trainer_class=DiffusionTrainer,
+            parser_class=_Parser,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=_SaveConfig,
@@ -174,11 +199,24 @@ class DiffusionCLI(LightningCLI):
         for line in said:
             _say(line)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with _own_code():
+            super().parse_arguments(parser, args)
+
     def instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        described = config.data
         try:
-            super().instantiate_classes()
+            with _own_code():
+                data = instantiate_data(described)
+                follow_data(config.model, data)
+                self._dump_config()  # what the module keeps as its arguments: the data described
+                config.data = data
+                super().instantiate_classes()
         except ValueError as error:
             raise InputError(self._with_option(str(own_error(error) or error))) from error
+        finally:
+            config.data = described
 
     def _with_option(self, message: str) -> str:
         """The option in the place of the argument that a message begins with, where only one has this value."""
@@ -229,9 +267,11 @@ class DiffusionCLI(LightningCLI):
             model = self.model.model
             network = model.network if isinstance(self.model, DiffusionModule) else model
             parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            data = self.datamodule
+            images = f" ({data.sizes['train']:,} training images)" if isinstance(data, ImageDataModule) else ""
             print(
-                f"{type(network).__name__} with {parameters:,} parameters on {type(self.datamodule).__name__} "
-                f"({self.datamodule.sizes['train']:,} training images); run folder {self.trainer.default_root_dir}",
+                f"{type(network).__name__} with {parameters:,} parameters on {type(data).__name__}"
+                f"{images}; run folder {self.trainer.default_root_dir}",
                 flush=True,
             )
 
@@ -305,6 +345,7 @@ def main(args: list[str] | None = None) -> None:
     if answered(words):
         return
     _quieten()
+    find_own_modules()
     words = ["--help" if word == "--help_all" else word for word in words]
     try:
         if words[:1] in (["evaluate"], ["export"]):

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.failures import end
+from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 
 __all__ = ["call", "own_error", "run_script"]
 
@@ -59,7 +60,7 @@ def call(function: Callable[..., Any], args: list[str], prog: str, description: 
         }
         status = function(**made, **options)
     except argparse.ArgumentError as error:
-        raise InputError(_one_line(str(error), types)) from None
+        raise InputError(failure_in_own_code(error) or _one_line(str(error), types)) from None
     except ValueError as error:
         cause = own_error(error)
         if cause is None:
@@ -96,6 +97,7 @@ def _add_option(parser: ArgumentParser, parameter: inspect.Parameter, text: str)
 def run_script(function: Callable[..., Any], description: str | None) -> None:
     """Call a script's function with the words of the command line, and exit: 2 and one line for bad input."""
     prog = Path(sys.argv[0]).name
+    find_own_modules()
     try:
         status = call(function, sys.argv[1:], prog, description)
     except (Exception, KeyboardInterrupt) as error:

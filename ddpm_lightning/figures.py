@@ -23,10 +23,13 @@ def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
     """Images uint8 ``[n, C, H, W]`` of that many grey levels side by side: a picture, uint8 ``[3, height, width]``.
 
     The highest level is white. Small images are enlarged by a whole factor. ``columns`` is the number of images in a
-    row; None makes the picture as square as possible.
+    row; None makes the picture as square as possible. One channel is grey and three are red, green and blue; any other
+    number is shown as so many grey pictures, the channels of an image side by side.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     scaled = (images.cpu().double() * (255 / (levels - 1))).round().to(torch.uint8)
+    if images.shape[1] not in (1, 3):
+        scaled = scaled.transpose(1, 2).flatten(2)[:, None]
     factor = max(1, 32 // images.shape[-1])
     enlarged = scaled.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     return make_grid(enlarged, nrow=columns, padding=2, pad_value=64)

@@ -339,7 +339,10 @@ class TestBadInput:
                 ["--model.schedule=LinearGamma", "--model.schedule.gamma_min=6"],
                 ["--model.schedule.gamma_min = 6 must be below gamma_max = 5"],
             ),
-            (["--model.variance=LearnedRangeVariance"], ["[2, 8, 8]", "out_channels 2"]),
+            (
+                ["--model.variance=LearnedRangeVariance", "--model.network.out_channels=1"],
+                ["[2, 8, 8]", "out_channels 2"],
+            ),
             (["--model.objective=HybridObjective"], ["nothing to learn", "LearnedRangeVariance"]),
             (["--data.batch_size=5000"], ["--data.batch_size"]),
             (["--data.batch_size=0"], ["--data.batch_size"]),

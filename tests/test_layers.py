@@ -14,7 +14,7 @@ import ddpm_lightning
 ROOT = Path(ddpm_lightning.__file__).parent
 PACKAGE = ROOT.name
 LAYERS = [
-    ["errors", "ops", "distributions"],
+    ["errors", "ops", "distributions", "own_code"],
     ["schedules", "networks"],
     ["process"],
     ["objectives", "samplers", "metrics"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["sampling"],
     ["evaluation", "export"],
     ["callbacks", "interchange"],
-    ["trainer", "commands"],
+    ["trainer", "commands", "links"],
     ["first_screen", "cli", "__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}

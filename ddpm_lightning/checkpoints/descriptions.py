@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from inspect import Parameter, signature
-from types import NoneType, UnionType
+from types import FunctionType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ddpm_lightning.errors import InputError
@@ -23,6 +23,7 @@ _TRUSTED = (
     "ddpm_lightning.schedules",
     "ddpm_lightning.process",
     "ddpm_lightning.objectives",
+    "ddpm_lightning.training.optimizers",
     "torch.nn.modules",
     "torch.optim",
 )
@@ -115,7 +116,12 @@ def instantiate_arguments(
 
 
 def trusted_class(class_path: Any, place: str) -> type:
-    """The class of that name, if a trusted package defines it.
+    """The class of that name, if a trusted package defines it (:func:`trusted_part`)."""
+    return cast(type, trusted_part(class_path, place))
+
+
+def trusted_part(class_path: Any, place: str, kinds: type | tuple[type, ...] = type) -> Any:
+    """The class of that name, or what ``kinds`` allow, if a trusted package defines it.
 
     Trusted are this package's networks, schedules, process and objectives, ``torch.nn``, ``torch.optim``, and what the
     variable ``DDPM_TRUSTED`` names: packages or modules, separated by commas.
@@ -136,17 +142,20 @@ def trusted_class(class_path: Any, place: str) -> type:
     if not _within(module, (*_TRUSTED, "torch.nn", *own)) or ("__" in module and module not in own):
         raise InputError(f"{refused}, since importing it runs its code; if you trust it: {trust(class_path)}")
     try:
-        found = vars(importlib.import_module(module)).get(name)
+        home = importlib.import_module(module)
+        found: Any = vars(home).get(name)
+        if found is None and _within(module, own):
+            found = getattr(home, name, None)  # a package may import its classes when they are asked for
     except (Exception, SystemExit) as error:
         raise InputError(f"{refused}: {module} cannot be imported ({_first_line(error)})") from error
-    if not isinstance(found, type):
-        raise InputError(f"{refused}: it is no class")
+    if not isinstance(found, kinds):
+        raise InputError(f"{refused}: it is no {'class' if kinds is type else 'class or function'}")
     # a module also holds what it has imported from elsewhere
     if not _within(found.__module__, (*_TRUSTED, *own)):
         raise InputError(f"{refused}: {found.__module__} defines it; if you trust that: {trust(found.__module__)}")
-    if getattr(sys.modules.get(found.__module__), found.__qualname__, None) is not found:
+    if getattr(sys.modules.get(found.__module__), cast(Any, found).__qualname__, None) is not found:
         raise InputError(f"{refused}: it is not what {found.__module__} defines")
-    return cast(type, found)
+    return found
 
 
 def _within(module: str, packages: tuple[str, ...]) -> bool:
@@ -188,6 +197,8 @@ def _value(value: Any, expected: Any, place: str, depth: int) -> Any:
         if type(value) is float or (type(value) is int and abs(value) < _HUGE):
             return float(value)
     elif collection is abc.Callable:
+        if isinstance(value, str):
+            return trusted_part(value, place, FunctionType)
         if isinstance(value, Mapping) and len(options) == 2 and isinstance(options[0], list):
             return _part(value, options[1], place, depth, len(options[0]))
     elif collection in (list, tuple, abc.Sequence, abc.Iterable, abc.Collection):
@@ -252,7 +263,10 @@ def _part(description: Mapping[Any, Any], expected: Any, place: str, depth: int,
         raise InputError(f"{place} is refused: {_shown(strange[0])} does not belong there")
     if "class_path" not in description:
         raise InputError(f"{place} is refused: it names no class_path")
-    cls = trusted_class(description["class_path"], place)
+    kinds = type if left_open is None else (type, FunctionType)
+    cls = trusted_part(description["class_path"], place, kinds)
+    if isinstance(cls, FunctionType):
+        return partial(cls, **_plain(description.get("init_args") or {}, place, depth))
     if not isinstance(expected, type) or not issubclass(cls, expected):
         raise InputError(f"{place} is refused: {cls.__name__} is no {_name(expected)}")
     described: dict[Any, Any] = {}

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
 from ddpm_lightning.data.batches import EvalBatches, Split, TrainBatches
+from ddpm_lightning.data.transforms import check_grey_levels
 from ddpm_lightning.errors import InputError
 
 __all__ = ["ImageDataModule", "OnDevice", "SplitName", "batches_done"]
@@ -33,7 +34,12 @@ class ImageDataModule(LightningDataModule):
 
     Your own data set states three facts about its images, tells the sizes of its splits and loads them::
 
-        class Photos(ImageDataModule):
+        import torch
+
+        from ddpm_lightning.data import ImageDataModule, Split, SplitName
+
+
+        class Photos(ImageDataModule):  # in photos.py
             shape = (3, 32, 32)  # channels, height, width
             levels = 256  # grey levels per channel, values 0..255
             num_classes = 10
@@ -46,7 +52,7 @@ class ImageDataModule(LightningDataModule):
                 images, labels = torch.load(f"{self.root}/{split}.pt")
                 return Split(images, labels)  # uint8 [N, 3, 32, 32] and int64 [N]
 
-    Then ``--data my_package.Photos --data.root ...`` trains on it. Override ``prepare_data`` to download or to check
+    Then ``--data photos.Photos --data.root ...`` trains on it. Override ``prepare_data`` to download or to check
     files; it runs once per machine and must not keep anything in ``self``. What ``load`` returns is compared with the
     three facts and the sizes, so a mistake shows before the first step.
 
@@ -150,6 +156,10 @@ class ImageDataModule(LightningDataModule):
     def _check(self, name: SplitName, split: Split) -> None:
         n = self.sizes[name]
         source = f"{type(self).__name__}.load({name!r})"
+        if not isinstance(split, Split):
+            raise InputError(f"{source} returned a {type(split).__name__}: return Split(images, labels)")
+        if split.images.is_floating_point():
+            check_grey_levels(split.images, self.levels, source)
         for what, tensor, dtype, shape, top in (
             ("images", split.images, torch.uint8, (n, *self.shape), self.levels - 1),
             ("labels", split.labels, torch.int64, (n,), self.num_classes - 1),
@@ -158,6 +168,8 @@ class ImageDataModule(LightningDataModule):
                 raise InputError(
                     f"{source} returned {what} {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
                 )
+            if n == 0:
+                raise InputError(f"{source} returned no {what}: a split needs at least one image")
             low, high = int(tensor.min()), int(tensor.max())
             if low < 0 or high > top:
                 raise InputError(f"{source} returned {what} from {low} to {high}, expected values in 0..{top}")

@@ -55,6 +55,11 @@ class Trained:
     @cached_property
     def data(self) -> ImageDataModule:
         data = Run(self.run).load_data()
+        if not isinstance(data, ImageDataModule):
+            raise InputError(
+                f"{type(data).__name__} gives its images in batches only, and this needs whole splits: derive it from "
+                "ddpm_lightning.data.ImageDataModule (ddpm test and ddpm predict do without)"
+            )
         if self.data_root is not None and isinstance(data, MNIST):
             data.root = self.data_root
         return data

@@ -14,11 +14,13 @@ class SimpleUNet(nn.Module):
     label.
 
     Args:
-        channels: number of image channels C, both in and out, at least 1.
+        channels: number of image channels C, both in and out, at least 1; None for 1, and on the command line for the
+            data's.
     """
 
-    def __init__(self, channels: int = 1) -> None:
+    def __init__(self, channels: int | None = None) -> None:
         super().__init__()
+        channels = 1 if channels is None else channels
         if channels < 1:
             raise ValueError(f"channels must be at least 1, got {channels}")
         self.channels = channels

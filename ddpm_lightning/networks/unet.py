@@ -34,7 +34,7 @@ class UNet(nn.Module):
     of every residual branch and of the network starts at zero, so every block starts as its shortcut.
 
     Args:
-        channels: image channels C of the input.
+        channels: image channels C of the input; None for 1, and on the command line for the data's.
         width: channels at full resolution when the multiplier is 1.
         multipliers: channels of each level in units of ``width``, full resolution first.
         blocks: residual blocks of each level on the way down, and as many on the way up; one number for all levels
@@ -43,9 +43,10 @@ class UNet(nn.Module):
         heads: attention heads; must divide the channels of the levels with attention. One, as in Ho et al. 2020: on
             a CPU in bfloat16, the cost of few pixels grows with the number of heads.
         dropout: probability of dropping an activation in a residual branch, in [0, 1).
-        num_classes: number of classes K of a conditional network; None for an unconditional one. Labels are
-            0..K-1, and K stands for "no class".
-        out_channels: channels of the output; None for ``channels``. Use ``2 * channels`` to predict a variance too.
+        num_classes: number of classes K of a conditional network; None for an unconditional one, and on the command
+            line for the data's where the model is class-conditional. Labels are 0..K-1, and K stands for "no class".
+        out_channels: channels of the output; None for ``channels``, and on the command line for as many as the variance
+            needs. Use ``2 * channels`` to predict a variance too.
         time_scale: factor on t before the sinusoids: the inverse of the smallest difference in t that matters.
         fourier: frequencies, in cycles per unit of x, of sines and cosines of the input that join it
             (:class:`FourierFeatures`). They show the network noise that is far smaller than the image. A likelihood
@@ -55,7 +56,7 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        channels: int = 1,
+        channels: int | None = None,
         width: int = 32,
         multipliers: Sequence[int] = (1, 2, 2),
         blocks: int | Sequence[int] = 2,
@@ -68,6 +69,7 @@ class UNet(nn.Module):
         fourier: Sequence[float] = (),
     ) -> None:
         super().__init__()
+        channels = 1 if channels is None else channels
         self.channels, self.out_channels, self.num_classes = channels, out_channels, num_classes
         self.width, self.multipliers, self.blocks = width, multipliers, blocks
         self.attention, self.heads, self.dropout = attention, heads, dropout

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from ddpm_lightning.checkpoints.files import LAST, last_good
-from ddpm_lightning.data import ImageDataModule
+from ddpm_lightning.data.own import instantiate_data
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import save_png
 from ddpm_lightning.runs.lock import hold
@@ -113,7 +112,7 @@ class Run:
             return self.checkpoints / LAST
         return max(self.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
-    def load(self, checkpoint: str | Path = "last") -> tuple[GenerativeModule, ImageDataModule]:
+    def load(self, checkpoint: str | Path = "last") -> tuple[GenerativeModule, LightningDataModule]:
         """The trained module, on the CPU and in evaluation mode, and the data that it was trained on.
 
         Raises:
@@ -129,12 +128,9 @@ class Run:
         """The module alone, of a run that trained a diffusion model; InputError for another run."""
         return DiffusionModule.load_from_checkpoint(self.checkpoint(checkpoint), map_location="cpu").eval()
 
-    def load_data(self) -> ImageDataModule:
+    def load_data(self) -> LightningDataModule:
         """The data alone; needs the configuration and no checkpoint."""
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(ImageDataModule, "data")
-        data: ImageDataModule = parser.instantiate(parser.parse_object({"data": self.config["data"]})).data
-        return data
+        return instantiate_data(self.config["data"])
 
     def write(self, name: str, content: str | dict[str, Any] | list[Any] | Tensor) -> Path:
         """Write a file into the folder, whole or not at all.

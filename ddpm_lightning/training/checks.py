@@ -3,13 +3,22 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.networks import AdaptedNetwork
 from ddpm_lightning.objectives import ElboEstimator
+from ddpm_lightning.own_code import failure_in_own_code
 from ddpm_lightning.process import Decoder, GenerativeModel, ReverseVariance
 
 __all__ = ["check_bounds", "check_classes", "check_network", "check_options"]
+
+
+_CALL = (
+    ": the call is network(x, c, label=None), with x [B, C, H, W] and c [B], and returns a tensor. A network of "
+    "diffusers or another library fits in ddpm_lightning.networks.AdaptedNetwork: --model.network AdaptedNetwork "
+    "--model.network.network diffusers.UNet2DModel; one with other inputs needs a module of your own around it"
+)
 
 
 def check_options(decoder: Decoder, levels: int, ema_decay: float) -> None:
@@ -47,27 +56,35 @@ def check_network(
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     # in half precision Lightning changes torch's default type while it has the module make its parts
     x = torch.zeros(2, *shape, device=device, dtype=torch.float32)
+    name = type(network).__name__
     cond = {} if last_label is None else {"label": torch.tensor([0, last_label], device=device)}
     training = network.training
     network.eval()
     try:
         with torch.no_grad():
             output = network(x, x.new_full((2,), 0.5), **cond)
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+    except Exception as error:
         labels = f" with labels from 0 to {last_label}" if cond else ""
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = failure_in_own_code(error) or what
+        call = _CALL if isinstance(error, TypeError) and not isinstance(network, AdaptedNetwork) else ""
         raise InputError(
-            f"{type(network).__name__} cannot take the data's images of shape {list(shape)} "
-            f"(channels, height, width){labels}: {error}"
+            f"{name} cannot take the data's images of shape {list(shape)} "
+            f"(channels, height, width){labels}: {reason}{call}"
         ) from error
     finally:
         network.train(training)
+    if not isinstance(output, Tensor):
+        raise InputError(f"{name} returns a {type(output).__name__} and no tensor{_CALL}")
     channels, *size = shape
     expected = [variance.network_outputs * channels, *size]
     if list(output.shape) != [len(x), *expected]:
+        twice = variance.network_outputs == 1 and list(output.shape[1:]) == [2 * channels, *size]
+        learned = ", or train its variance too, with --model.variance LearnedRangeVariance" if twice else ""
         raise InputError(
-            f"{type(network).__name__} returns {list(output.shape[1:])} for images of shape {list(shape)}: "
+            f"{name} returns {list(output.shape[1:])} for images of shape {list(shape)}: "
             f"under {type(variance).__name__} it must return {expected}; "
-            f"set --model.network.init_args.out_channels {expected[0]} where it has that option"
+            f"set --model.network.init_args.out_channels {expected[0]} where it has that option{learned}"
         )
 
 

@@ -1,16 +1,16 @@
 """The LightningModule: it composes a generative model from parts, trains it, averages it and measures its bound."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from inspect import currentframe
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ddpm_lightning.data import Batch, levels_to_model
+from ddpm_lightning.data.own import OwnBatches
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundMeans, BoundScores
 from ddpm_lightning.objectives import ElboEstimator, Objective
@@ -27,12 +27,11 @@ from ddpm_lightning.schedules import Schedule
 from ddpm_lightning.training.averaged import AveragedModule
 from ddpm_lightning.training.checks import check_bounds, check_classes, check_network, check_options
 from ddpm_lightning.training.memory_format import ChannelsLast
+from ddpm_lightning.training.optimization import OptimizerFactory, SchedulerFactory, make_optimizer, make_scheduler
+from ddpm_lightning.training.optimizers import MuonAdamW  # noqa: F401  # so that a configuration can write its name
 from ddpm_lightning.training.seeding import seed_batch
 
 __all__ = ["DiffusionModule", "GenerativeModule", "OptimizerFactory", "SchedulerFactory"]
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 class GenerativeModule(AveragedModule):
@@ -82,6 +81,7 @@ class GenerativeModule(AveragedModule):
         self.shape, self.levels, self.objective = tuple(shape), levels, objective
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
         self.seed, self.eval_seed = seed, eval_seed
+        self._own_batches = OwnBatches(self.shape, levels)
         self._generator: Generators = None
         self.bounds = {"val": list(validation_bounds), "test": list(test_bounds)}
         check_bounds(model, self.bounds)
@@ -113,6 +113,22 @@ class GenerativeModule(AveragedModule):
                 )
         super().setup(stage)
 
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Batch:
+        """A batch of the user's own DataLoader as :class:`Batch`; after the public hook, which the data may have, too.
+
+        Raises:
+            InputError: it is not what the model needs.
+        """
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, Batch):
+            return batch
+        return self._own_batches(batch, self.num_classes if self.class_conditional else None, self.trainer)
+
+    def _restart_own_batches(self) -> None:
+        self._own_batches.restart()
+
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _restart_own_batches
+
     def _condition(self, label: Tensor) -> dict[str, Tensor]:
         return {"label": label} if self.class_conditional else {}
 
@@ -140,14 +156,13 @@ class GenerativeModule(AveragedModule):
         """The injected optimiser of the model's parameters, and its scheduler, stepped after each optimiser step.
 
         Raises:
-            InputError: the module has no optimiser.
+            InputError: the module has no optimiser, or one of the two cannot be made or used.
         """
-        if self.optimizer_factory is None:
-            raise InputError("this module has no optimiser: give --model.optimizer, for example torch.optim.Adam")
-        optimizer = self.optimizer_factory(self.model.parameters())
+        optimizer = make_optimizer(self.optimizer_factory, self.model.parameters())
         if self.scheduler_factory is None:
             return optimizer
-        return [optimizer], [{"scheduler": self.scheduler_factory(optimizer), "interval": "step"}]
+        bound = next((estimator.name for estimator in self.bounds["val"]), None)
+        return [optimizer], [make_scheduler(self.scheduler_factory, optimizer, bound, self._trainer)]
 
     # ---------------------------------------------------------------- the bound
 
@@ -161,7 +176,7 @@ class GenerativeModule(AveragedModule):
         return cast(BoundMeans, self.means[stage])
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
-        for estimator in self.bounds[stage]:
+        for estimator in self.bounds[stage] if len(batch.index) else ():
             self._means(stage).update(estimator.name, self.bound(estimator, batch))
 
     def _report(self, stage: str) -> None:
@@ -178,6 +193,12 @@ class GenerativeModule(AveragedModule):
     def on_validation_epoch_end(self) -> None:
         """Log ``val/FORM/NAME`` (nats an image, ``bits_per_dim``) and ``..._se``."""
         self._report("val")
+        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                first = self.bound_scores["val"][self.bounds["val"][0].name]
+                config.scheduler.step(first["elbo"].in_bits(self.dims).mean)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("test", batch)
@@ -208,7 +229,8 @@ class DiffusionModule(GenerativeModule):
         validation_bounds: estimators of the bound to run in validation.
         test_bounds: estimators of the bound to run in test and predict.
         optimizer: makes the optimiser of the model's parameters; None for a module that is only evaluated.
-        lr_scheduler: makes a learning-rate scheduler, stepped after each optimiser step.
+        lr_scheduler: makes a learning-rate scheduler, stepped after each optimiser step; ReduceLROnPlateau after each
+            validation, on the first of validation_bounds.
         ema_decay: decay of the average of the weights, in [0, 1), reached after a warm-up (``training/ema.py``). 0
             makes the average the weights themselves.
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers.

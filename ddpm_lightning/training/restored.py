@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process import DiffusionModel, TimeConditioning
@@ -93,7 +94,10 @@ def apply_optimization(module: LightningModule, trainer: Trainer, changes: Chang
     if not any(path.partition(".")[0] in ("optimizer", "lr_scheduler") for path in changes):
         return
     (fresh,), schedulers = _init_optimizers_and_lr_schedulers(module)
-    for scheduler in (config.scheduler for config in schedulers):
+    # it follows what was measured: it goes on from the rate there is, and counts anew
+    on_plateau = any(isinstance(config.scheduler, ReduceLROnPlateau) for config in schedulers)
+    kept = {"lr"} if on_plateau and "optimizer.lr" not in changes else set()
+    for scheduler in (config.scheduler for config in schedulers if not on_plateau):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
             for step in range(trainer.global_step):
@@ -106,7 +110,7 @@ def apply_optimization(module: LightningModule, trainer: Trainer, changes: Chang
                     ) from error
         trainer.lr_scheduler_configs[0].scheduler.load_state_dict(scheduler.state_dict())
     for group, asked in zip(trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
-        group.update({name: value for name, value in asked.items() if name != "params"})
+        group.update({name: value for name, value in asked.items() if name not in {"params", *kept}})
 
 
 def in_words(changes: Changes) -> str:
