@@ -108,8 +108,13 @@ def make_scheduler(
         raise InputError(f"--model.lr_scheduler {name} follows a bound on the validation images, and none is measured")
     if scheduler.mode != "min":
         raise InputError(f"--model.lr_scheduler.mode {scheduler.mode}: bits/dim get better by getting smaller: use min")
+    followed = f"val/{bound}/bits_per_dim"
+    if (asked := getattr(scheduler, "monitor", followed)) != followed:  # Lightning's class of the same name
+        raise InputError(
+            f"--model.lr_scheduler.monitor {asked}: the first of the validation bounds is followed, {followed}"
+        )
     # Lightning itself would step it after epochs without a validation, too
-    return {"scheduler": scheduler, "monitor": f"val/{bound}/bits_per_dim", "frequency": sys.maxsize}
+    return {"scheduler": scheduler, "monitor": followed, "frequency": sys.maxsize}
 
 
 @contextmanager
