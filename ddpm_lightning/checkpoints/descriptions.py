@@ -150,8 +150,8 @@ def trusted_part(class_path: Any, place: str, kinds: type | tuple[type, ...] = t
         raise InputError(f"{refused}: {module} cannot be imported ({_first_line(error)})") from error
     if not isinstance(found, kinds):
         raise InputError(f"{refused}: it is no {'class' if kinds is type else 'class or function'}")
-    # a module also holds what it has imported from elsewhere
-    if not _within(found.__module__, (*_TRUSTED, *own)):
+    # a module also holds what it has imported from elsewhere; of functions only the user's own are called
+    if not _within(found.__module__, own if isinstance(found, FunctionType) else (*_TRUSTED, *own)):
         raise InputError(f"{refused}: {found.__module__} defines it; if you trust that: {trust(found.__module__)}")
     if getattr(sys.modules.get(found.__module__), cast(Any, found).__qualname__, None) is not found:
         raise InputError(f"{refused}: it is not what {found.__module__} defines")
