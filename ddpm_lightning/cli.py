@@ -19,7 +19,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddpm_lightning.callbacks import BoundTable, EpochLines, ImageTermsWriter, StopOnNonFinite
 from ddpm_lightning.checkpoints.files import LAST
@@ -29,9 +28,12 @@ from ddpm_lightning.commands import run_command
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data import ImageDataModule
 from ddpm_lightning.errors import InputError, RunError
+from ddpm_lightning.failures import end
+from ddpm_lightning.first_screen import answered
 from ddpm_lightning.runs import Run
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
+from ddpm_lightning.training.hardware import resolve
 
 __all__ = ["DiffusionCLI", "main"]
 
@@ -144,6 +146,7 @@ class DiffusionCLI(LightningCLI):
         run = Run(config.run_dir)
         run.make()
         config.run_dir = config.trainer.default_root_dir = str(run.folder)
+        self._resolve_hardware(config.trainer, run)
         asked = config.get("ckpt_path")
         if self.subcommand != "fit" or asked not in (None, "last"):
             config["ckpt_path"] = asked if asked in (None, "hpc") else str(run.checkpoint(asked))
@@ -161,6 +164,15 @@ class DiffusionCLI(LightningCLI):
             elif newest.name != LAST:
                 _say(f"there is no {LAST} in {run.checkpoints}: training goes on from {newest.name}")
             config["ckpt_path"] = newest and str(newest)
+
+    def _resolve_hardware(self, trainer: Namespace, run: Run) -> None:
+        """Put what ``auto`` stands for here into the configuration that is saved; a run keeps the precision it has."""
+        if trainer.precision == "auto" and run.config_path.is_file() and run.newest_checkpoint():
+            trainer.precision = run.config.get("trainer", {}).get("precision", "auto")
+        options = (trainer.accelerator, trainer.precision, trainer.devices, trainer.num_nodes)
+        trainer.accelerator, trainer.precision, said = resolve(*options)
+        for line in said:
+            _say(line)
 
     def instantiate_classes(self) -> None:
         try:
@@ -288,17 +300,34 @@ def _of_a_run(args: list[str]) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of ``ddpm``: one sentence and status 2 for bad input, 1 for a run that cannot go on."""
-    _quieten()
+    """The command line: one sentence and status 2 for bad input, 1 for all else that stops it (``failures.py``)."""
     words = sys.argv[1:] if args is None else args
+    if answered(words):
+        return
+    _quieten()
+    words = ["--help" if word == "--help_all" else word for word in words]
     try:
         if words[:1] in (["evaluate"], ["export"]):
             run_command(words[0], words[1:])
         else:
             DiffusionCLI(_of_a_run(words))
-    except (InputError, MisconfigurationException, RunError) as error:
-        print(f"ddpm: error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, RunError) else 2)
+    except Exception as error:
+        sys.exit(end(error, "ddpm", _folder_of(words)))
+    except KeyboardInterrupt as error:
+        sys.exit(end(error, "ddpm"))
+
+
+def _folder_of(args: list[str]) -> Path | None:
+    """The run's folder that a command line names, if any."""
+    words = [word for each in args for word in each.split("=", 1)]
+    named = [value for option, value in pairwise(words) if option == "--run_dir"]
+    if not named and words[1:] and not words[1].startswith("-"):
+        named = [words[2] if words[0] == "evaluate" and words[2:] else words[1]]
+    for option, value in pairwise(words):
+        if not named and option in ("-c", "--config"):
+            with suppress(Exception):  # what stopped the program may be this file
+                named = [_load_extending(Path(value).read_text(), Path(value).parent)["run_dir"]]
+    return Path(named[-1]).expanduser() if named else None
 
 
 _say = rank_zero_only(partial(print, flush=True))

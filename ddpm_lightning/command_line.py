@@ -13,6 +13,7 @@ from docstring_parser import parse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.failures import end
 
 __all__ = ["call", "own_error", "run_script"]
 
@@ -96,10 +97,10 @@ def run_script(function: Callable[..., Any], description: str | None) -> None:
     """Call a script's function with the words of the command line, and exit: 2 and one line for bad input."""
     prog = Path(sys.argv[0]).name
     try:
-        sys.exit(call(function, sys.argv[1:], prog, description))
-    except InputError as error:
-        print(f"{prog.removesuffix('.py')}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = call(function, sys.argv[1:], prog, description)
+    except (Exception, KeyboardInterrupt) as error:
+        status = end(error, prog.removesuffix(".py"))
+    sys.exit(status)
 
 
 def _one_line(message: str, types: dict[str, Any]) -> str:

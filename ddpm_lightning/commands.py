@@ -60,11 +60,6 @@ def run_command(name: str, args: list[str]) -> None:
     if name == "export":
         call(export, args, "ddpm export")
         return
-    if args[:1] in ([], ["-h"], ["--help"]):
-        lines = [f"  {key:<9} {str(each.__doc__).partition(chr(10))[0]}" for key, each in EVALUATIONS.items()]
-        usage = "usage: ddpm evaluate WHAT RUN [options]     (ddpm evaluate WHAT --help shows the options)"
-        print("\n".join([usage, "", "Measure a finished run. WHAT is one of", "", *lines]))
-        return
     if args[0] not in EVALUATIONS:
         raise InputError(f"evaluate {args[0]}: there are {', '.join(EVALUATIONS)}")
     call(EVALUATIONS[args[0]], args[1:], f"ddpm evaluate {args[0]}")

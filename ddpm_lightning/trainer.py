@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ddpm_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
@@ -19,6 +20,7 @@ from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.sampling.known import read_inpainting
 from ddpm_lightning.sampling.output import ImageFile, check_folder
 from ddpm_lightning.sampling.task import SamplingTask
+from ddpm_lightning.training.hardware import Precision, resolve
 from ddpm_lightning.training.module import GenerativeModule
 
 __all__ = ["DiffusionTrainer"]
@@ -29,11 +31,36 @@ class DiffusionTrainer(Trainer):
 
     Checkpoints are written whole or not at all, and, unless a callback names another folder, into the run's own,
     whatever the logger.
+
+    Args:
+        accelerator: as in Lightning's Trainer, but ``auto`` takes the CPU rather than Apple's GPU.
+        precision: as in Lightning's Trainer, or ``auto``: what is fast on this machine (``training/hardware.py``).
+        devices: as in Lightning's Trainer.
+        num_nodes: as in Lightning's Trainer.
+        default_root_dir: the run's folder.
     """
 
-    def __init__(self, *args: Any, default_root_dir: str | Path | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        accelerator: str | Accelerator = "auto",
+        precision: Precision | None = None,
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
+        default_root_dir: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
         run = Run(Path.cwd() if default_root_dir is None else default_root_dir)
-        super().__init__(*args, default_root_dir=run.folder, **kwargs)
+        accelerator, resolved, _ = resolve(accelerator, precision, devices, num_nodes)
+        super().__init__(
+            *args,
+            accelerator=accelerator,
+            precision=resolved,
+            devices=devices,
+            num_nodes=num_nodes,
+            default_root_dir=run.folder,
+            **kwargs,
+        )
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(run.checkpoints)

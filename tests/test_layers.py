@@ -18,18 +18,26 @@ LAYERS = [
     ["schedules", "networks"],
     ["process"],
     ["objectives", "samplers", "metrics"],
-    ["data", "checkpoints", "figures", "command_line", "progress"],
+    ["data", "checkpoints", "figures", "failures", "command_line", "progress"],
     ["training"],
     ["runs"],
     ["sampling"],
     ["evaluation", "export"],
     ["callbacks", "interchange"],
     ["trainer", "commands"],
-    ["cli", "__main__"],
+    ["first_screen", "cli", "__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 # within the first layer and the last there is an order too
-WITHIN = {("ops", "errors"), ("distributions", "ops"), ("distributions", "errors"), ("__main__", "cli")}
+WITHIN = {
+    ("ops", "errors"),
+    ("distributions", "ops"),
+    ("distributions", "errors"),
+    ("command_line", "failures"),
+    ("cli", "first_screen"),
+    ("__main__", "first_screen"),
+    ("__main__", "cli"),
+}
 PLAIN = [unit for units in LAYERS[:4] for unit in units]
 FILES = sorted(ROOT.rglob("*.py"))
 
