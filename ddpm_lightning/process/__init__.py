@@ -24,6 +24,7 @@ from ddpm_lightning.process.parameterization import (
     Parameterization,
     Prediction,
     ScoreParameterization,
+    VelocityParameterization,
     VParameterization,
     X0Parameterization,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "TimeConditioning",
     "VParameterization",
     "VectorLevel",
+    "VelocityParameterization",
     "X0Parameterization",
     "eps_mse_table",
     "spread_times",

@@ -15,6 +15,7 @@ from ddpm_lightning.schedules.grids import (
     strided_grid,
 )
 from ddpm_lightning.schedules.learned import LearnedGamma, PixelwiseGamma
+from ddpm_lightning.schedules.straight import StraightPath
 from ddpm_lightning.schedules.tabulated import TabulatedSchedule
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "LogSNRGrid",
     "PixelwiseGamma",
     "Schedule",
+    "StraightPath",
     "StridedGrid",
     "TabulatedSchedule",
     "TimeGrid",
