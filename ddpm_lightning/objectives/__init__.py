@@ -17,6 +17,7 @@ from ddpm_lightning.objectives.path import PathLogProbs, path_log_probs, state_b
 from ddpm_lightning.objectives.times import (
     EquispacedTimes,
     ImportanceTimes,
+    LogitNormalTimes,
     StratifiedTimes,
     TimeDraw,
     TimeSampler,
@@ -26,9 +27,11 @@ from ddpm_lightning.objectives.weighted_mse import WeightedMSE
 from ddpm_lightning.objectives.weighting import (
     EDMWeighting,
     ElboWeighting,
+    LogitNormalWeighting,
     MinSNRWeighting,
     P2Weighting,
     UniformWeighting,
+    VelocityWeighting,
     Weighting,
 )
 
@@ -44,6 +47,8 @@ __all__ = [
     "EquispacedTimes",
     "HybridObjective",
     "ImportanceTimes",
+    "LogitNormalTimes",
+    "LogitNormalWeighting",
     "MinSNRWeighting",
     "NegativeElbo",
     "NoiseMSE",
@@ -57,6 +62,7 @@ __all__ = [
     "TrajectoryElbo",
     "UniformTimes",
     "UniformWeighting",
+    "VelocityWeighting",
     "WeightedMSE",
     "Weighting",
     "path_log_probs",

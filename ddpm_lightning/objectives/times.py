@@ -14,16 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm_lightning.errors import InputError, at_least
+from ddpm_lightning.errors import InputError, at_least, positive
 from ddpm_lightning.ops import BatchGenerator, Generators, expand_to, rand, shuffled_places
 
 __all__ = [
     "EquispacedTimes",
     "ImportanceTimes",
+    "LogitNormalTimes",
     "StratifiedTimes",
     "TimeDraw",
     "TimeSampler",
     "UniformTimes",
+    "logit_normal_density",
     "steps_of",
     "stratified_steps",
 ]
@@ -175,6 +177,38 @@ class ImportanceTimes(TimeSampler):
         cells.scatter_(0, cell, torch.take(loss, order).to(cells.dtype))
         self.losses.copy_(cells[:-1].view_as(self.losses))
         self.counts.copy_(counts.scatter_add_(0, ordered, torch.ones_like(ordered))[:-1])
+
+
+class LogitNormalTimes(TimeSampler):
+    r"""More times from the middle of the axis: logit(u) ~ N(mean, std^2) (Esser et al. 2024, arXiv 2403.03206).
+
+    As of every sampler, the weights leave the expected loss as it is, here at the price of rare draws of large weight.
+    Flow matching trains without them: let ``LogitNormalWeighting`` cancel them.
+
+    Args:
+        mean: mean of logit(u): above 0 for more noise.
+        std: standard deviation of logit(u), positive.
+        times: draws the quantiles; None for StratifiedTimes.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0, times: TimeSampler | None = None) -> None:
+        super().__init__()
+        positive(std=std)
+        self.mean, self.std, self.times = mean, std, times or StratifiedTimes()
+
+    def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
+        draw = self.times(like, generators)
+        quantile = draw.position.clamp(1e-9, 1 - 1e-9)
+        position = torch.sigmoid(self.mean + self.std * torch.special.ndtri(quantile)).clamp(max=_LAST_BELOW_1)
+        return TimeDraw(position, draw.weight / logit_normal_density(position, self.mean, self.std))
+
+
+def logit_normal_density(u: Tensor, mean: float, std: float) -> Tensor:
+    """Density at u in (0, 1) of a number whose logit is N(mean, std^2), float64; 0 at the ends."""
+    inside = u.clamp(1e-300, _LAST_BELOW_1)
+    z = (torch.logit(inside) - mean) / std
+    density = torch.exp(-0.5 * z.square()) / (std * math.sqrt(2 * math.pi) * inside * (1 - inside))
+    return torch.where((u > 0) & (u < 1), density, 0.0)
 
 
 def _uniform_draw(position: Tensor) -> TimeDraw:

@@ -19,9 +19,19 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import positive
+from ddpm_lightning.objectives.times import logit_normal_density
 from ddpm_lightning.schedules import Schedule
 
-__all__ = ["EDMWeighting", "ElboWeighting", "MinSNRWeighting", "P2Weighting", "UniformWeighting", "Weighting"]
+__all__ = [
+    "EDMWeighting",
+    "ElboWeighting",
+    "LogitNormalWeighting",
+    "MinSNRWeighting",
+    "P2Weighting",
+    "UniformWeighting",
+    "VelocityWeighting",
+    "Weighting",
+]
 
 
 class Weighting:
@@ -101,6 +111,38 @@ class EDMWeighting(Weighting):
         z = (gamma / 2 - self.mean) / self.std
         density = torch.exp(-0.5 * z.square()) / (2 * self.std * math.sqrt(2 * math.pi))
         return density * schedule.gamma_slope(t) * (1 + torch.exp(gamma) / self.sigma_data**2)
+
+
+class VelocityWeighting(Weighting):
+    r"""The loss of flow matching, the squared error of the velocity u = eps - x_0, as a weight on the error of eps:
+
+    .. math:: w(t) = \frac{(\alpha_t + \sigma_t)^2}{\alpha_t^2} = (1 + e^{\gamma/2})^2
+    """
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return (1 + torch.exp(0.5 * schedule.gamma(t))).square()
+
+
+class LogitNormalWeighting(Weighting):
+    r"""A density over times as a weight, times that of another weighting (Esser et al. 2024, arXiv 2403.03206):
+
+    .. math:: \mathrm{logit}(t) \sim N(\text{mean}, \text{std}^2)
+
+    With ``LogitNormalTimes`` of the same mean and std and ``continuous: true`` the weight of a draw cancels this one.
+    The loss is then the usual one of flow matching: times from the density, and no weight on them.
+
+    Args:
+        mean: mean of logit(t): above 0 for more noise.
+        std: standard deviation of logit(t), positive.
+        of: the weighting that is multiplied; None for VelocityWeighting.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0, of: Weighting | None = None) -> None:
+        positive(std=std)
+        self.mean, self.std, self.of = mean, std, of
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return logit_normal_density(t.double(), self.mean, self.std) * (self.of or VelocityWeighting())(schedule, t)
 
 
 class ElboWeighting(Weighting):

@@ -3,6 +3,7 @@
 from ddpm_lightning.process.conditioning import GammaConditioning, NoiseConditioning, TimeConditioning
 from ddpm_lightning.process.decoders import CategoricalDecoder, Decoder, DiscretizedGaussian, PlainGaussian
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
+from ddpm_lightning.process.encoder import Encoder, IdentityEncoder, NetworkEncoder
 from ddpm_lightning.process.eps_mse import eps_mse_table, spread_times
 from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.generative import GenerativeModel
@@ -23,6 +24,7 @@ from ddpm_lightning.process.parameterization import (
     Parameterization,
     Prediction,
     ScoreParameterization,
+    VelocityParameterization,
     VParameterization,
     X0Parameterization,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "DiffusionLevel",
     "DiffusionModel",
     "DiscretizedGaussian",
+    "Encoder",
     "EpsParameterization",
     "FixedLargeVariance",
     "FixedSmallVariance",
@@ -58,6 +61,7 @@ __all__ = [
     "GammaConditioning",
     "GenerativeModel",
     "HierarchicalVAE",
+    "IdentityEncoder",
     "LearnedRangeVariance",
     "Level",
     "LinearLevel",
@@ -68,6 +72,7 @@ __all__ = [
     "MaskOperator",
     "MatrixOperator",
     "NetworkDenoiser",
+    "NetworkEncoder",
     "NoiseConditioning",
     "Parameterization",
     "PlainGaussian",
@@ -79,6 +84,7 @@ __all__ = [
     "TimeConditioning",
     "VParameterization",
     "VectorLevel",
+    "VelocityParameterization",
     "X0Parameterization",
     "eps_mse_table",
     "spread_times",

@@ -15,6 +15,7 @@ __all__ = [
     "Prediction",
     "ScoreParameterization",
     "VParameterization",
+    "VelocityParameterization",
     "X0Parameterization",
 ]
 
@@ -90,6 +91,24 @@ class VParameterization(Parameterization):
 
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         return (alpha_t * eps - sigma_t * x0) / torch.hypot(alpha_t, sigma_t)
+
+
+class VelocityParameterization(Parameterization):
+    r"""The output is the velocity u = eps - x0 (flow matching; Lipman et al. 2022, arXiv 2210.02747).
+
+    On :class:`~ddpm_lightning.schedules.StraightPath` u is dx_t/dtau, the velocity of the probability-flow ODE. An
+    Euler step of the ODE is then a step of DDIM. Under any schedule
+
+    .. math:: x_0 = \frac{x_t - \sigma_t u}{\alpha_t + \sigma_t}, \qquad
+        \epsilon = \frac{x_t + \alpha_t u}{\alpha_t + \sigma_t}
+    """
+
+    def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
+        n = alpha_t + sigma_t
+        return Prediction(x0=(x_t - sigma_t * output) / n, eps=(x_t + alpha_t * output) / n, output=output)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        return eps - x0
 
 
 class ScoreParameterization(Parameterization):
