@@ -29,7 +29,7 @@ def publish_picture(trainer: Trainer, tag: str, picture: Tensor, name: str, step
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(tag, picture, step)
         elif isinstance(logger, MLFlowLogger):
-            logger.experiment.log_image(logger.run_id, _rows(picture), artifact_file=f"{step:07d}-{name}")
+            logger.experiment.log_image(logger.run_id, _rows(picture), artifact_file=f"{tag}/{step:07d}.png")
         elif hasattr(logger, "log_image"):
             logger.log_image(key=tag, images=[_rows(picture)], step=step)
 
