@@ -17,7 +17,7 @@ from ddpm_lightning.metrics import bits_per_dim
 from ddpm_lightning.objectives import ElboTerms
 from ddpm_lightning.runs import Run
 from ddpm_lightning.training.distributed import gather_to_all
-from ddpm_lightning.training.module import DiffusionModule
+from ddpm_lightning.training.module import DiffusionModule, GenerativeModule
 
 __all__ = ["CostByTime", "GradientNorm", "LossByTime", "RunOptions"]
 
@@ -68,7 +68,7 @@ class LossByTime(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, GenerativeModule)
         if not self._due or pl_module.objective.by_time is None:
             return
         position, loss = pl_module.objective.by_time
@@ -105,6 +105,8 @@ class CostByTime(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if not isinstance(pl_module, DiffusionModule):
+            return  # the levels of a hierarchy have no times
         found: Mapping[str, ElboTerms] = outputs
         for form, terms in found.items():
             n, costs = terms.step_indices.flatten().cpu(), terms.step_costs.flatten().cpu()
@@ -125,9 +127,8 @@ class CostByTime(Callback):
         self._draw(trainer, pl_module, "test")
 
     def _draw(self, trainer: Trainer, module: LightningModule, stage: Literal["val", "test"]) -> None:
-        assert isinstance(module, DiffusionModule)
         parts = gather_to_all(self._sums)
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero and isinstance(module, DiffusionModule)):
             return
         curves = {}
         for estimator in module.bounds[stage]:
@@ -160,10 +161,10 @@ class RunOptions(Callback):
         if self._is_said:
             return
         self._is_said = True  # the command line writes the configuration before the first step
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, GenerativeModule)
         run = Run.of(trainer)
         config = run.config if run.config_path.is_file() else {"model": dict(pl_module.hparams)}
-        options = {**_flat({name: config[name] for name in ("model", "data", "seed_everything") if name in config})}
+        options = _flat({name: config[name] for name in ("model", "data", "seed_everything") if name in config})
         for name in ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"):
             options[f"trainer.{name}"] = getattr(trainer, name)
         options["trainer.processes"] = trainer.world_size
