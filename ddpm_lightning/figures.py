@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -16,7 +17,10 @@ from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import ForwardProcess
 from ddpm_lightning.schedules import Schedule
 
-__all__ = ["drawn", "forward_strip", "nearest_neighbours", "save_gif", "save_png", "schedule_curves", "tile"]
+__all__ = [
+    "CostCurve", "cost_curves", "drawn", "forward_strip", "nearest_neighbours", "save_gif", "save_png",
+    "schedule_curves", "tile",
+]  # fmt: skip
 
 
 def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
@@ -47,12 +51,68 @@ def nearest_neighbours(samples: Tensor, nearest: Tensor, levels: int) -> Tensor:
 
 def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, generators: Generators = None) -> Tensor:
     """Images that lose their signal, each along one path of the forward process: a row for each image, a column for the
-    clean image and for each of the increasing ``times`` ``[K]`` in (0, 1]. Model range goes from black to white.
+    clean image and for each of the increasing ``times`` ``[K]`` in (0, 1]. Model range goes from black to white. Below
+    each column are its time t and its log SNR in nats.
     """
     states = [x0, *forward_process.path(x0, times, generators)]
     rows = torch.stack(states, 1).flatten(0, 1)
     shown = ((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return tile(shown, 256, columns=len(states))
+    log_snr = -forward_process.schedule.gamma(times)
+    names = [f"{t:.2f}" for t in times.tolist()], [f"{value:.1f}" for value in log_snr.tolist()]
+    return _labelled(tile(shown, 256, columns=len(states)), {"t": ["0", *names[0]], "log SNR": ["", *names[1]]})
+
+
+def _labelled(picture: Tensor, rows: Mapping[str, Sequence[str]]) -> Tensor:
+    """Rows of text below a picture of equal columns, a text for each column, and the row's name on the left."""
+    _, height, width = picture.shape
+    count = len(next(iter(rows.values())))
+    column = (width - 2) / count  # the frame of ``tile`` on the left is 2 wide
+    longest = max(len(text) for texts in rows.values() for text in texts)
+    font = ImageFont.load_default(size=min(24, max(8, 1.6 * column / longest)))
+    line = math.ceil(1.4 * font.size)  # type: ignore[union-attr]  # Pillow has FreeType
+    margin = math.ceil(max(font.getlength(name) for name in rows)) + 8
+    canvas = Image.new("RGB", (margin + width, height + line * len(rows) + 4), "white")
+    canvas.paste(Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())), (margin, 0))
+    draw = ImageDraw.Draw(canvas)
+    for number, (name, texts) in enumerate(rows.items()):
+        y = height + 2 + line * number
+        draw.text((margin - 4, y), name, "black", font, anchor="ra")
+        for k, text in enumerate(texts):
+            draw.text((margin + 1 + column * (k + 0.5), y), text, "black", font, anchor="ma")
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """What each of K steps costs on average.
+
+    Attributes:
+        edges: times ``[K + 1]``, increasing: step k lies between two of them.
+        costs: ``[K]``, bits/dim; NaN for a step that no image took.
+    """
+
+    edges: Tensor
+    costs: Tensor
+
+
+def cost_curves(curves: Mapping[str, CostCurve], bins: int = 40) -> Tensor:
+    """Which steps of a chain carry the bits, a curve for each form of the bound by its name: the cost of the steps for
+    each unit of t, whose area is the whole cost, and beside it the cost of all steps up to t. Neighbouring steps are
+    drawn as one where there are more than ``bins``.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, curve in curves.items():
+        picks = torch.linspace(0, len(curve.costs), min(bins, len(curve.costs)) + 1).round().long()
+        parts = curve.costs.tensor_split(picks[1:-1])
+        costs = torch.stack([part.nanmean() * len(part) for part in parts])
+        edges = curve.edges[picks]
+        left.stairs((costs / edges.diff()).numpy(), edges.numpy(), label=name, baseline=None)
+        right.plot(edges.numpy(), np.append(0, np.nancumsum(costs.numpy())), label=name)
+    left.set(xlabel="t", ylabel="bits/dim for each unit of t", yscale="symlog")
+    right.set(xlabel="t", ylabel="bits/dim of the steps up to t", ylim=(0, None))
+    left.legend(frameon=False)
+    return drawn(figure)
 
 
 def schedule_curves(schedules: Mapping[str, Schedule], points: int = 201) -> Tensor:

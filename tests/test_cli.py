@@ -82,9 +82,10 @@ def test_fit_writes_checkpoints_pictures_logs_and_its_configuration(trained: Pat
     assert config["model"]["schedule"]["init_args"]["T"] == 12 and "extends" not in config
     events = EventAccumulator(str(trained)).Reload()
     scalars = set(events.Tags()["scalars"])
-    assert {"train/loss", "lr-AdamW", "train/images_per_second", "val/denoising/bits_per_dim_se"} <= scalars
+    assert {"train/loss", "lr-AdamW", "train/images_per_second", "train/grad_norm"} <= scalars
     assert {"val/denoising/reconstruction", "val/denoising/prior_matching", "val/denoising/elbo"} <= scalars
-    assert set(events.Tags()["images"]) == {"samples", "forward process", "schedule"}
+    assert "standard_error/val/denoising/bits_per_dim" in scalars and not any(name.endswith("_se") for name in scalars)
+    assert set(events.Tags()["images"]) == {"samples", "forward process", "schedule", "val/cost by time"}
 
 
 def test_off_a_terminal_fit_prints_one_line_an_epoch_and_no_noise(trained: Path) -> None:

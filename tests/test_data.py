@@ -2,8 +2,10 @@
 
 import gzip
 import itertools
+import os
 import socket
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -609,16 +611,27 @@ def test_packed_files_are_unpacked(tmp_path: Path) -> None:
     assert len(data.split("test")) == 10_000
 
 
-@pytest.mark.parametrize("content", ["truncated", "foreign"])
+@pytest.mark.parametrize("content", ["truncated", "foreign", "bomb", "pipe"])
 def test_a_damaged_packed_file(content: str, tmp_path: Path) -> None:
     raw = write_mnist(tmp_path)
     path = raw / "t10k-labels-idx1-ubyte"
     packed = raw / "t10k-labels-idx1-ubyte.gz"
-    packed.write_bytes(gzip.compress(path.read_bytes())[:-20] if content == "truncated" else b"<html>404</html>")
+    if content == "pipe":
+        os.mkfifo(packed)
+    else:
+        whole, bomb = gzip.compress(path.read_bytes()), gzip.compress(bytes(50_000_000))
+        packed.write_bytes({"truncated": whole[:-20], "foreign": b"<html>404</html>", "bomb": bomb}[content])
     path.unlink()
     with pytest.raises(InputError) as caught:
-        MNIST(str(tmp_path), download=False).prepare_data()
-    say(caught, str(packed), "cannot be unpacked", "Delete it and run again")
+        tracemalloc.start()
+        try:
+            MNIST(str(tmp_path), download=False).prepare_data()
+        finally:
+            used = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+    reasons = {"bomb": "does not hold the 10008 bytes", "pipe": "it is a pipe"}
+    say(caught, str(packed), reasons.get(content, "cannot be read"), "Delete it and run again")
+    assert used < 5_000_000
     assert not path.exists() and not list(raw.glob(".unfinished-*"))
 
 

@@ -201,11 +201,11 @@ def test_known_images_and_masks_of_each_image(modules: Modules, tmp_path: Path) 
 def test_pictures_and_arrays_that_are_read(tmp_path: Path) -> None:
     colours = torch.randint(0, 256, (5, 4, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     Image.fromarray(colours.numpy()).save(tmp_path / "colours.png")
-    assert torch.equal(read_images(tmp_path / "colours.png", (3, 5, 4), 256)[0], colours.permute(2, 0, 1))
+    assert torch.equal(read_images(tmp_path / "colours.png", 2, (3, 5, 4), 256)[0], colours.permute(2, 0, 1))
     Image.fromarray(np.array([[255, 0], [0, 255], [0, 0]], dtype=np.uint8)).convert("1").save(tmp_path / "mask.png")
-    assert read_mask(tmp_path / "mask.png", (3, 3, 2)).tolist() == [[[[True, False], [False, True], [False, False]]]]
-    np.savez(tmp_path / "mask.npz", mask=np.ones((3, 2), dtype=bool))
-    assert read_mask(tmp_path / "mask.npz", (3, 3, 2)).shape == (1, 1, 3, 2)
+    assert read_mask(tmp_path / "mask.png", 2, (3, 3, 2)).tolist() == [[[[True, False], [False, True], [False, False]]]]
+    np.savez(tmp_path / "mask.npz", mask=np.eye(3, 2, dtype=bool))
+    assert read_mask(tmp_path / "mask.npz", 2, (3, 3, 2)).shape == (1, 1, 3, 2)
 
 
 # ---------------------------------------------------------------- files
@@ -241,7 +241,7 @@ def test_npz_is_the_same(modules: Modules, tmp_path: Path) -> None:
     with np.load(tmp_path / "b" / "samples.npz") as arrays:
         assert np.array_equal(arrays["images"], images.numpy()) and arrays["labels"].tolist() == [*range(7)]
         assert json.loads(str(arrays["settings"]))["n"] == 7 and str(arrays["seed"]) == "0"
-    assert torch.equal(read_images(tmp_path / "b" / "samples.npz", (1, 8, 8), 17), images)
+    assert torch.equal(read_images(tmp_path / "b" / "samples.npz", 7, (1, 8, 8), 17), images)
 
 
 def test_an_interrupted_sampling_leaves_no_file_that_looks_complete(
@@ -450,13 +450,13 @@ def test_progress_in_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         ("plain", {"inpainting": MomentMatchingSampler}, "inpainting needs --known FILE and --mask FILE too"),
         ("plain", {"known": "known.png", "mask": "absent.png"}, "--mask absent.png cannot be read: No such file"),
         ("plain", {"known": "text.png", "mask": "mask.png"}, "--known text.png cannot be read: it is no picture"),
-        ("plain", {"known": "text.npz", "mask": "mask.png"}, "--known text.npz cannot be read as images"),
+        ("plain", {"known": "text.npz", "mask": "mask.png"}, "--known text.npz cannot be read: File is not a zip"),
         ("plain", {"known": "text.safetensors", "mask": "mask.png"}, "--known text.safetensors cannot be read"),
         ("plain", {"known": "wide.png", "mask": "mask.png"}, r"--known wide.png .*\[1, 8, 9\].*are \[1, 8, 8\]"),
         ("plain", {"known": "colour.npz", "mask": "mask.png"}, r"--known colour.npz .*\[3, 8, 8\]"),
         ("plain", {"known": "bright.npz", "mask": "mask.png"}, r"--known bright.npz: images must be uint8 .* 0..16"),
         ("plain", {"known": "two.npz", "mask": "mask.png", "n": 3}, "--known two.npz is for 2 images.*--n, which is 3"),
-        ("plain", {"known": "known.png", "mask": "wide.png"}, "--mask wide.png must be black and white"),
+        ("plain", {"known": "known.png", "mask": "known.png"}, "--mask known.png must be black and white"),
         ("plain", {"known": "known.png", "mask": "tall.png"}, r"--mask tall.png .*\[1, 9, 8\].*are \[1, 8, 8\]"),
         ("plain", {"known": "known.png", "mask": "float.npz"}, "--mask float.npz: mask must be bool"),
     ],

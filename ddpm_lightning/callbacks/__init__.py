@@ -1,6 +1,7 @@
 """Callbacks: each decides when something is logged, drawn, written or saved."""
 
 from ddpm_lightning.callbacks.checkpoint import LastCheckpoint
+from ddpm_lightning.callbacks.diagnostics import CostByTime, GradientNorm, LossByTime, RunOptions
 from ddpm_lightning.callbacks.finders import BatchSizeTest, LearningRateTest
 from ddpm_lightning.callbacks.finite import StopOnNonFinite
 from ddpm_lightning.callbacks.hierarchy import LevelPictures
@@ -10,7 +11,7 @@ from ddpm_lightning.callbacks.quality import SampleQuality
 from ddpm_lightning.callbacks.reports import BoundTable, ImageTermsWriter
 
 __all__ = [
-    "BatchSizeTest", "BoundTable", "EpochLines", "ForwardStrip", "ImageTermsWriter", "ImagesPerSecond",
-    "LastCheckpoint", "LearningRateTest", "LevelPictures", "SampleGrid", "SampleQuality", "ScheduleCurves",
-    "StopOnNonFinite",
+    "BatchSizeTest", "BoundTable", "CostByTime", "EpochLines", "ForwardStrip", "GradientNorm", "ImageTermsWriter",
+    "ImagesPerSecond", "LastCheckpoint", "LearningRateTest", "LevelPictures", "LossByTime", "RunOptions", "SampleGrid",
+    "SampleQuality", "ScheduleCurves", "StopOnNonFinite",
 ]  # fmt: skip

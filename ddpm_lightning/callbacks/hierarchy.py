@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from ddpm_lightning.callbacks.pictures import _publish
+from ddpm_lightning.callbacks.publishing import publish_picture
 from ddpm_lightning.data import ImageDataModule, levels_to_model, model_to_levels
 from ddpm_lightning.errors import at_least
 from ddpm_lightning.figures import tile
@@ -45,7 +45,7 @@ class LevelPictures(Callback):
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             for name, rows in (("reconstructions", self.reconstructions), ("walk", self.walk)):
                 picture = tile(rows(pl_module, images), pl_module.levels, columns=self.n)
-                _publish(trainer, f"levels/{name}", picture, f"levels/{name}_{trainer.global_step:07d}.png")
+                publish_picture(trainer, f"levels/{name}", picture, f"levels/{name}_{trainer.global_step:07d}.png")
 
     def reconstructions(self, module: HierarchyModule, images: Tensor) -> Tensor:
         """The first picture's images, uint8 ``[(T + 1) n, C, H, W]``, of ``images`` uint8 ``[n, C, H, W]``."""

@@ -4,15 +4,13 @@ from copy import deepcopy
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from torch import Tensor
 
+from ddpm_lightning.callbacks.publishing import publish_picture
 from ddpm_lightning.data import ImageDataModule, levels_to_model
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import forward_strip, schedule_curves, tile
 from ddpm_lightning.ops import image_generators
-from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler, Sampler
 from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.schedules import Schedule, strided_grid
@@ -21,15 +19,8 @@ from ddpm_lightning.training.module import DiffusionModule, GenerativeModule
 __all__ = ["ForwardStrip", "SampleGrid", "ScheduleCurves"]
 
 
-def _publish(trainer: Trainer, tag: str, picture: Tensor, name: str) -> None:
-    Run.of(trainer).write(name, picture)
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, picture, trainer.global_step)
-
-
 class SampleGrid(Callback):
-    """A grid of samples of the averaged model, from the same seeds each time, to TensorBoard and RUN/samples/: after
+    """A grid of samples of the averaged model, from the same seeds each time, to the loggers and RUN/samples/: after
     each validation within ``fit`` and when training ends.
 
     Args:
@@ -72,11 +63,11 @@ class SampleGrid(Callback):
         draw = SampleRequest(self.sampler, self.steps, seed=self.seed, cap_steps=True).on(module)
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             images = draw(range(self.n))
-        _publish(trainer, "samples", tile(images, module.levels), f"samples/step_{trainer.global_step:07d}.png")
+        publish_picture(trainer, "samples", tile(images, module.levels), f"samples/step_{trainer.global_step:07d}.png")
 
 
 class ForwardStrip(Callback):
-    """A strip of images losing their signal, once at the start of training, to TensorBoard and RUN/forward.png.
+    """A strip of images losing their signal, once at the start of training, to the loggers and RUN/forward.png.
 
     Args:
         n: number of images.
@@ -99,11 +90,11 @@ class ForwardStrip(Callback):
         generators = image_generators(self.seed, range(len(x0)))
         with torch.no_grad():
             picture = forward_strip(model.forward_process, x0, times, generators)
-        _publish(trainer, "forward process", picture, "forward.png")
+        publish_picture(trainer, "forward process", picture, "forward.png")
 
 
 class ScheduleCurves(Callback):
-    """gamma(t) and its slope, to TensorBoard and RUN/schedule.png, when training starts; and for a learned schedule
+    """gamma(t) and its slope, to the loggers and RUN/schedule.png, when training starts; and for a learned schedule
     after each validation and at the end, as it is now, averaged, and as this training found it."""
 
     def __init__(self) -> None:
@@ -127,4 +118,4 @@ class ScheduleCurves(Callback):
     on_validation_end = on_train_end = _draw_learned
 
     def _publish(self, trainer: Trainer, curves: dict[str, Schedule]) -> None:
-        _publish(trainer, "schedule", schedule_curves(curves), "schedule.png")
+        publish_picture(trainer, "schedule", schedule_curves(curves), "schedule.png")

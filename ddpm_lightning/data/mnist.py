@@ -21,6 +21,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from ddpm_lightning.data.batches import Split
 from ddpm_lightning.data.datamodule import ImageDataModule, SplitName
+from ddpm_lightning.data.untrusted import opened
 from ddpm_lightning.errors import InputError
 
 __all__ = ["MNIST"]
@@ -113,11 +114,13 @@ class MNIST(ImageDataModule):
         if not packed.exists():
             return
         try:
-            content = gzip.decompress(packed.read_bytes())
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(
-                f"{packed} cannot be unpacked ({error}). Delete it and run again, or put a good copy there"
-            ) from None
+            with opened(packed) as file, gzip.open(file) as unpacked:
+                # not more than the file can hold: ten megabytes may stand for ten gigabytes
+                content = unpacked.read(_idx_bytes(name) + 1)
+            if len(content) != _idx_bytes(name):
+                raise InputError(f"{packed} does not hold the {_idx_bytes(name)} bytes of {name}")
+        except InputError as error:
+            raise InputError(f"{error}. Delete it and run again, or put a good copy there") from None
         try:
             with _folder_inside(self.raw) as folder:
                 (folder / name).write_bytes(content)
@@ -164,19 +167,24 @@ def _quiet_and_impatient() -> Iterator[None]:
         socket.setdefaulttimeout(timeout)
 
 
+def _idx_bytes(name: str) -> int:
+    shape = _FILES[name]
+    return 4 * (1 + len(shape)) + math.prod(shape)
+
+
 def _check_idx(path: Path) -> None:
     """Compare an idx file's header (big-endian: magic number, then one length per dimension) and size with MNIST's."""
     shape = _FILES[path.name]
     remedy = "Delete it and run again (--data.download=true fetches it anew), or put a good copy there"
     header = struct.Struct(f">{1 + len(shape)}I")
     expected_header = (0x0800 + len(shape), *shape)  # 0x08: unsigned bytes
-    expected_bytes = header.size + math.prod(shape)
+    expected_bytes = _idx_bytes(path.name)
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             start = file.read(header.size)
-        found_bytes = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}). {remedy}") from None
+            found_bytes = os.fstat(file.fileno()).st_size
+    except InputError as error:
+        raise InputError(f"{error}. {remedy}") from None
     what = "x".join(map(str, shape))
     if found_bytes != expected_bytes:
         raise InputError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.export.files import describe_model, model_of
-from ddpm_lightning.process import DiffusionModel, FixedLargeVariance, FixedSmallVariance
+from ddpm_lightning.process import DiffusionModel, FixedLargeVariance, FixedSmallVariance, LearnedRangeVariance
 from ddpm_lightning.schedules import VarianceExploding
 
 try:
@@ -32,12 +32,17 @@ except ImportError as error:
 
 __all__ = ["DiffusersUNet", "NoiseOutput", "UNet2DNetwork", "scheduler_for", "to_pipeline"]
 
-_VARIANCE_TYPES = {FixedLargeVariance: "fixed_large", FixedSmallVariance: "fixed_small"}
+_VARIANCE_TYPES = {
+    FixedLargeVariance: "fixed_large",
+    FixedSmallVariance: "fixed_small",
+    LearnedRangeVariance: "learned_range",
+}
 
 
 @dataclass
 class NoiseOutput(BaseOutput):
-    """What diffusers' pipelines expect of a model: predicted eps ``[B, C, H, W]``."""
+    """What diffusers' pipelines expect of a model: predicted eps ``[B, C, H, W]``, or ``[B, 2 C, H, W]`` with the
+    variance output of a learned variance behind it."""
 
     sample: Tensor
 
@@ -59,12 +64,15 @@ class DiffusersUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # they are 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> NoiseOutput | tuple[Tensor]:
-        """Predicted eps at ``sample`` ``[B, C, H, W]`` and timestep 0..T-1, one or ``[B]``."""
+        """Predicted eps at ``sample`` ``[B, C, H, W]`` and timestep 0..T-1, one or ``[B]``; and behind it the
+        ``variance_output`` of a learned variance."""
         k = torch.as_tensor(timestep, device=sample.device)
         t = self.model.grid.to(sample.device)[k + 1]
         cond = {} if class_labels is None else {"label": class_labels}
-        eps = self.model.denoiser(sample, t, **cond).eps
-        return NoiseOutput(sample=eps) if return_dict else (eps,)
+        prediction = self.model.denoiser(sample, t, **cond)
+        learned = prediction.variance_output
+        output = prediction.eps if learned is None else torch.cat([prediction.eps, learned], 1)
+        return NoiseOutput(sample=output) if return_dict else (output,)
 
 
 class UNet2DNetwork(nn.Module):
@@ -93,8 +101,8 @@ def scheduler_for(model: DiffusionModel) -> DDPMScheduler:
     variance = type(model.reverse_process.variance)
     if variance not in _VARIANCE_TYPES:
         raise InputError(
-            f"diffusers has no {variance.__name__}: export a model with "
-            "--model.variance FixedLargeVariance or FixedSmallVariance"
+            f"diffusers' DDPM has no {variance.__name__}: export a model with another --model.variance, one of "
+            + ", ".join(each.__name__ for each in _VARIANCE_TYPES)
         )
     if isinstance(model.schedule, VarianceExploding):
         raise InputError("diffusers' DDPM has no exploding variance: export a variance-preserving model")
@@ -110,6 +118,7 @@ def scheduler_for(model: DiffusionModel) -> DDPMScheduler:
         variance_type=_VARIANCE_TYPES[variance],
         clip_sample=model.clip_x0,
         prediction_type="epsilon",
+        timestep_spacing="trailing",  # fewer steps begin at the last state too, as here; "leading" would not
     )
 
 

@@ -61,6 +61,8 @@ def load_classifier(name: str) -> FeatureClassifier:
 
 def _read(path: Path) -> FeatureClassifier:
     try:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")  # nor is a pipe waited for
         with safe_open(path, "pt") as file:
             init_args = json.loads((file.metadata() or {})["init_args"])
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
@@ -70,6 +72,6 @@ def _read(path: Path) -> FeatureClassifier:
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(
             f"classifier {path}: neither {' nor '.join(_SHIPPED.values())}, nor a file that "
-            f"scripts/train_classifier.py wrote ({error!r})"
+            f"scripts/train_classifier.py wrote ({error})"
         ) from None
     return classifier.eval().requires_grad_(False)

@@ -61,8 +61,7 @@ class HybridObjective(Objective):
         simple = sum_per_image((prediction.eps - eps).square())
         vlb = model.T * _step_cost(model, x0, x_t, steps, replace(prediction, x0=prediction.x0.detach()))
         loss = (simple + self.vlb_weight * vlb) / eps[0].numel()
-        if self.training:
-            self.times.update(draw.position, loss.detach())
+        self._found(self.times, draw, loss)
         return draw.weight * loss
 
 

@@ -107,8 +107,7 @@ class ContinuousNegativeElbo(Objective):
             x1 = process.marginal(x0, first).sample(generators)
             reconstruction = model.log_likelihood(x0, x1, **cond)
             prior_matching = process.marginal(x0, model.grid_on(x0.device)[-1]).kl(model.prior(x0))
-        if self.training:
-            self.times.update(draw.position, diffusion.detach())
+        self._found(self.times, draw, diffusion)
         weighted = draw.weight * diffusion
         loss = (weighted + prior_matching - reconstruction) / dims
         slope_ratio = schedule.slope_ratio(t)

@@ -3,6 +3,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.objectives.times import TimeDraw, TimeSampler
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel, GenerativeModel
 
@@ -16,6 +17,9 @@ class Objective(nn.Module):
     """True where the loss is minus the bound, so that a schedule can be learned by it."""
     trains_variance = False
     """True where the loss depends on the variance of the reverse steps, so that it can be learned by it."""
+    by_time: tuple[Tensor, Tensor] | None = None
+    """Positions ``[B]`` in [0, 1) of the last training batch's times, and the losses there, without the draw's weight;
+    None where no times are drawn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +42,12 @@ class Objective(nn.Module):
                 f"{type(learned).__name__} is learned through the bound, and {type(self).__name__} is none: use "
                 "ContinuousNegativeElbo or NegativeElbo"
             )
+
+    def _found(self, times: TimeSampler, draw: TimeDraw, loss: Tensor) -> None:
+        """In training, keep the losses ``[B]`` at a draw's times, and let the sampler learn from them."""
+        if self.training:
+            self.by_time = draw.position, loss.detach()
+            times.update(*self.by_time)
 
     def forward(self, model: Any, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:
         """Loss of each image, ``[B]``. In training mode a time sampler learns from it."""

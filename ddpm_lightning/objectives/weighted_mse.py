@@ -69,6 +69,5 @@ class WeightedMSE(Objective):
             error = self.target.target(prediction.x0, prediction.eps, *scales) - self.target.target(x0, eps, *scales)
         weight = (self.weighting or UniformWeighting())(model.schedule, t)
         loss = span * weight * sum_per_image(error.square()) / x0[0].numel()
-        if self.training:
-            self.times.update(draw.position, loss.detach())
+        self._found(self.times, draw, loss)
         return draw.weight * loss

@@ -1,16 +1,15 @@
 """What is known of the images: files of images and masks, and the sampler that draws the rest."""
 
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddpm_lightning.data import levels_to_model
+from ddpm_lightning.data.untrusted import read_array, read_picture, wrong_shape
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.samplers import InpaintingFactory, ReplacementSampler, Sampler
 
@@ -50,87 +49,87 @@ def read_inpainting(
     if known is None or mask is None:
         lacking = " and ".join(f"{option} FILE" for option, path in (("--known", known), ("--mask", mask)) if not path)
         raise InputError(f"inpainting needs {lacking} too: the images, and which of their pixels are known")
-    images, pixels = read_images(Path(known), shape, levels), read_mask(Path(mask), shape)
-    for option, path, values in (("--known", known, images), ("--mask", mask, pixels)):
-        if len(values) not in (1, n):
-            raise InputError(f"{option} {path} is for {len(values)} images: give one, or as many as --n, which is {n}")
+    images = _of_option("--known", read_images, known, n, shape, levels)
+    pixels = _of_option("--mask", read_mask, mask, n, shape)
     return Inpainting(images, pixels, factory or ReplacementSampler)
 
 
-def read_images(path: Path, shape: tuple[int, ...], levels: int) -> Tensor:
-    """Images that are known, for ``--known``: uint8 grey levels ``[n, C, H, W]``.
+def _of_option(option: str, read: Callable[..., Tensor], path: str, *arguments: Any) -> Tensor:
+    try:
+        return read(Path(path).expanduser(), *arguments)
+    except InputError as error:
+        raise InputError(f"{option} {error}") from error
+
+
+def read_images(path: Path, n: int, shape: tuple[int, ...], levels: int) -> Tensor:
+    """Images that are known, for ``--known``: uint8 grey levels ``[1 or n, C, H, W]``.
 
     Args:
         path: a picture of one image, black to white; or a file of ``ddpm sample``, .safetensors or .npz, whose
-            ``images`` are uint8 grey levels ``[n, C, H, W]``.
+            ``images`` are uint8 grey levels ``[1 or n, C, H, W]``.
+        n: number of images that are drawn.
         shape: (C, H, W) that they must have.
         levels: number of grey levels.
 
     Raises:
-        InputError: no such file, or not of that shape.
+        InputError: no such file, a damaged one, not of that shape, another number of images.
     """
-    tensor = _tensor(path, "images", "--known")
-    if tensor is None:
-        picture = _picture(path, "--known", "RGB" if shape[0] == 3 else "L")
-        tensor = (picture[None].double() * ((levels - 1) / 255)).round().to(torch.uint8)
-    if tensor.ndim != 4 or tuple(tensor.shape[1:]) != tuple(shape) or not len(tensor):
-        raise InputError(
-            f"--known {path} holds images of shape {list(tensor.shape[1:])} (channels, height, width): "
-            f"this model's are {list(shape)}"
-        )
-    if tensor.dtype != torch.uint8 or int(tensor.max()) >= levels:
-        raise InputError(
-            f"--known {path}: images must be uint8 grey levels 0..{levels - 1}, as ddpm sample writes them"
-        )
-    return tensor
+
+    must = f"{path}: images must be uint8 grey levels 0..{levels - 1}, as ddpm sample writes them"
+
+    def check(found: tuple[int, ...], dtype: str) -> None:
+        if len(found) != 4 or found[1:] != tuple(shape):
+            raise InputError(wrong_shape(path, found[1:], shape))
+        if dtype != "uint8":
+            raise InputError(f"{must}, not {dtype}")
+        _check_count(path, found[0], n)
+
+    if _is_array(path):
+        images = read_array(path, "images", check)
+    else:
+        images = (read_picture(path, shape)[None].double() * ((levels - 1) / 255)).round().to(torch.uint8)
+    if int(images.max()) >= levels:
+        raise InputError(f"{must}, not up to {int(images.max())}")
+    return images
 
 
-def read_mask(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Which pixels of images of a shape (C, H, W) are known, for ``--mask``: bool ``[n, C or 1, H, W]``.
+def read_mask(path: Path, n: int, shape: tuple[int, ...]) -> Tensor:
+    """Which pixels of n images of a shape (C, H, W) are known, for ``--mask``: bool ``[1 or n, C or 1, H, W]``.
 
     The file is a black and white picture, white where a pixel is known; or .safetensors or .npz with a bool ``mask``,
-    ``[H, W]``, ``[C or 1, H, W]`` or ``[n, C or 1, H, W]``.
+    ``[H, W]``, ``[C or 1, H, W]`` or ``[1 or n, C or 1, H, W]``.
 
     Raises:
-        InputError: no such file, not of that size, grey pixels.
+        InputError: no such file, a damaged one, not of that size, grey pixels, another number of masks; no pixel is
+            known, or all are.
     """
-    mask = _tensor(path, "mask", "--mask")
-    if mask is None:
-        picture = _picture(path, "--mask", "L")
+
+    def check(found: tuple[int, ...], dtype: str) -> None:
+        whole = (1,) * (4 - len(found)) + found
+        if dtype != "bool" or len(whole) != 4:
+            must = "mask must be bool [height, width] or [n, channels or 1, height, width]"
+            raise InputError(f"{path}: {must}, not {dtype} {list(found)}")
+        if whole[2:] != tuple(shape[1:]) or whole[1] not in (1, shape[0]):
+            raise InputError(wrong_shape(path, whole[1:], shape))
+        _check_count(path, whole[0], n)
+
+    if _is_array(path):
+        mask = read_array(path, "mask", check)
+    else:
+        picture = read_picture(path, (1, *shape[1:]))
         mask = picture == 255
         if not bool((mask | (picture == 0)).all()):
-            raise InputError(f"--mask {path} must be black and white: white where a pixel is known")
-    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    if mask.dtype != torch.bool or mask.ndim != 4 or not len(mask):
-        raise InputError(f"--mask {path}: mask must be bool [height, width] or [n, channels or 1, height, width]")
-    if mask.shape[2:] != shape[1:] or mask.shape[1] not in (1, shape[0]):
-        raise InputError(
-            f"--mask {path} is for images of shape {list(mask.shape[1:])} (channels, height, width): "
-            f"this model's are {list(shape)}"
-        )
-    return mask
+            raise InputError(f"{path} must be black and white: white where a pixel is known")
+    if bool(mask.all()) or not bool(mask.any()):
+        which = "every pixel as known: nothing is left to draw" if bool(mask.all()) else "no pixel as known"
+        raise InputError(f"{path} marks {which}; white or true stands for a known pixel")
+    return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 
-def _tensor(path: Path, name: str, option: str) -> Tensor | None:
-    """The tensor of that name in a .safetensors or .npz file; None for a file of another kind."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as tensors:
-                return tensors.get_tensor(name)
-        if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                return torch.from_numpy(arrays[name])
-    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, SafetensorError) as error:
-        raise InputError(f"{option} {path} cannot be read as {name}: {error}") from None
-    return None
+def _is_array(path: Path) -> bool:
+    return path.suffix.lower() in (".safetensors", ".npz")
 
 
-def _picture(path: Path, option: str, mode: str) -> Tensor:
-    """uint8 ``[C, H, W]``, 0..255."""
-    try:
-        with Image.open(path) as image:
-            values = np.array(image.convert(mode))
-    except (OSError, UnidentifiedImageError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no picture"
-        raise InputError(f"{option} {path} cannot be read: {reason}") from None
-    return torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)
+def _check_count(path: Path, found: int, n: int) -> None:
+    if found not in (1, n):
+        raise InputError(f"{path} is for {found} images: give one, or as many as --n, which is {n}")

@@ -13,7 +13,7 @@ from ddpm_lightning.data import Batch, levels_to_model
 from ddpm_lightning.data.own import OwnBatches
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundMeans, BoundScores
-from ddpm_lightning.objectives import ElboEstimator, Objective
+from ddpm_lightning.objectives import ElboEstimator, ElboTerms, Objective
 from ddpm_lightning.ops import Generators, image_generators, rand
 from ddpm_lightning.process import (
     Decoder,
@@ -169,30 +169,41 @@ class GenerativeModule(AveragedModule):
 
     def bound(self, estimator: ElboEstimator, batch: Batch) -> dict[str, Tensor]:
         """The averaged model's bound on each image: ``[B]`` nats by name, from noise that belongs to the image."""
+        return self._terms(estimator, batch).named()
+
+    def _terms(self, estimator: ElboEstimator, batch: Batch) -> ElboTerms:
         x0 = levels_to_model(batch.image, self.levels)
         generators = image_generators(self.eval_seed, batch.index)
-        return estimator(self.ema_model, x0, generators, **self._condition(batch.label)).named()
+        return estimator(self.ema_model, x0, generators, **self._condition(batch.label))
 
     def _means(self, stage: str) -> BoundMeans:
         return cast(BoundMeans, self.means[stage])
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
-        for estimator in self.bounds[stage] if len(batch.index) else ():
-            self._means(stage).update(estimator.name, self.bound(estimator, batch))
+    def _evaluate(self, stage: str, batch: Batch) -> dict[str, ElboTerms]:
+        estimators = self.bounds[stage] if len(batch.index) else ()
+        found = {estimator.name: self._terms(estimator, batch) for estimator in estimators}
+        for form, terms in found.items():
+            self._means(stage).update(form, terms.named())
+        return found
 
     def _report(self, stage: str) -> None:
         scores, self.images_evaluated[stage] = self._means(stage).compute()
         self._means(stage).reset()
         for form, terms in scores.items():
             for name, score in {**terms, "bits_per_dim": terms["elbo"].in_bits(self.dims)}.items():
-                self.log_dict({f"{stage}/{form}/{name}": score.mean, f"{stage}/{form}/{name}_se": score.se})
+                key = f"{stage}/{form}/{name}"
+                # errors have a prefix of their own in the loggers, where they would double the cards
+                self.log_dict({key: score.mean, f"standard_error/{key}": score.se})
+                self.log(f"{key}_se", score.se, logger=False)
         self.bound_scores[stage] = scores
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, ElboTerms]:
+        """The terms of each form, for callbacks."""
+        return self._evaluate("val", batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/FORM/NAME`` (nats an image, ``bits_per_dim``) and ``..._se``."""
+        """Log ``val/FORM/NAME`` (nats an image, ``bits_per_dim``) and its standard error: to the loggers as
+        ``standard_error/val/FORM/NAME``, to callbacks also as ``val/FORM/NAME_se``."""
         self._report("val")
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
@@ -201,11 +212,11 @@ class GenerativeModule(AveragedModule):
                 first = self.bound_scores["val"][self.bounds["val"][0].name]
                 config.scheduler.step(first["elbo"].in_bits(self.dims).mean)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, ElboTerms]:
+        return self._evaluate("test", batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/FORM/NAME`` (nats an image, ``bits_per_dim``) and ``..._se``."""
+        """As in validation, ``test/FORM/NAME``."""
         self._report("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -67,6 +67,11 @@ class ContinuousElbo(ElboEstimator):
     def evaluated(self, own_T: int) -> tuple[int | None, int]:
         return None, self.steps or 1
 
+    def steps_at(self, model: DiffusionModel) -> tuple[Tensor, float]:
+        steps = self.steps or 1
+        first = float(model.grid[1])
+        return torch.linspace(first, 1, steps + 1, dtype=torch.float64), 1 / steps
+
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         process, denoiser, steps = model.forward_process, model.reverse_process.denoiser, self.steps or 1
         first = model.grid_on(x0.device)[1]

@@ -120,6 +120,12 @@ class ElboEstimator:
         T = self.T or own_T
         return T, T - 1 if self.steps is None else min(self.steps, T - 1)
 
+    def steps_at(self, model: Any) -> tuple[Tensor, float] | None:
+        """Where the steps lie to which ``ElboTerms.step_indices`` belong: step n from time ``edges[n - 1]`` to
+        ``edges[n]``; and the share of its cost in the sum over all of them. None where a step has no cost of its own.
+        """
+        return (model if self.T is None else model.with_steps(self.T)).grid[1:].detach(), 1.0
+
     def estimate(self, model: Any, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         """The bound of each image, for the model's own chain: a DiffusionModel where ``needs_posterior``."""
         raise NotImplementedError
