@@ -295,6 +295,7 @@ def test_plain_loaders_train_as_batches_do(tmp_path: Path, form: str) -> None:
     make = build if form == "image" else conditional
     losses = []
     for data in (loader(form), batches()):
+        torch.manual_seed(0)
         module = make()
         trainer(tmp_path, max_epochs=2).fit(module, data, data)
         losses.append({form: scores["elbo"].mean for form, scores in module.bound_scores["val"].items()})
