@@ -124,7 +124,7 @@ def trusted_part(class_path: Any, place: str, kinds: type | tuple[type, ...] = t
     """The class of that name, or what ``kinds`` allow, if a trusted package defines it.
 
     Trusted are this package's networks, schedules, process and objectives, ``torch.nn``, ``torch.optim``, and what the
-    variable ``DDPM_TRUSTED`` names: packages or modules, separated by commas.
+    variable ``DDPM_TRUSTED`` names: packages or modules, separated by commas. Of these only, functions too.
 
     Raises:
         InputError: there is no such class, or its package is not trusted.
@@ -148,7 +148,8 @@ def trusted_part(class_path: Any, place: str, kinds: type | tuple[type, ...] = t
             found = getattr(home, name, None)  # a package may import its classes when they are asked for
     except (Exception, SystemExit) as error:
         raise InputError(f"{refused}: {module} cannot be imported ({_first_line(error)})") from error
-    if not isinstance(found, kinds):
+    # functions of libraries are no parts
+    if not isinstance(found, kinds) or not (isinstance(found, type) or _within(found.__module__, own)):
         raise InputError(f"{refused}: it is no {'class' if kinds is type else 'class or function'}")
     # a module also holds what it has imported from elsewhere; of functions only the user's own are called
     if not _within(found.__module__, own if isinstance(found, FunctionType) else (*_TRUSTED, *own)):
