@@ -151,8 +151,8 @@ def trusted_part(class_path: Any, place: str, kinds: type | tuple[type, ...] = t
     # functions of libraries are no parts
     if not isinstance(found, kinds) or not (isinstance(found, type) or _within(found.__module__, own)):
         raise InputError(f"{refused}: it is no {'class' if kinds is type else 'class or function'}")
-    # a module also holds what it has imported from elsewhere; of functions only the user's own are called
-    if not _within(found.__module__, own if isinstance(found, FunctionType) else (*_TRUSTED, *own)):
+    # a module also holds what it has imported from elsewhere
+    if not _within(found.__module__, (*_TRUSTED, *own)):
         raise InputError(f"{refused}: {found.__module__} defines it; if you trust that: {trust(found.__module__)}")
     if getattr(sys.modules.get(found.__module__), cast(Any, found).__qualname__, None) is not found:
         raise InputError(f"{refused}: it is not what {found.__module__} defines")
