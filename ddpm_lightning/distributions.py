@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_lightning.ops import Generators, randn_like, sum_per_image, sum_per_image_of
+from ddpm_lightning.ops import Generators, expand_to, randn_like, sum_per_image, sum_per_image_of
 
 __all__ = ["DiagonalGaussian", "centred_like"]
 
@@ -63,5 +63,5 @@ class DiagonalGaussian:
 
 
 def centred_like(x: Tensor, log_var: Tensor) -> DiagonalGaussian:
-    """N(0, exp(log_var) I) over tensors of the shape of ``x``; ``log_var`` is a scalar."""
-    return DiagonalGaussian(torch.zeros_like(x), log_var.to(x.device).reshape((1,) * x.ndim))
+    """N(0, exp(log_var) I) over tensors of the shape of ``x``; ``log_var`` is ``[]``, or ``[1, C, H, W]``."""
+    return DiagonalGaussian(torch.zeros_like(x), expand_to(log_var.to(x.device), x))

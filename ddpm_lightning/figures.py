@@ -56,15 +56,21 @@ def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, ge
 
 
 def schedule_curves(schedules: Mapping[str, Schedule], points: int = 201) -> Tensor:
-    """gamma and its slope at ``points`` times from the first state to 1, a curve for each schedule by its name."""
+    """gamma and its slope at ``points`` times from the first state to 1, a curve for each schedule by its name.
+
+    Where pixels have a gamma of their own it is their mean, in a band from the smallest to the largest.
+    """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, schedule in schedules.items():
         device = next((p.device for p in schedule.parameters()), torch.device("cpu"))
         with torch.no_grad():
             t = torch.linspace(float(schedule.grid()[1]), 1, points, dtype=torch.float64, device=device)
-            left.plot(t.cpu(), schedule.gamma(t).cpu(), label=name)
-            right.plot(t.cpu(), schedule.gamma_slope(t).cpu(), label=name)
+            for axes, values in ((left, schedule.gamma(t)), (right, schedule.gamma_slope(t))):
+                of_pixels = values.cpu().reshape(points, -1)
+                axes.plot(t.cpu(), of_pixels.mean(1), label=name)
+                if schedule.pixel_shape is not None:
+                    axes.fill_between(t.cpu(), of_pixels.amin(1), of_pixels.amax(1), alpha=0.2)
     left.set(xlabel="t", ylabel="gamma = -log SNR")
     right.set(xlabel="t", ylabel="d gamma / dt", ylim=(0, None))
     left.legend(frameon=False)

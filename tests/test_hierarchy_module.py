@@ -138,7 +138,7 @@ def test_a_level_starts_as_an_autoregression() -> None:
     """Equal shapes: mean c h, variance 1 - c^2; so standard normal numbers stay standard normal."""
     model = HierarchicalVAE([VectorLevel(8, carry=0.6)] * 1, DiscretizedGaussian(17), (8,))
     x = torch.randn(5, 8)
-    for gaussian in (model.encoder(1, x), model.reconstruction_gaussian(x)):
+    for gaussian in (model.encoder_step(1, x, x), model.reconstruction_gaussian(x)):
         torch.testing.assert_close(gaussian.mean, 0.6 * x)
         torch.testing.assert_close(gaussian.log_var.exp(), torch.full_like(x, 0.64))
 

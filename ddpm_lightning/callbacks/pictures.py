@@ -42,6 +42,11 @@ class SampleGrid(Callback):
         self.sampler, self.steps, self.n, self.seed = sampler, steps, n, seed
         self._last_step: int | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, with an InputError, a sampler that the model's encoder rules out, before training."""
+        assert isinstance(pl_module, DiffusionModule)
+        self.sampler.check(pl_module.model)
+
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

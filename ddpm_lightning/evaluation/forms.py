@@ -102,7 +102,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _picture(model: DiffusionModel, found: dict[str, dict[str, Any]]) -> Tensor:
     times = model.grid[2:]
-    axes_x = {"t": times.cpu(), "log SNR": -model.schedule.gamma(times).detach().cpu()}
+    axes_x = {"t": times.cpu(), "log SNR": -model.schedule.mean_gamma(times).detach().cpu()}
     picture = Figure(figsize=(10, 6), dpi=110, layout="constrained")
     axes = picture.subplots(2, 2, sharey="row")
     for column, (label, x) in enumerate(axes_x.items()):

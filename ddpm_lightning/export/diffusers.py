@@ -98,6 +98,10 @@ def scheduler_for(model: DiffusionModel) -> DDPMScheduler:
         )
     if isinstance(model.schedule, VarianceExploding):
         raise InputError("diffusers' DDPM has no exploding variance: export a variance-preserving model")
+    if not model.has_plain_process:
+        raise InputError(
+            "diffusers has no learned encoder and one noise level for all pixels: export to safetensors instead"
+        )
     alpha_bars = torch.exp(2 * model.schedule.log_alpha(model.grid[1:])).detach()
     before = torch.cat([torch.ones_like(alpha_bars[:1]), alpha_bars[:-1]])
     return DDPMScheduler(

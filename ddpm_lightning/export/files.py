@@ -32,6 +32,7 @@ def describe_model(model: DiffusionModel) -> dict[str, Any]:
         "conditioning": denoiser.conditioning,
         "variance": model.reverse_process.variance,
         "decoder": model.decoder,
+        **({} if model.encoder.is_identity else {"encoder": model.encoder}),
     }
     try:
         described: dict[str, Any] = {name: describe(part) for name, part in parts.items()}

@@ -67,9 +67,10 @@ class ContinuousNegativeElbo(Objective):
     """-ELBO of the limit T -> infinity in nats a dimension, at one time for each image; the way to train a learned
     schedule in continuous time (Kingma et al. 2021, arXiv 2107.00630, section 5 and appendix I.2).
 
-    The bound trains the network and the ends of gamma. It does not depend on the shape of gamma between the ends. The
-    shape minimises the second moment of the diffusion term's estimator, that is its variance. A term of value 0 carries
-    that gradient, so the value of the loss is -ELBO for every schedule. Predicted x0 is not clipped.
+    The bound trains the network, the encoder and the ends of gamma. It does not depend on the shape of gamma between
+    the ends. The shape minimises the second moment of the diffusion term's estimator, that is its variance. A term of
+    value 0 carries that gradient, so the value of the loss is -ELBO for every schedule. The exception is
+    ``PixelwiseGamma``, whose shape the bound trains too. Predicted x0 is not clipped.
 
     The cost is two evaluations of the network for each image, with ``CategoricalDecoder`` one.
 

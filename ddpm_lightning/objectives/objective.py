@@ -21,9 +21,9 @@ class Objective(nn.Module):
         super().__init__()
 
     def check(self, model: GenerativeModel) -> None:
-        """Raise InputError for a model that is no diffusion model; for a learned schedule under a loss that is no
-        bound, which would only make its task easy; and for a learned variance under a loss that does not depend on it.
-        """
+        """Raise InputError for a model that is no diffusion model; for a learned schedule or encoder under a loss that is
+        no bound, which would only make its task easy; and for a learned variance under a loss that does not depend on
+        it."""
         if not isinstance(model, DiffusionModel):
             raise InputError(f"{type(self).__name__} trains diffusion models only: use NegativeElbo")
         variance = model.reverse_process.variance
@@ -32,9 +32,10 @@ class Objective(nn.Module):
                 f"{type(self).__name__} does not depend on the reverse variance, so {type(variance).__name__} would "
                 "not be learned: use HybridObjective or NegativeElbo, or a fixed variance"
             )
-        if not self.is_bound and model.schedule.is_learned:
+        learned = model.schedule if model.schedule.is_learned else None if model.encoder.is_identity else model.encoder
+        if not self.is_bound and learned is not None:
             raise InputError(
-                f"{type(model.schedule).__name__} is learned through the bound, and {type(self).__name__} is none: use "
+                f"{type(learned).__name__} is learned through the bound, and {type(self).__name__} is none: use "
                 "ContinuousNegativeElbo or NegativeElbo"
             )
 

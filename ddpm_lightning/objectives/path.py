@@ -38,7 +38,7 @@ class PathLogProbs:
     log_p_step: Tensor  # log p(x_t|x_{t+1}), and in the last column the prior's log p(x_T), [B, T]
     log_p_data: Tensor  # log p(x_0|x_1), [B]
     times: Tensor  # t of x_1, ..., x_T, float64 [T]
-    gamma: Tensor  # -log SNR of x_1, ..., x_T, float64 [T]
+    gamma: Tensor  # -log SNR of x_1, ..., x_T, its mean over pixels, float64 [T]
 
     @property
     def elbo(self) -> Tensor:
@@ -60,7 +60,7 @@ def path_log_probs(model: DiffusionModel, x0: Tensor, generators: Generators = N
         p_steps.append(log_p)
     p_steps.append(model.prior(x0).log_prob(x_t))
     log_q_marginal, log_q_step, log_p_step = (torch.stack(each, 1) for each in (q_marginals, q_steps, p_steps[1:]))
-    return PathLogProbs(log_q_marginal, log_q_step, log_p_step, p_steps[0], times, model.schedule.gamma(times))
+    return PathLogProbs(log_q_marginal, log_q_step, log_p_step, p_steps[0], times, model.schedule.mean_gamma(times))
 
 
 def state_bound(
@@ -72,6 +72,9 @@ def state_bound(
         x_n: states of step n of the chain, ``[B, C, H, W]``, however they came about.
         index: n in 0..T; 0 for data, whose bound is the ELBO.
         paths: number of paths from each state, at least 1, each with T - n evaluations of the network.
+
+    Raises:
+        InputError: an index out of its range, or above 0 with an encoder that is not the identity.
     """
     if not 0 <= index <= model.T:
         raise InputError(f"index = {index} must lie between 0 (data) and the chain's T = {model.T}")
@@ -94,7 +97,7 @@ def _steps(
     before, s = x_n, grid[index]
     states = process.path(x_n, grid[index + 1 :], generators, start=grid[index] if index else None)
     for m, x_t in enumerate(states, start=index + 1):
-        log_q = process.transition(before, s, grid[m]).log_prob(x_t)
+        log_q = process.transition(before, s, grid[m], None if index else x_n).log_prob(x_t)
         if m == 1:
             log_p = model.decoder.log_prob(x_n, model.decoder_gaussian(x_t, **cond))
         else:

@@ -3,6 +3,7 @@
 from ddpm_lightning.process.conditioning import GammaConditioning, NoiseConditioning, TimeConditioning
 from ddpm_lightning.process.decoders import CategoricalDecoder, Decoder, DiscretizedGaussian, PlainGaussian
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
+from ddpm_lightning.process.encoder import Encoder, IdentityEncoder, NetworkEncoder
 from ddpm_lightning.process.eps_mse import eps_mse_table, spread_times
 from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.generative import GenerativeModel
@@ -51,6 +52,7 @@ __all__ = [
     "DiffusionLevel",
     "DiffusionModel",
     "DiscretizedGaussian",
+    "Encoder",
     "EpsParameterization",
     "FixedLargeVariance",
     "FixedSmallVariance",
@@ -58,6 +60,7 @@ __all__ = [
     "GammaConditioning",
     "GenerativeModel",
     "HierarchicalVAE",
+    "IdentityEncoder",
     "LearnedRangeVariance",
     "Level",
     "LinearLevel",
@@ -68,6 +71,7 @@ __all__ = [
     "MaskOperator",
     "MatrixOperator",
     "NetworkDenoiser",
+    "NetworkEncoder",
     "NoiseConditioning",
     "Parameterization",
     "PlainGaussian",

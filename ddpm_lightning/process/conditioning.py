@@ -24,6 +24,8 @@ class TimeConditioning(NoiseConditioning):
 class GammaConditioning(NoiseConditioning):
     """gamma(t) / scale: the noise level, whatever the schedule calls its time (as VDM conditions on gamma).
 
+    With a gamma for each pixel it is their mean.
+
     A network conditioned so can be evaluated under another schedule or another number of steps.
 
     Args:
@@ -34,4 +36,4 @@ class GammaConditioning(NoiseConditioning):
         self.scale = scale
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:
-        return schedule.gamma(t) / self.scale
+        return schedule.mean_gamma(t) / self.scale

@@ -23,7 +23,7 @@ class Denoiser:
         raise NotImplementedError
 
     def scales(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t as ``[B, 1, 1, 1]`` in the dtype of ``x_t``."""
+        """alpha_t and sigma_t as they meet ``x_t`` (``Schedule.scales``)."""
         return self.schedule.scales(as_times(t, x_t), x_t)
 
 

@@ -19,7 +19,7 @@ def spread_times(model: DiffusionModel, points: int) -> Tensor:
     """
     at_least(2, "both ends of the chain", points=points)
     times = model.grid[1:]
-    gammas = model.schedule.gamma(times)
+    gammas = model.schedule.mean_gamma(times)
     ends = gammas[0].item(), gammas[-1].item()
     wanted = torch.linspace(*ends, points, dtype=torch.float64, device=gammas.device)
     return times[(gammas[None, :] - wanted[:, None]).abs().argmin(1).unique()]
@@ -37,6 +37,11 @@ def eps_mse_table(
     One noise for each image and time, so K evaluations of the network for each image. ``batches`` are pairs of x0 and
     cond, at least one, and ``times`` ``[K]`` increase. Returns gammas and eps_mse, the arguments of AnalyticVariance.
     """
+    if not model.has_plain_process:
+        raise InputError(
+            "the denoiser's error gives an analytic variance only with a fixed encoder and one noise level for all "
+            "pixels, and this model learns more: it keeps its own variance"
+        )
     sums, count = torch.zeros(len(times), dtype=torch.float64), 0
     for x0, cond in batches:
         for k, t in enumerate(times.to(x0.device)):

@@ -11,12 +11,12 @@ __all__ = ["GenerativeModel"]
 
 
 class GenerativeModel(nn.Module):
-    r"""A Markov chain of latent variables over data x_0, and an encoder that is a Markov chain too.
+    r"""A Markov chain of latent variables over data x_0, and an encoder that is a Markov chain too, given x_0.
 
     .. math::
 
         p(x_0, \dots, x_T) &= p(x_T) \, p(x_0|x_1) \prod_{n=1}^{T-1} p(x_n|x_{n+1}) \\
-        q(x_1, \dots, x_T|x_0) &= \prod_{n=1}^{T} q(x_n|x_{n-1})
+        q(x_1, \dots, x_T|x_0) &= \prod_{n=1}^{T} q(x_n|x_{n-1}, x_0)
 
     The states x_n may differ in shape, ``[B, ...]``. ``n`` is a whole number, or int64 ``[B]`` where all the states
     that may be meant have one shape.
@@ -35,8 +35,8 @@ class GenerativeModel(nn.Module):
         """The same model, sharing its weights, with T latent states."""
         raise NotImplementedError
 
-    def encoder(self, n: int | Tensor, before: Tensor) -> DiagonalGaussian:
-        """q(x_n | x_{n-1}), n in 1..T."""
+    def encoder_step(self, n: int | Tensor, before: Tensor, x0: Tensor) -> DiagonalGaussian:
+        """q(x_n | x_{n-1}, x_0), n in 1..T. Where the encoder is a Markov chain by itself, ``x0`` has no part in it."""
         raise NotImplementedError
 
     def encoder_marginal(self, n: int | Tensor, x0: Tensor) -> DiagonalGaussian:

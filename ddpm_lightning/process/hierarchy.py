@@ -67,14 +67,14 @@ class HierarchicalVAE(GenerativeModel):
             raise InputError(f"T = {T}: a hierarchy has one state for each of its {self.T} levels: leave T out")
         return self
 
-    def encoder(self, n: int | Tensor, before: Tensor) -> DiagonalGaussian:
+    def encoder_step(self, n: int | Tensor, before: Tensor, x0: Tensor) -> DiagonalGaussian:
         return self._level(n).encode(before)
 
     def encoder_marginal(self, n: int | Tensor, x0: Tensor) -> DiagonalGaussian:
         """q(x_1 | x_0). Of the other states only draws are known."""
         if int(n) != 1:
             raise InputError(f"q(x_{int(n)} | x_0) is not known for learned encoders: evaluate all steps of the bound")
-        return self.encoder(1, x0)
+        return self._level(1).encode(x0)
 
     def reverse(self, n: int | Tensor, after: Tensor, **cond: Any) -> DiagonalGaussian:
         return self._level(int(n) + 1).decode(after, **cond)
@@ -89,7 +89,7 @@ class HierarchicalVAE(GenerativeModel):
         """A draw of x_1, ..., x_T given data, each ``[B, *shapes[n]]``."""
         states = [x0]
         for n in range(1, self.T + 1):
-            states.append(self.encoder(n, states[-1]).sample(generators))
+            states.append(self._level(n).encode(states[-1]).sample(generators))
         return states[1:]
 
     def generate(self, x_n: Tensor, n: int, generators: Generators = None, **cond: Any) -> Tensor:

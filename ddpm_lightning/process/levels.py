@@ -170,13 +170,18 @@ class DiffusionLevel(Level):
         super().__init__()
         if not 1 <= n <= model.T:
             raise InputError(f"n = {n} must lie in 1..{model.T}, the states of the diffusion model")
+        if not model.encoder.is_identity:
+            raise InputError(
+                f"{type(model.encoder).__name__} makes q(x_n | x_{{n-1}}) depend on x_0, which a level does not know: "
+                "give a diffusion model with a fixed encoder"
+            )
         self.model, self.n = model, n
 
     def stand_on(self, below: Sequence[int]) -> tuple[int, ...]:
         return tuple(below)
 
     def encode(self, below: Tensor) -> DiagonalGaussian:
-        return self.model.encoder(self.n, below)
+        return self.model.encoder_step(self.n, below, below)
 
     def decode(self, own: Tensor, **cond: Any) -> DiagonalGaussian:
         if self.n == 1:

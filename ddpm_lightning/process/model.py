@@ -13,6 +13,7 @@ from ddpm_lightning.ops import DeviceTable
 from ddpm_lightning.process.conditioning import NoiseConditioning
 from ddpm_lightning.process.decoders import Decoder
 from ddpm_lightning.process.denoiser import ClippedDenoiser, Denoiser, NetworkDenoiser
+from ddpm_lightning.process.encoder import Encoder, IdentityEncoder
 from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.generative import GenerativeModel
 from ddpm_lightning.process.parameterization import Parameterization, Prediction
@@ -35,6 +36,9 @@ class DiffusionModel(GenerativeModel):
         decoder: p(x_0 | x_1).
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers (never in the training loss).
             The bound is that of the model so clipped.
+        encoder: m(x_0, t) of the forward process; None for the identity, m = x_0. With another one the network learns
+            what the reverse steps need in the place of x_0, E[m - dm/d gamma | x_t] in the limit of small steps. This
+            may lie beyond [-1, 1]: switch ``clip_x0`` off.
 
     Attributes:
         denoiser: the network's own prediction, unclipped; what the training objective sees.
@@ -50,11 +54,13 @@ class DiffusionModel(GenerativeModel):
         variance: ReverseVariance,
         decoder: Decoder,
         clip_x0: bool = True,
+        encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
-        # The two nn.Modules are held here and nowhere else; processes and denoisers are views of them. So a state dict
+        # The nn.Modules are held here and nowhere else; processes and denoisers are views of them. So a state dict
         # names each tensor once, and a deep copy of the model is a model of its own.
         self.network, self.schedule = network, schedule
+        self.encoder = IdentityEncoder() if encoder is None else encoder
         self.decoder, self.clip_x0 = decoder, clip_x0
         self._wraps: tuple[Callable[[Denoiser], Denoiser], ...] = ()
         self._set_views(parameterization, conditioning, variance)
@@ -64,8 +70,8 @@ class DiffusionModel(GenerativeModel):
     def _set_views(
         self, parameterization: Parameterization, conditioning: NoiseConditioning, variance: ReverseVariance
     ) -> None:
-        """Processes and denoisers of the network and the schedule."""
-        self.forward_process = ForwardProcess(self.schedule)
+        """Processes and denoisers of the network, the schedule and the encoder."""
+        self.forward_process = ForwardProcess(self.schedule, self.encoder)
         self.denoiser = NetworkDenoiser(
             self.network, self.schedule, parameterization, conditioning, variance.network_outputs
         )
@@ -79,17 +85,27 @@ class DiffusionModel(GenerativeModel):
         self.reverse_process = ReverseProcess(reverse, self.forward_process, variance)
 
     def _check_steps(self) -> None:
-        if not bool((self.schedule.gamma(self.grid).diff() > 0).all()):
+        if not bool((self.schedule.gamma(self.grid).diff(dim=0) > 0).all()):
             raise InputError(
                 f"gamma of {type(self.schedule).__name__} does not increase from state to state, so the "
                 "signal-to-noise ratio does not fall: choose another schedule"
             )
         variance = self.reverse_process.variance
+        if variance.needs_plain_process and not self.has_plain_process:
+            raise InputError(
+                f"{type(variance).__name__} is made for a fixed encoder and one noise level for all pixels: use "
+                "FixedLargeVariance, FixedSmallVariance or LearnedRangeVariance"
+            )
         if variance.min_T > self.T:
             raise InputError(
                 f"{type(variance).__name__} gives the decoder of a chain of T = {self.T} steps no variance: "
                 "use FixedLargeVariance, or a larger T"
             )
+
+    @property
+    def has_plain_process(self) -> bool:
+        """True for q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I): a fixed encoder, one noise level for all pixels."""
+        return self.encoder.is_identity and self.schedule.pixel_shape is None
 
     @property
     def T(self) -> int:
@@ -138,9 +154,9 @@ class DiffusionModel(GenerativeModel):
         other._set_views(denoiser.parameterization, denoiser.conditioning, self.reverse_process.variance)
         return other, table.times
 
-    def encoder(self, n: int | Tensor, before: Tensor) -> DiagonalGaussian:
+    def encoder_step(self, n: int | Tensor, before: Tensor, x0: Tensor) -> DiagonalGaussian:
         grid = self.grid_on(before.device)
-        return self.forward_process.transition(before, grid[n - 1], grid[n])
+        return self.forward_process.transition(before, grid[n - 1], grid[n], x0)
 
     def encoder_marginal(self, n: int | Tensor, x0: Tensor) -> DiagonalGaussian:
         return self.forward_process.marginal(x0, self.grid_on(x0.device)[n])

@@ -13,7 +13,10 @@ __all__ = ["ReverseProcess"]
 
 
 class ReverseProcess:
-    """The learned p(x_s | x_t): the posterior q(x_s | x_t, x_0) at the denoiser's x_0, with a variance of its own."""
+    """The learned p(x_s | x_t): the posterior q(x_s | x_t, x_0) at the denoiser's x_0, with a variance of its own.
+
+    It knows no x_0, so it has no encoder. The denoiser's x0 stands for m_t and m_s both, and the network learns to make
+    up for their difference."""
 
     def __init__(self, denoiser: Denoiser, forward_process: ForwardProcess, variance: ReverseVariance) -> None:
         self.denoiser, self.forward_process, self.variance = denoiser, forward_process, variance

@@ -24,6 +24,8 @@ class ReverseVariance:
     """How many images' worth of channels the network must return: 1, or 2 where the second is ``variance_output``."""
     min_T: int = 1
     """The smallest number of states of a chain that this variance is defined for."""
+    needs_plain_process: bool = False
+    """True where it is derived for a model that ``has_plain_process``."""
 
     def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         """For 0 < s < t, with the prediction at t."""
@@ -109,6 +111,8 @@ class AnalyticVariance(ReverseVariance):
         gammas: noise levels gamma = -log SNR, increasing.
         eps_mse: mean squared error of the predicted eps for a dimension at each gamma, positive.
     """
+
+    needs_plain_process = True
 
     def __init__(self, gammas: list[float], eps_mse: list[float]) -> None:
         if len(gammas) != len(eps_mse) or not gammas:

@@ -11,6 +11,10 @@ class AncestralSampler(Sampler):
     On a strided grid the variances are those of the strided chain.
     """
 
+    @property
+    def follows_reverse_process(self) -> bool:
+        return True
+
     def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
         reverse = context.model.reverse_process.transition(x_t, s, t, **context.cond)
         return reverse.sample(context.generators), None

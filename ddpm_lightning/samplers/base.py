@@ -47,6 +47,21 @@ class Sampler:
         """True where the steps draw nothing, so that the image is a function of x_T."""
         return False
 
+    @property
+    def follows_reverse_process(self) -> bool:
+        """True where the steps follow p(x_s | x_t), drawing its noise: right whatever the model's encoder.
+
+        Solvers of the probability-flow ODE take the denoiser's x0 for E[m | x_t]. With a learned encoder it is not."""
+        return False
+
+    def check(self, model: DiffusionModel) -> None:
+        """Raise InputError for a model with an encoder with which the steps would lead elsewhere."""
+        if not (model.encoder.is_identity or self.follows_reverse_process):
+            raise InputError(
+                f"{type(self).__name__} does not know of {type(model.encoder).__name__}, and its images would not be "
+                "the model's: use AncestralSampler, DDIMSampler with eta = 1, or DPMSolverSampler with sde = true"
+            )
+
     def evaluations(self, steps: int) -> int:
         """Evaluations of the network on a grid of ``steps`` steps, one of them for a decoder that uses the denoiser."""
         return steps
@@ -80,6 +95,7 @@ class Sampler:
                 and ``karras_grid`` make it; None for all T steps of the chain.
             callback: called with (x_s, s) after each step.
         """
+        self.check(model)
         grid = model.grid if grid is None else grid
         data = float(model.grid[0])
         if grid.ndim != 1 or len(grid) < 2 or grid[0] != data or grid[-1] != 1 or bool((grid.diff() <= 0).any()):

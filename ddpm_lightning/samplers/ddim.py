@@ -26,6 +26,10 @@ class DDIMSampler(Sampler):
     def is_deterministic(self) -> bool:
         return self.eta == 0
 
+    @property
+    def follows_reverse_process(self) -> bool:
+        return self.eta == 1
+
     def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
         prediction = context.predict(x_t, t)
         s, t = as_times(s, x_t), as_times(t, x_t)

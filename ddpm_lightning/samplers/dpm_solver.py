@@ -52,6 +52,10 @@ class DPMSolverSampler(Sampler):
     def is_deterministic(self) -> bool:
         return not self.sde
 
+    @property
+    def follows_reverse_process(self) -> bool:
+        return self.sde
+
     def step(self, context: Context, x_t: Tensor, t: Tensor, s: Tensor, state: State = None) -> tuple[Tensor, State]:
         x0_t = context.predict(x_t, t).x0
         s, t = as_times(s, x_t), as_times(t, x_t)

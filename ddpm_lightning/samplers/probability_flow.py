@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import at_least
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.ops import Generators, as_times, expand_to, randn_like, sum_per_image
 from ddpm_lightning.process import DiffusionModel
 from ddpm_lightning.schedules import logsnr_grid
@@ -82,7 +82,8 @@ class FlowLikelihood:
 class ProbabilityFlow:
     """The flow between the first state x_1 (time ``model.grid[1]``) and x_T, under the denoiser of the reverse process.
 
-    A chain of one state has no path and is refused. A clipped denoiser gives a field with kinks, which takes more
+    A chain of one state has no path and is refused, and so is a model with a learned encoder or with a gamma for each
+    pixel. A clipped denoiser gives a field with kinks, which takes more
     steps.
 
     Args:
@@ -149,6 +150,11 @@ class ProbabilityFlow:
     def _passage(self, model: DiffusionModel, x: Tensor, slope: _Slope, *, up: bool) -> tuple[Tensor, Tensor]:
         """The state at the other end, and the integral of the divergence over gamma, ``[B]``."""
         schedule = model.schedule
+        if not model.has_plain_process:
+            raise InputError(
+                "the probability flow is that of a fixed encoder and one noise level for all pixels, and this model "
+                "learns more: evaluate its bound, or draw samples"
+            )
         # the ends of each step and the middle between them
         times = logsnr_grid(schedule, model.grid, 2 * self.steps + 1)[1:].to(x.device)
         times = times if up else times.flip(0)

@@ -69,7 +69,8 @@ class SampleRequest:
         Raises:
             InputError: steps that the grid cannot make, classes that there are not, guidance of a model that was
                 trained without classes or never without, a row between two seeds with a sampler that draws noise,
-                without two ends, or from a seed to itself; of a hierarchy, anything but a seed.
+                without two ends, or from a seed to itself, a sampler that the model's encoder rules out; of a
+                hierarchy, anything but a seed.
         """
         return Drawing(self, module) if isinstance(module, DiffusionModule) else HierarchyDrawing(self, module)
 
@@ -103,6 +104,7 @@ class Drawing:
         self.steps = len(self.times) - 1
         self.columns = 1 if request.interpolate_to is None else request.interpolation_columns
         sampler = self._sampler(torch.tensor([0]))
+        sampler.check(model)
         if request.interpolate_to is None:
             return
         if self.columns < 2:

@@ -14,7 +14,7 @@ from ddpm_lightning.schedules.grids import (
     logsnr_grid,
     strided_grid,
 )
-from ddpm_lightning.schedules.learned import LearnedGamma
+from ddpm_lightning.schedules.learned import LearnedGamma, PixelwiseGamma
 from ddpm_lightning.schedules.tabulated import TabulatedSchedule
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "LinearChain",
     "LinearGamma",
     "LogSNRGrid",
+    "PixelwiseGamma",
     "Schedule",
     "StridedGrid",
     "TabulatedSchedule",

@@ -16,6 +16,8 @@ and a step s -> t (s < t) follows from differences of gamma alone (Kingma et al.
 Variance exploding (alpha = 1, sigma^2 = exp(gamma)) is the same process in other units of x, and the step formulas hold
 for it as they stand: a schedule of that kind defines alpha, sigma and ``log_unit_var`` anew.
 
+With one gamma for each pixel (:class:`~ddpm_lightning.schedules.PixelwiseGamma`) all of this holds pixel by pixel.
+
 gamma(0) may be -inf (a clean image): every formula above stays finite there. All of it is computed in float64.
 """
 
@@ -34,6 +36,8 @@ class Schedule(nn.Module):
     """Base of all schedules. Subclasses define :meth:`gamma` and ``T``; everything else follows.
 
     Times ``t``, ``s`` are float64 tensors of any shape with values in [0, 1]; results have the same shape, float64.
+    Where pixels have a gamma of their own, times are ``[n]`` or ``[]``, and results ``[n, C, H, W]`` or
+    ``[1, C, H, W]``.
     """
 
     T: int
@@ -43,6 +47,11 @@ class Schedule(nn.Module):
     def is_learned(self) -> bool:
         """True where gamma has parameters."""
         return any(True for _ in self.parameters())
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) where each pixel has a gamma of its own; None for one gamma for an image."""
+        return None
 
     @property
     def preserves_variance(self) -> bool:
@@ -60,6 +69,11 @@ class Schedule(nn.Module):
     def gamma(self, t: Tensor) -> Tensor:
         """-log SNR(t), increasing in t."""
         raise NotImplementedError
+
+    def mean_gamma(self, t: Tensor) -> Tensor:
+        """gamma(t), averaged over pixels that have a gamma of their own: always in the shape of ``t``."""
+        gamma = self.gamma(t)
+        return gamma if self.pixel_shape is None else gamma.flatten(1).mean(1).reshape(t.shape)
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """Natural logarithm of the signal's scale; exp(2 log_alpha) is alpha-bar of Ho et al. 2020."""
@@ -97,7 +111,8 @@ class Schedule(nn.Module):
         return torch.exp(0.5 * self.log_sigma2(t))
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t of times ``[B]`` or ``[]`` as they meet images: ``[B, 1, 1, 1]``, dtype of ``like``."""
+        """alpha_t and sigma_t of times ``[B]`` or ``[]`` as they meet images: ``[B, 1, 1, 1]``, or ``[B, C, H, W]``
+        where pixels have a gamma of their own; dtype of ``like``."""
         return expand_to(self.alpha(t), like).to(like.dtype), expand_to(self.sigma(t), like).to(like.dtype)
 
     def log_step_fraction(self, s: Tensor, t: Tensor) -> Tensor:

@@ -29,6 +29,10 @@ class VarianceExploding(Schedule):
     def T(self) -> int:  # type: ignore[override]
         return self.schedule.T
 
+    @property
+    def pixel_shape(self) -> tuple[int, ...] | None:
+        return self.schedule.pixel_shape
+
     def grid(self, T: int | None = None) -> Tensor:
         return self.schedule.grid(T)
 
@@ -39,7 +43,7 @@ class VarianceExploding(Schedule):
         return self.schedule.gamma_slope(t)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t, dtype=torch.float64)
+        return torch.zeros_like(self.gamma(t))
 
     def log_sigma2(self, t: Tensor) -> Tensor:
         return self.gamma(t)

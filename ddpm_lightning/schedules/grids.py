@@ -1,6 +1,7 @@
 """Time grids: the time of the data, then increasing times of ``steps`` states up to t = 1, float64 ``[steps + 1]``.
 
 ``grid`` is the grid of the chain, ``[T + 1]``. ``steps=None`` stands for T. A solver is given its grid.
+Where pixels have a gamma of their own, steps are equal in the mean of gamma.
 """
 
 from collections.abc import Callable
@@ -75,12 +76,12 @@ def _equal_steps(schedule: Schedule, grid: Tensor, steps: int | None, level: Cal
         raise InputError(f"steps = {steps} must be 1 for a chain of one state")
     # a learned schedule may live on another device than the grid
     times = grid.to(next(schedule.parameters(), grid).device)
-    first, last = level(schedule.gamma(times[[1, -1]]))
+    first, last = level(schedule.mean_gamma(times[[1, -1]]))
     targets = torch.lerp(first, last, torch.linspace(0, 1, steps, dtype=torch.float64, device=times.device))
     low, high = times[1].repeat(steps), times[-1].repeat(steps)
     for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
-        below = level(schedule.gamma(middle)) < targets
+        below = level(schedule.mean_gamma(middle)) < targets
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return torch.cat([grid[:2], high[1:-1].to(grid.device), grid[-1:]])
 

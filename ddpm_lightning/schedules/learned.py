@@ -1,14 +1,15 @@
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.schedules.continuous import ContinuousSchedule
 
-__all__ = ["LearnedGamma"]
+__all__ = ["LearnedGamma", "PixelwiseGamma"]
 
 
 class LearnedGamma(ContinuousSchedule):
@@ -49,7 +50,8 @@ class LearnedGamma(ContinuousSchedule):
 
     def interior(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """u(t) from 0 to 1, and du/dt."""
-        ends, _ = self._g(torch.arange(2, dtype=torch.float64, device=t.device))  # made there: no copy to wait for
+        # made there: no copy to wait for
+        ends, _ = self._g(torch.arange(2, dtype=torch.float64, device=t.device).reshape(-1, *(1,) * self.first.ndim))
         value, slope = self._g(t)
         span = ends[1] - ends[0]
         u, du = (value - ends[0]) / span, slope / span
@@ -61,15 +63,18 @@ class LearnedGamma(ContinuousSchedule):
     def gamma_slope(self, t: Tensor) -> Tensor:
         return torch.exp(self.log_span.double()) * self.interior(t.double())[1]
 
+    def held_interior(self) -> AbstractContextManager[None]:
+        return self._held()
+
     @contextmanager
-    def held_interior(self) -> Iterator[None]:
+    def _held(self) -> Iterator[None]:
         self._interior_held = True
         try:
             yield
         finally:
             self._interior_held = False
 
-    def slope_ratio(self, t: Tensor) -> Tensor:
+    def slope_ratio(self, t: Tensor) -> Tensor | None:
         """du/dt at the fixed u(t), divided by its own value.
 
         The second moment of an estimator L = gamma'(t) f(gamma(t)) at uniform t is the integral of gamma' f^2 over
@@ -79,6 +84,54 @@ class LearnedGamma(ContinuousSchedule):
         # Where the shape changes, u keeps its value at another t. One Newton step gives that t to first order.
         moved = t.double().detach() - (u - u.detach()) / slope.detach()
         return self.interior(moved)[1] / slope.detach()
+
+
+class PixelwiseGamma(LearnedGamma):
+    r"""A learned monotone gamma(t) for each pixel (Sahoo et al. 2023, MuLAN, arXiv 2312.13236, without its dependence
+    on the image): :class:`LearnedGamma` with ends and heights c_k of its own, and b_k and m_k shared by all pixels.
+
+    In continuous time the bound is a sum of line integrals along the paths of all gammas. It depends on these paths and
+    not only on their ends, so the bound trains the shape too.
+
+    Args:
+        shape: (C, H, W) of the images.
+        gamma_min: -log SNR of the first state, at the start of training.
+        gamma_max: -log SNR of the last state, at the start of training, above ``gamma_min``.
+        T: number of states x_1, ..., x_T of the discrete chain, at least 2.
+        units: number of sigmoids.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        gamma_min: float = -13.3,
+        gamma_max: float = 5.0,
+        T: int = 1000,
+        units: int = 8,
+    ) -> None:
+        super().__init__(gamma_min, gamma_max, T, units)
+        if len(shape) != 3 or min(shape) < 1:
+            raise InputError(f"shape = {list(shape)} must be (C, H, W) of the images, three whole numbers from 1")
+        self.shape = tuple(shape)
+        for name in ("first", "log_span", "raw_height"):
+            value = getattr(self, name).detach()
+            setattr(self, name, nn.Parameter(value.expand(*self.shape, *value.shape).clone()))
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def gamma(self, t: Tensor) -> Tensor:
+        return super().gamma(t.reshape(-1, 1, 1, 1))
+
+    def gamma_slope(self, t: Tensor) -> Tensor:
+        return super().gamma_slope(t.reshape(-1, 1, 1, 1))
+
+    def held_interior(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def slope_ratio(self, t: Tensor) -> Tensor | None:
+        return None
 
 
 def _softplus_inverse(value: float) -> float:

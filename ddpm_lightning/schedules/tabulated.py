@@ -22,6 +22,11 @@ def _looked_up(name: str) -> Callable[[Any, Tensor], Tensor]:
     return value
 
 
+def _of_each(values: Tensor) -> tuple[Tensor, ...]:
+    """The values of each of K times, ``[K]`` -> ``[]``, ``[K, C, H, W]`` -> ``[1, C, H, W]``."""
+    return values.unbind() if values.ndim == 1 else values.split(1)
+
+
 class TabulatedSchedule(Schedule):
     """A view of a schedule, whose values at a sampler's times are computed all at once rather than in each step.
 
@@ -43,11 +48,11 @@ class TabulatedSchedule(Schedule):
         self._scales: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         values = {name: getattr(schedule, name)(times) for name in _NAMES}
         self._values = {
-            name: dict(zip(map(id, self.times), value.unbind(), strict=True)) for name, value in values.items()
+            name: dict(zip(map(id, self.times), _of_each(value), strict=True)) for name, value in values.items()
         }
         fractions = log1mexp(values["gamma"][:-1] - values["gamma"][1:])
         neighbours = zip(map(id, self.times[1:]), map(id, self.times[:-1]), strict=True)
-        self._fractions = dict(zip(neighbours, fractions.unbind(), strict=True))
+        self._fractions = dict(zip(neighbours, _of_each(fractions), strict=True))
 
     def log_step_fraction(self, s: Tensor, t: Tensor) -> Tensor:
         fraction = self._fractions.get((id(s), id(t)))
@@ -67,6 +72,10 @@ class TabulatedSchedule(Schedule):
     @property
     def preserves_variance(self) -> bool:
         return self.schedule.preserves_variance
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...] | None:
+        return self.schedule.pixel_shape
 
     def grid(self, T: int | None = None) -> Tensor:
         return self.schedule.grid(T)

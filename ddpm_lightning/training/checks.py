@@ -9,9 +9,9 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import AdaptedNetwork
 from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.own_code import failure_in_own_code
-from ddpm_lightning.process import Decoder, GenerativeModel, ReverseVariance
+from ddpm_lightning.process import Decoder, DiffusionModel, GenerativeModel, ReverseVariance
 
-__all__ = ["check_bounds", "check_classes", "check_network", "check_options"]
+__all__ = ["check_bounds", "check_classes", "check_network", "check_options", "check_shapes"]
 
 
 _CALL = (
@@ -86,6 +86,32 @@ def check_network(
             f"under {type(variance).__name__} it must return {expected}; "
             f"set --model.network.init_args.out_channels {expected[0]} where it has that option{learned}"
         )
+
+
+def check_shapes(model: DiffusionModel, shape: tuple[int, ...]) -> None:
+    """Refuse, with an InputError, a schedule made for pixels of other images, and an encoder that does not map images
+    of ``shape`` to images of ``shape``."""
+    made_for = model.schedule.pixel_shape
+    if made_for not in (None, shape):
+        raise InputError(
+            f"--model.schedule.init_args.shape {list(made_for or ())}: the data's images have the shape {list(shape)}"
+        )
+    name, training = type(model.encoder).__name__, model.encoder.training
+    device = next((p.device for p in model.encoder.parameters()), torch.device("cpu"))
+    x0 = torch.zeros(2, *shape, device=device, dtype=torch.float32)
+    model.encoder.eval()
+    try:
+        with torch.no_grad():
+            found = model.encoder(model.schedule, x0, model.grid_on(device)[-1])
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        raise InputError(
+            f"--model.encoder {name} cannot take the data's images of shape {list(shape)} (channels, height, width): "
+            f"{error}"
+        ) from error
+    finally:
+        model.encoder.train(training)
+    if found.shape != x0.shape:
+        raise InputError(f"--model.encoder {name} makes {list(found.shape[1:])} of images of shape {list(shape)}")
 
 
 def check_bounds(model: GenerativeModel, bounds: Mapping[str, Sequence[ElboEstimator]]) -> None:

@@ -18,6 +18,7 @@ from ddpm_lightning.ops import Generators, image_generators, rand
 from ddpm_lightning.process import (
     Decoder,
     DiffusionModel,
+    Encoder,
     GenerativeModel,
     NoiseConditioning,
     Parameterization,
@@ -25,7 +26,7 @@ from ddpm_lightning.process import (
 )
 from ddpm_lightning.schedules import Schedule
 from ddpm_lightning.training.averaged import AveragedModule
-from ddpm_lightning.training.checks import check_bounds, check_classes, check_network, check_options
+from ddpm_lightning.training.checks import check_bounds, check_classes, check_network, check_options, check_shapes
 from ddpm_lightning.training.memory_format import ChannelsLast
 from ddpm_lightning.training.optimization import OptimizerFactory, SchedulerFactory, make_optimizer, make_scheduler
 from ddpm_lightning.training.optimizers import MuonAdamW  # noqa: F401  # so that a configuration can write its name
@@ -247,6 +248,7 @@ class DiffusionModule(GenerativeModule):
             where it gains (``training/memory_format.py``). Results differ by rounding.
         compile: let ``torch.compile`` fuse the network's operations in training. The first step takes minutes, and
             results differ by rounding. The averaged model is not compiled.
+        encoder: m(x_0, t) of the forward process; None for the identity. Set ``clip_x0`` to false with another one.
 
     Raises:
         InputError: a network that does not take images of ``shape`` or does not return as many channels as the
@@ -282,13 +284,16 @@ class DiffusionModule(GenerativeModule):
         eval_seed: int = 0,
         channels_last: ChannelsLast = "auto",
         compile: bool = False,
+        encoder: Encoder | None = None,
     ) -> None:
         check_classes(class_conditional, num_classes, label_dropout)
         # num_classes itself stands for "no class"
         last_label = (num_classes if label_dropout else num_classes - 1) if class_conditional and num_classes else None
         check_network(network, variance, tuple(shape), last_label)
+        model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0, encoder)
+        check_shapes(model, tuple(shape))
         super().__init__(
-            DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0),
+            model,
             objective,
             validation_bounds,
             test_bounds,

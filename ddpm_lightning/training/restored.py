@@ -35,6 +35,7 @@ __all__ = [
 _MEANING = (
     "network",
     "hierarchy",
+    "encoder",
     "parameterization",
     "conditioning",
     "class_conditional",
@@ -163,7 +164,7 @@ def schedule_marks(model: DiffusionModel) -> dict[str, Any]:
     device = next((p.device for p in schedule.parameters()), torch.device("cpu"))
     t = torch.linspace(0.1, 1, 10, dtype=torch.float64, device=device)
     with torch.no_grad():
-        return {"name": type(schedule).__name__, "T": schedule.T, "gamma": schedule.gamma(t).tolist()}
+        return {"name": type(schedule).__name__, "T": schedule.T, "gamma": schedule.mean_gamma(t).tolist()}
 
 
 def check_schedule(model: DiffusionModel, theirs: Any) -> None:

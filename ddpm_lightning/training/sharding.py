@@ -111,7 +111,8 @@ def check_shardable(module: nn.Module, schedule: str, channels_last: object, com
         raise InputError("--model.channels_last true: sharded weights have torch's default memory format; use auto")
     if compiles:
         raise InputError("--model.compile true is not supported with sharded weights: use --trainer.strategy ddp")
-    outside = [name for name, p in module.named_parameters() if p.requires_grad and ".network." not in f".{name}"]
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    outside = [name for name in trained if ".network." not in f".{name}" or ".encoder." in name]
     if outside:
         whose = f"{schedule} " if "schedule" in outside[0] else ""
         raise InputError(

@@ -50,11 +50,11 @@ class ConsistencyElbo(ElboEstimator):
         walk = ChainWalk(model, x0, self.steps, generators)
         step_costs, literal_kls = [], []
         for w in walk:
-            forward_step, reverse_step = model.encoder(w.n, w.before), model.reverse(w.n, w.after, **cond)
+            forward_step, reverse_step = model.encoder_step(w.n, w.before, x0), model.reverse(w.n, w.after, **cond)
             log_q = -forward_step.entropy() if self.closed_entropy else forward_step.log_prob(w.at)
             step_costs.append(log_q - reverse_step.log_prob(w.at))
             literal_kls.append(forward_step.kl(reverse_step))
-        last_step = model.encoder(model.T, walk.x_last_but_one)
+        last_step = model.encoder_step(model.T, walk.x_last_but_one, x0)
         return self.assemble(
             model.log_likelihood(x0, walk.x_first, **cond),
             "consistency",

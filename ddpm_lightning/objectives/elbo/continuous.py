@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
-from ddpm_lightning.ops import Generators, rand, sum_per_image
+from ddpm_lightning.ops import Generators, as_times, expand_to, rand, sum_per_image
 from ddpm_lightning.process import Denoiser, DiffusionModel
 
 __all__ = ["ContinuousElbo", "diffusion_cost"]
@@ -15,10 +15,26 @@ __all__ = ["ContinuousElbo", "diffusion_cost"]
 def diffusion_cost(
     model: DiffusionModel, denoiser: Denoiser, x0: Tensor, t: Tensor, generators: Generators = None, **cond: Any
 ) -> Tensor:
-    """gamma'(t) / 2 |eps - eps_theta(x_t, t)|^2 of ``denoiser`` at one draw of x_t: ``[B]`` nats per unit of time."""
+    r"""The diffusion term at one draw of x_t, ``[B]`` nats per unit of time:
+
+    .. math::
+
+        \tfrac12 \gamma'(t) \, \left| \epsilon - \epsilon_\theta(x_t, t)
+            + \frac{\alpha_t}{\sigma_t} \frac{dm}{d\gamma} \right|^2, \qquad m = m(x_0, t)
+
+    The last part is 0 for the identity encoder. A gamma for each pixel weighs each pixel's square by its own slope.
+    """
+    schedule, encoder = model.schedule, model.encoder
     x_t, eps = model.forward_process.noised(x0, t, generators)
-    prediction = denoiser(x_t, t, **cond)
-    return 0.5 * model.schedule.gamma_slope(t) * sum_per_image((eps - prediction.eps).square())
+    error = eps - denoiser(x_t, t, **cond).eps
+    slope = schedule.gamma_slope(t)
+    if not encoder.is_identity:
+        alpha_t, sigma_t = schedule.scales(t, x0)
+        rate = encoder.rate(schedule, x0, as_times(t, x0)) / expand_to(slope, x0).to(x0.dtype)
+        error = error + alpha_t / sigma_t * rate
+    if schedule.pixel_shape is not None:
+        return 0.5 * sum_per_image(slope * error.square())
+    return 0.5 * slope * sum_per_image(error.square())
 
 
 class ContinuousElbo(ElboEstimator):

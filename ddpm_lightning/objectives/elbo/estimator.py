@@ -58,7 +58,7 @@ class ChainWalk:
         return self._along_one_path() if len(self.indices) == self._model.T - 1 else self._apart()
 
     def _move(self, n: int | Tensor, before: Tensor) -> Tensor:
-        return self._model.encoder(n, before).sample(self._generators)
+        return self._model.encoder_step(n, before, self._x0).sample(self._generators)
 
     def _along_one_path(self) -> Iterator[Window]:
         before, at = self._x0, self.x_first

@@ -26,7 +26,7 @@ class TrajectoryElbo(ElboEstimator):
     def estimate(self, model: GenerativeModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         walk = ChainWalk(model, x0, self.steps, generators)
         step_costs = [
-            model.encoder(w.n + 1, w.at).log_prob(w.after) - model.reverse(w.n, w.after, **cond).log_prob(w.at)
+            model.encoder_step(w.n + 1, w.at, x0).log_prob(w.after) - model.reverse(w.n, w.after, **cond).log_prob(w.at)
             for w in walk
         ]
         log_q_first, log_p_last = walk.q_first.log_prob(walk.x_first), model.prior(walk.x_last).log_prob(walk.x_last)
