@@ -5,14 +5,15 @@ from copy import deepcopy
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from ddpm_lightning.data import ImageDataModule, levels_to_model
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import forward_strip, schedule_curves, tile
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.runs import Run
-from ddpm_lightning.samplers import Sampler
+from ddpm_lightning.samplers import AncestralSampler, Sampler
 from ddpm_lightning.sampling import SampleRequest
 from ddpm_lightning.schedules import Schedule, strided_grid
 from ddpm_lightning.training.module import DiffusionModule, GenerativeModule
@@ -32,7 +33,8 @@ class SampleGrid(Callback):
     each validation within ``fit`` and when training ends.
 
     Args:
-        sampler: how to sample; None for AncestralSampler, and for a hierarchical VAE.
+        sampler: how to sample; None for AncestralSampler, which also stands in where the model's encoder rules the sampler
+            out, and for a hierarchical VAE.
         steps: steps of the sampler, cut to the T of a chain that has fewer; None for all T.
         n: number of images.
         seed: seed of the images.
@@ -43,9 +45,13 @@ class SampleGrid(Callback):
         self._last_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, with an InputError, a sampler that the model's encoder rules out, before training."""
-        assert isinstance(pl_module, DiffusionModule)
-        self.sampler.check(pl_module.model)
+        if stage != "fit" or self.sampler is None or not isinstance(pl_module, DiffusionModule):
+            return
+        try:
+            self.sampler.check(pl_module.model)
+        except InputError as error:
+            rank_zero_warn(f"SampleGrid draws with AncestralSampler: {error}")
+            self.sampler = AncestralSampler()
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,9 +21,9 @@ class Objective(nn.Module):
         super().__init__()
 
     def check(self, model: GenerativeModel) -> None:
-        """Raise InputError for a model that is no diffusion model; for a learned schedule or encoder under a loss that is
-        no bound, which would only make its task easy; and for a learned variance under a loss that does not depend on
-        it."""
+        """Raise InputError for a model that is no diffusion model; for a learned schedule or encoder under a loss that
+        is no bound, which would only make its task easy; and for a learned variance under a loss that does not depend
+        on it."""
         if not isinstance(model, DiffusionModel):
             raise InputError(f"{type(self).__name__} trains diffusion models only: use NegativeElbo")
         variance = model.reverse_process.variance

@@ -62,12 +62,11 @@ class NetworkEncoder(Encoder):
 
     def __init__(self, network: nn.Module, conditioning: NoiseConditioning | None = None) -> None:
         super().__init__()
-        self.network = network
-        self.conditioning = GammaConditioning() if conditioning is None else conditioning
+        self.network, self.conditioning = network, conditioning
 
     def forward(self, schedule: Schedule, x0: Tensor, t: Tensor) -> Tensor:
         dtype = next((p.dtype for p in self.network.parameters()), x0.dtype)
-        level = self.conditioning(schedule, t).to(torch.promote_types(dtype, torch.float32))
+        level = (self.conditioning or GammaConditioning())(schedule, t).to(torch.promote_types(dtype, torch.float32))
         # at the time of the data any number will do, since the weight is 0
         level = torch.where(torch.isfinite(level), level, 0)
         output: Tensor = self.network(x0.to(dtype), level.expand(x0.shape[0])).to(x0.dtype)

@@ -74,12 +74,8 @@ class ForwardProcess:
                     "x_0: give x0"
                 )
             alpha_t = expand_to(self.schedule.alpha(t), x_s).to(x_s.dtype)
-            mean = mean + alpha_t * self._change(x0, s, t)
+            mean = mean + alpha_t * (self.encoder(self.schedule, x0, t) - self.encoder(self.schedule, x0, s))
         return DiagonalGaussian(mean, expand_to(self.schedule.log_step_var(s, t), x_s))
-
-    def _change(self, x0: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """m_t - m_s."""
-        return self.encoder(self.schedule, x0, t) - self.encoder(self.schedule, x0, s)
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_s | x_t, x_0) if ``x0`` ``[B, C, H, W]`` stood for both m_t and m_s; x_0 itself where s is the
@@ -95,10 +91,11 @@ class ForwardProcess:
         """q(x_s | x_t, x_0) for s < t, s not the time of the data."""
         s, t = as_times(s, x_t), as_times(t, x_t)
         log_var = self.schedule.log_posterior_var(s, t)
-        mean = self.posterior_mean(self.encoder(self.schedule, x0, t), x_t, s, t)
+        m_t = self.encoder(self.schedule, x0, t)
+        mean = self.posterior_mean(m_t, x_t, s, t)
         if not self.encoder.is_identity:
             alpha_s = expand_to(self.schedule.alpha(s), x_t).to(x_t.dtype)
-            mean = mean - alpha_s * self._change(x0, s, t)
+            mean = mean + alpha_s * (self.encoder(self.schedule, x0, s) - m_t)
         return DiagonalGaussian(mean, expand_to(log_var, x_t))
 
     def path(

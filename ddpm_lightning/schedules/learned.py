@@ -35,10 +35,14 @@ class LearnedGamma(ContinuousSchedule):
 
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, T: int = 1000, units: int = 32) -> None:
         super().__init__(gamma_min, gamma_max, T)
+        self._set_parameters(units, ())
+
+    def _set_parameters(self, units: int, shape: tuple[int, ...]) -> None:
+        """Ends and heights for each pixel of a ``shape``."""
         self.units = units
-        self.first = nn.Parameter(torch.tensor(float(gamma_min)))
-        self.log_span = nn.Parameter(torch.tensor(math.log(gamma_max - gamma_min)))
-        self.raw_height = nn.Parameter(torch.full((units,), _softplus_inverse(0.1 / units)))
+        self.first = nn.Parameter(torch.full(shape, float(self.gamma_min)))
+        self.log_span = nn.Parameter(torch.full(shape, math.log(self.gamma_max - self.gamma_min)))
+        self.raw_height = nn.Parameter(torch.full((*shape, units), _softplus_inverse(0.1 / units)))
         self.raw_rate = nn.Parameter(torch.full((units,), _softplus_inverse(2.0 * units)))
         self.centre = nn.Parameter((torch.arange(units) + 0.5) / units)
         self._interior_held = False
@@ -109,13 +113,12 @@ class PixelwiseGamma(LearnedGamma):
         T: int = 1000,
         units: int = 8,
     ) -> None:
-        super().__init__(gamma_min, gamma_max, T, units)
+        # not LearnedGamma's, which would make weights for one pixel first
+        ContinuousSchedule.__init__(self, gamma_min, gamma_max, T)
         if len(shape) != 3 or min(shape) < 1:
             raise InputError(f"shape = {list(shape)} must be (C, H, W) of the images, three whole numbers from 1")
         self.shape = tuple(shape)
-        for name in ("first", "log_span", "raw_height"):
-            value = getattr(self, name).detach()
-            setattr(self, name, nn.Parameter(value.expand(*self.shape, *value.shape).clone()))
+        self._set_parameters(units, self.shape)
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:
