@@ -10,7 +10,7 @@ __all__ = ["follow_data"]
 
 
 def follow_data(model: Namespace, data: LightningDataModule) -> None:
-    """Fill in, in place, arguments of the network that are null, in the configuration of a model.
+    """Fill in, in place, arguments of the network and the encoder that are null, in the configuration of a model.
 
     ``channels`` are the data's, ``num_classes`` too where the model is class-conditional, and ``out_channels`` twice as
     many where the variance is learned. A network within a network is filled in, too. What is given stays; a network
@@ -27,6 +27,7 @@ def follow_data(model: Namespace, data: LightningDataModule) -> None:
     if model.class_conditional:
         known["num_classes"] = getattr(data, "num_classes", None)
     _fill(model.network, known)
+    _fill(model.get("encoder"), {"channels": channels})
 
 
 def _fill(part: Any, known: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from ddpm_lightning.process import CategoricalDecoder, NetworkEncoder
 from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler
 from ddpm_lightning.schedules import LearnedGamma, PixelwiseGamma
+from ddpm_lightning.training.sharding import check_shardable
 
 LEARNED = [
     "--model.clip_x0=false",
@@ -122,6 +123,13 @@ def test_modules_that_do_not_fit_are_refused(changes: dict, sentence: str) -> No
     with pytest.raises(InputError) as refused:
         build(**changes, **objective)
     assert sentence in str(refused.value)
+
+
+def test_an_encoder_cannot_be_sharded() -> None:
+    encoder = NetworkEncoder(UNet(1, width=8, multipliers=(1, 2), blocks=1))
+    module = build(encoder=encoder, objective=NegativeElbo(DenoisingElbo(1)))
+    with pytest.raises(InputError, match=r"trains model\.encoder\.network\..*, and only the network's weights"):
+        check_shardable(module, "LinearChain", False, False)
 
 
 def test_a_fixed_model_is_exported_as_it_always_was(tmp_path: Path) -> None:

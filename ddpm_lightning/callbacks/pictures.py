@@ -24,8 +24,8 @@ class SampleGrid(Callback):
     each validation within ``fit`` and when training ends.
 
     Args:
-        sampler: how to sample; None for AncestralSampler, which also stands in where the model's encoder rules the
-            sampler out, and for a hierarchical VAE.
+        sampler: how to sample; None for AncestralSampler, which also stands in for a sampler that the model's encoder
+            rules out, and for a hierarchical VAE.
         steps: steps of the sampler, cut to the T of a chain that has fewer; None for all T.
         n: number of images.
         seed: seed of the images.

@@ -103,10 +103,10 @@ def check_shapes(model: DiffusionModel, shape: tuple[int, ...]) -> None:
     try:
         with torch.no_grad():
             found = model.encoder(model.schedule, x0, model.grid_on(device)[-1])
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+    except Exception as error:
         raise InputError(
             f"--model.encoder {name} cannot take the data's images of shape {list(shape)} (channels, height, width): "
-            f"{error}"
+            f"{failure_in_own_code(error) or error}"
         ) from error
     finally:
         model.encoder.train(training)
