@@ -14,14 +14,13 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ddpm_lightning.callbacks import BoundTable, EpochLines, ImageTermsWriter, StopOnNonFinite
+from ddpm_lightning.callbacks.choice import choose_callbacks
 from ddpm_lightning.checkpoints.files import LAST
 from ddpm_lightning.command_line import own_error
 from ddpm_lightning.commands import run_command
@@ -142,7 +141,8 @@ class DiffusionCLI(LightningCLI):
         if (config.model.decoder.get("init_args") or {}).get("levels") is not None:
             raise InputError("--model.decoder.init_args.levels follows the data: leave it out")
         run = Run(config.run_dir)
-        run.make()
+        if not config.trainer.fast_dev_run:
+            run.make()
         config.run_dir = config.trainer.default_root_dir = str(run.folder)
         asked = config.get("ckpt_path")
         if self.subcommand != "fit" or asked not in (None, "last"):
@@ -181,21 +181,10 @@ class DiffusionCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with TensorBoard in the run folder, and progress that fits where it is shown."""
-        # sampling shows its own progress, and has no terms of the bound to report
-        sampling = self.subcommand == "sample"
-        terminal = sys.stdout.isatty() and not sampling
         config = self.config_init[self.subcommand].trainer
-        without = LearningRateMonitor if config.logger is False else ()
-        callbacks = [callback for callback in config.callbacks or [] if not isinstance(callback, without)]
-        if not terminal:
-            kwargs["enable_progress_bar"] = False
-        elif not any(isinstance(callback, RichProgressBar) for callback in callbacks):
-            callbacks.append(RichProgressBar(leave=False))
-        if not sampling:
-            callbacks += [BoundTable(), ImageTermsWriter(), *([] if terminal else [EpochLines()])]
-        if self.subcommand == "fit":
-            callbacks.append(StopOnNonFinite())
-        if config.logger in (None, True):
+        callbacks, follow = choose_callbacks(str(self.subcommand), vars(config), config.callbacks, sys.stdout.isatty())
+        kwargs |= follow
+        if config.logger in (None, True) and not config.barebones:
             writes = self.subcommand in ("fit", "validate", "test")
             tensorboard = partial(TensorBoardLogger, name="", version="", default_hp_metric=False)
             kwargs["logger"] = tensorboard(config.default_root_dir) if writes else False
@@ -217,9 +206,11 @@ class DiffusionCLI(LightningCLI):
             model = self.model.model
             network = model.network if isinstance(self.model, DiffusionModule) else model
             parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            fast = self.config_init["fit"].trainer.fast_dev_run
+            where = "fast_dev_run keeps nothing" if fast else f"run folder {self.trainer.default_root_dir}"
             print(
                 f"{type(network).__name__} with {parameters:,} parameters on {type(self.datamodule).__name__} "
-                f"({self.datamodule.sizes['train']:,} training images); run folder {self.trainer.default_root_dir}",
+                f"({self.datamodule.sizes['train']:,} training images); {where}",
                 flush=True,
             )
 

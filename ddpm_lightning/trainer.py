@@ -1,8 +1,11 @@
 """Lightning's Trainer with one more thing to do: sample."""
 
+import atexit
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Literal
 
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -28,12 +31,21 @@ class DiffusionTrainer(Trainer):
     """The Trainer of the ``ddpm`` command line: it samples, and keeps its run in one folder, ``default_root_dir``.
 
     Checkpoints are written whole or not at all, and, unless a callback names another folder, into the run's own,
-    whatever the logger.
+    whatever the logger. ``fast_dev_run`` writes into a folder that goes when the process ends.
     """
 
-    def __init__(self, *args: Any, default_root_dir: str | Path | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        default_root_dir: str | Path | None = None,
+        fast_dev_run: int | bool = False,
+        **kwargs: Any,
+    ) -> None:
         run = Run(Path.cwd() if default_root_dir is None else default_root_dir)
-        super().__init__(*args, default_root_dir=run.folder, **kwargs)
+        if fast_dev_run:
+            run = Run(mkdtemp(prefix="fast_dev_run."))
+            atexit.register(shutil.rmtree, run.folder, ignore_errors=True)
+        super().__init__(*args, default_root_dir=run.folder, fast_dev_run=fast_dev_run, **kwargs)
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(run.checkpoints)

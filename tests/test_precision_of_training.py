@@ -38,10 +38,11 @@ def _error(module: DiffusionModule, exact: _Exact) -> float:
     return (wrong / way) ** 0.5
 
 
+Half = tuple[Path, DiffusionModule, float]
+
+
 @pytest.fixture(scope="module", params=["bf16-true", "16-true"])
-def half(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, DiffusionModule, float]:
+def half(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Half:
     """The checkpoint of 20 steps in half precision, its module, and the error of its average."""
     folder = tmp_path_factory.mktemp("half")
     module = build(optimizer=partial(torch.optim.SGD, lr=1e-2), ema_decay=0.999)
@@ -53,7 +54,7 @@ def half(
     return folder / "end.ckpt", module, _error(module, exact)
 
 
-def test_the_average_of_weights_in_half_precision_is_kept_in_float32(half: tuple[Path, DiffusionModule, float]) -> None:
+def test_the_average_of_weights_in_half_precision_is_kept_in_float32(half: Half) -> None:
     path, module, error = half
     assert {p.dtype for p in module.model.parameters()} == {module.dtype} != {torch.float32}
     kept = {name: value for name, value in weights(path).items() if value.is_floating_point()}
@@ -67,13 +68,13 @@ def _bounds(folder: Path, path: Path, precision: str) -> list[float]:
     return [float(value) for value in trainer.callback_metrics.values()]
 
 
-def test_the_average_is_evaluated_as_in_float32(half: tuple[Path, DiffusionModule, float], tmp_path: Path) -> None:
+def test_the_average_is_evaluated_as_in_float32(half: Half, tmp_path: Path) -> None:
     path, module, _ = half
     precision = "bf16-true" if module.dtype == torch.bfloat16 else "16-true"
     assert _bounds(tmp_path, path, precision) == pytest.approx(_bounds(tmp_path, path, "32-true"), rel=1e-5)
 
 
-def test_training_in_half_precision_goes_on_exactly(half: tuple[Path, DiffusionModule, float], tmp_path: Path) -> None:
+def test_training_in_half_precision_goes_on_exactly(half: Half, tmp_path: Path) -> None:
     path, module, _ = half
     precision = "bf16-true" if module.dtype == torch.bfloat16 else "16-true"
     data = {"batch_size": 16, "limit_val": 50}
@@ -89,9 +90,7 @@ def test_training_in_half_precision_goes_on_exactly(half: tuple[Path, DiffusionM
     assert equal(weights(go_on(half_way, 20)), weights(path))
 
 
-def test_a_checkpoint_whose_average_is_in_half_precision_goes_on(
-    half: tuple[Path, DiffusionModule, float], tmp_path: Path
-) -> None:
+def test_a_checkpoint_whose_average_is_in_half_precision_goes_on(half: Half, tmp_path: Path) -> None:
     path, module, _ = half
     old = torch.load(path, weights_only=True)
     old["state_dict"] = {k: v.to(module.dtype) if v.is_floating_point() else v for k, v in old["state_dict"].items()}
