@@ -29,6 +29,7 @@ from ddpm_lightning.commands import run_command
 from ddpm_lightning.data import ImageDataModule
 from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.runs import Run
+from ddpm_lightning.runs.disk import disk_errors_in
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
 
@@ -194,7 +195,8 @@ class DiffusionCLI(LightningCLI):
         alone = subcommand == "fit" and self.trainer.is_global_zero
         with Run.of(self.trainer).lock() if alone else nullcontext():
             try:
-                super()._run_subcommand(subcommand)
+                with disk_errors_in(Run.of(self.trainer).folder):
+                    super()._run_subcommand(subcommand)
             except (InputError, RunError):
                 # the other processes of this run may be waiting for this one, and note signals between steps only
                 if self.trainer.strategy.launcher is not None:

@@ -7,6 +7,7 @@ import pytest
 from builders import BuiltOnly, build, run_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from mnist_files import write_mnist
 from processes import ROOT, run_ddpm
 
 from ddpm_lightning.data import Batch, Digits
@@ -137,13 +138,24 @@ def test_a_validation_within_an_epoch_has_its_line(tiny: list[str], tmp_path: Pa
 
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.name != "base.yaml")
-# the others find something instead of training, or shard
-OVERLAYS = ["clip", "early_stopping", "profiler", "batch_size", "lr_find"]
-SMALL = {
-    "hvae_digits": ["--model.hierarchy.0.width=8"],
-}
+WIDTH = {"hvae_digits": "hierarchy.0.width", "hvae_mnist": "hierarchy.0.width", "lecture": "network.channels"}
+
+
+@pytest.fixture(scope="module")
+def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mnist")
+    write_mnist(root)
+    return root
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_overlay_trains_every_config(config: str, tmp_path: Path) -> None:
-    pass
+@pytest.mark.parametrize("overlays", ["clip early_stopping profiler", "batch_size", "lr_find"])
+def test_every_overlay_runs_on_every_config(overlays: str, config: str, mnist_root: Path, tmp_path: Path) -> None:
+    small = [] if config in WIDTH else ["--model.network.width=8"]
+    output = run_ddpm(
+        "fit", "-c", f"configs/{config}.yaml", *(f"--config=configs/overlays/{name}.yaml" for name in overlays.split()),
+        f"--run_dir={tmp_path}", *small, "--trainer.max_steps=2", "--trainer.limit_train_batches=2",
+        "--trainer.check_val_every_n_epoch=1", "--data.batch_size=8", "--data.limit_val=2",
+        *([] if "digits" in config else [f"--data.root={mnist_root}"]),
+    )  # fmt: skip
+    assert "warn" not in output.lower(), output
