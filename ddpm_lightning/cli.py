@@ -15,13 +15,12 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from ddpm_lightning.callbacks import BoundTable, EpochLines, ImageTermsWriter, StopOnNonFinite
+from ddpm_lightning.callbacks.choice import choose_callbacks
 from ddpm_lightning.checkpoints.files import LAST
 from ddpm_lightning.command_line import own_error
 from ddpm_lightning.commands import run_command
@@ -35,6 +34,7 @@ from ddpm_lightning.first_screen import answered
 from ddpm_lightning.links import follow_data
 from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 from ddpm_lightning.runs import Run
+from ddpm_lightning.runs.disk import disk_errors_in
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
 from ddpm_lightning.training.hardware import resolve
@@ -169,7 +169,8 @@ class DiffusionCLI(LightningCLI):
         if (config.model.decoder.get("init_args") or {}).get("levels") is not None:
             raise InputError("--model.decoder.init_args.levels follows the data: leave it out")
         run = Run(config.run_dir)
-        run.make()
+        if not config.trainer.fast_dev_run:
+            run.make()
         config.run_dir = config.trainer.default_root_dir = str(run.folder)
         self._resolve_hardware(config.trainer, run)
         asked = config.get("ckpt_path")
@@ -231,21 +232,10 @@ class DiffusionCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with TensorBoard in the run folder, and progress that fits where it is shown."""
-        # sampling shows its own progress, and has no terms of the bound to report
-        sampling = self.subcommand == "sample"
-        terminal = sys.stdout.isatty() and not sampling
         config = self.config_init[self.subcommand].trainer
-        without = LearningRateMonitor if config.logger is False else ()
-        callbacks = [callback for callback in config.callbacks or [] if not isinstance(callback, without)]
-        if not terminal:
-            kwargs["enable_progress_bar"] = False
-        elif not any(isinstance(callback, RichProgressBar) for callback in callbacks):
-            callbacks.append(RichProgressBar(leave=False))
-        if not sampling:
-            callbacks += [BoundTable(), ImageTermsWriter(), *([] if terminal else [EpochLines()])]
-        if self.subcommand == "fit":
-            callbacks.append(StopOnNonFinite())
-        if config.logger in (None, True):
+        callbacks, follow = choose_callbacks(str(self.subcommand), vars(config), config.callbacks, sys.stdout.isatty())
+        kwargs |= follow
+        if config.logger in (None, True) and not config.barebones:
             writes = self.subcommand in ("fit", "validate", "test")
             tensorboard = partial(TensorBoardLogger, name="", version="", default_hp_metric=False)
             kwargs["logger"] = tensorboard(config.default_root_dir) if writes else False
@@ -255,7 +245,8 @@ class DiffusionCLI(LightningCLI):
         alone = subcommand == "fit" and self.trainer.is_global_zero
         with Run.of(self.trainer).lock() if alone else nullcontext():
             try:
-                super()._run_subcommand(subcommand)
+                with disk_errors_in(Run.of(self.trainer).folder):
+                    super()._run_subcommand(subcommand)
             except (InputError, RunError):
                 # the other processes of this run may be waiting for this one, and note signals between steps only
                 if self.trainer.strategy.launcher is not None:
@@ -269,9 +260,10 @@ class DiffusionCLI(LightningCLI):
             parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
             data = self.datamodule
             images = f" ({data.sizes['train']:,} training images)" if isinstance(data, ImageDataModule) else ""
+            fast = self.config_init["fit"].trainer.fast_dev_run
+            where = "fast_dev_run keeps nothing" if fast else f"run folder {self.trainer.default_root_dir}"
             print(
-                f"{type(network).__name__} with {parameters:,} parameters on {type(data).__name__}"
-                f"{images}; run folder {self.trainer.default_root_dir}",
+                f"{type(network).__name__} with {parameters:,} parameters on {type(data).__name__}{images}; {where}",
                 flush=True,
             )
 

@@ -1,8 +1,11 @@
 """Lightning's Trainer with one more thing to do: sample."""
 
+import atexit
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Literal
 
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -30,7 +33,7 @@ class DiffusionTrainer(Trainer):
     """The Trainer of the ``ddpm`` command line: it samples, and keeps its run in one folder, ``default_root_dir``.
 
     Checkpoints are written whole or not at all, and, unless a callback names another folder, into the run's own,
-    whatever the logger.
+    whatever the logger. ``fast_dev_run`` writes into a folder that goes when the process ends.
 
     Args:
         accelerator: as in Lightning's Trainer, but ``auto`` takes the CPU rather than Apple's GPU.
@@ -38,6 +41,7 @@ class DiffusionTrainer(Trainer):
         devices: as in Lightning's Trainer.
         num_nodes: as in Lightning's Trainer.
         default_root_dir: the run's folder.
+        fast_dev_run: as in Lightning's Trainer.
     """
 
     def __init__(
@@ -48,9 +52,13 @@ class DiffusionTrainer(Trainer):
         devices: list[int] | str | int = "auto",
         num_nodes: int = 1,
         default_root_dir: str | Path | None = None,
+        fast_dev_run: int | bool = False,
         **kwargs: Any,
     ) -> None:
         run = Run(Path.cwd() if default_root_dir is None else default_root_dir)
+        if fast_dev_run:
+            run = Run(mkdtemp(prefix="fast_dev_run."))
+            atexit.register(shutil.rmtree, run.folder, ignore_errors=True)
         accelerator, resolved, _ = resolve(accelerator, precision, devices, num_nodes)
         super().__init__(
             *args,
@@ -59,6 +67,7 @@ class DiffusionTrainer(Trainer):
             devices=devices,
             num_nodes=num_nodes,
             default_root_dir=run.folder,
+            fast_dev_run=fast_dev_run,
             **kwargs,
         )
         for callback in self.checkpoint_callbacks:

@@ -151,7 +151,11 @@ class ImageDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _batches_done(self) -> int:
-        return 0 if self.trainer is None else batches_done(self.trainer)
+        if self.trainer is None:
+            return 0
+        done = batches_done(self.trainer)
+        # the first batches of the first epoch again and again
+        return done % int(self.trainer.num_training_batches) if self.trainer.overfit_batches else done  # type: ignore[attr-defined]
 
     def _check(self, name: SplitName, split: Split) -> None:
         n = self.sizes[name]

@@ -1,5 +1,6 @@
 """One process at a time in a folder."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.runs.disk import disk_error
 
 __all__ = ["hold"]
 
@@ -24,12 +26,15 @@ def hold(path: Path, doing: str) -> Iterator[None]:
 
     Raises:
         InputError: another process holds it, or ``path`` is something else than a file.
+        RunError: it cannot be written: no space left, for example.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # neither wait for the other end of a FIFO, nor write to the target of a link
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
     except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise disk_error(error, path.parent, path) from error
         raise InputError(f"{path} cannot be opened as a lock file ({error.strerror}): remove it") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -45,7 +50,9 @@ def hold(path: Path, doing: str) -> Iterator[None]:
         except OSError:
             yield
             return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            raise disk_error(error, path.parent, path) from error
         yield

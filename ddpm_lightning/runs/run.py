@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ddpm_lightning.checkpoints.files import LAST, last_good
 from ddpm_lightning.data.own import instantiate_data
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import save_png
+from ddpm_lightning.runs.disk import disk_error
 from ddpm_lightning.runs.lock import hold
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
 
@@ -141,13 +142,21 @@ class Run:
 
         Returns:
             The path.
+
+        Raises:
+            RunError: the disk is full, for example.
         """
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.stem}.part{path.suffix}")
-        if isinstance(content, Tensor):
-            save_png(content, part)
-        else:
-            part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
-        os.replace(part, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Tensor):
+                save_png(content, part)
+            else:
+                part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+            os.replace(part, path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise disk_error(error, self.folder, path) from error
         return path

@@ -1,12 +1,16 @@
 """A LightningModule that trains a model and keeps an average of it, wherever the weights of the two lie."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from torch import Tensor
+from torch.optim import Optimizer
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process import DiffusionModel, GenerativeModel
@@ -30,7 +34,8 @@ class AveragedModule(RestorableModule):
     """The model, its average, and where their weights lie: in memory and among the processes.
 
     Args:
-        model: the generative model that is trained. ``ema_model`` is its average, which is only ever evaluated.
+        model: the generative model that is trained. ``ema_model`` is its average, which is only ever evaluated. It
+            stays in float32 where the precision of the Trainer is bf16-true or 16-true.
         ema_decay: decay of the average (``training/ema.py``).
         channels_last: memory format of the weights (``training/memory_format.py``).
         compile: compile the network of ``model`` when training begins.
@@ -51,6 +56,18 @@ class AveragedModule(RestorableModule):
     def train(self, mode: bool = True) -> "AveragedModule":
         super().train(mode)
         self.ema_model.eval()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AveragedModule":
+        """Moves all weights and changes their type, but of the average to a more precise type only."""
+        averages = {id(value) for value in (*self.ema_model.parameters(), *self.ema_model.buffers())}
+
+        def apply(value: Tensor) -> Tensor:
+            changed = fn(value)
+            loses = id(value) in averages and changed.is_floating_point() and changed.itemsize < value.itemsize
+            return value.to(changed.device) if loses else changed
+
+        super()._apply(apply, recurse)
         return self
 
     def setup(self, stage: str) -> None:
@@ -127,3 +144,24 @@ class AveragedModule(RestorableModule):
         self.steps_trained = self.trainer.global_step + 1
         assert self._average is not None  # on_train_start
         self._average.update(decay_at(self.steps_trained, self.ema_decay))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, with a fused optimiser too.
+
+        Lightning refuses that in mixed precision, because a fused optimiser divides the gradients by the scale of the
+        loss in its step, after clipping. In bf16-mixed there is no such scale. In 16-mixed the gradients are divided
+        by it here, and torch's ``GradScaler`` then does not do it again.
+        """
+        plugin = self.trainer.precision_plugin
+        if not isinstance(plugin, MixedPrecision) or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            if plugin.scaler is not None:
+                plugin.scaler.unscale_(optimizer)
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)

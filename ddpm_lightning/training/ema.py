@@ -20,6 +20,7 @@ def decay_at(step: int, decay: float) -> float:
 class WeightAverage:
     """Keeps ``average``, a deep copy of ``model``, an average of its parameters and floating-point buffers.
 
+    The average may be more precise than the model: one in half precision would lose most of what a step adds to it.
     Buffers of other types are copied. Of sharded tensors each process averages its part. The tensors are looked up once
     (for a small U-Net that takes longer than the update): make it when both models are on their device, and anew after
     a move.
@@ -37,6 +38,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """average <- decay average + (1 - decay) model, in place."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        weights = [m.to(a.dtype) for a, m in zip(self._averages, self._weights, strict=True)]
+        torch._foreach_lerp_(self._averages, weights, 1 - decay)
         for a, m in self._copies:
             a.copy_(m)

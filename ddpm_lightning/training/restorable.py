@@ -13,6 +13,7 @@ from ddpm_lightning.checkpoints.files import read_checkpoint
 from ddpm_lightning.checkpoints.weights import check_finite, check_state, limited_weights
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.process import DiffusionModel, GenerativeModel
+from ddpm_lightning.training.logged_step import LogAtCheckpoint
 from ddpm_lightning.training.memory_format import state_like_parameters
 from ddpm_lightning.training.restored import (
     Changes,
@@ -38,6 +39,7 @@ class RestorableModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
+        self.epochs_trained = 0  # epochs done when the checkpoint was written that is evaluated
         self._changes: Changes = {}  # against the checkpoint that training goes on from
 
     def keep_hyperparameters(self, frame: Any) -> None:
@@ -140,6 +142,7 @@ class RestorableModule(LightningModule):
             for name in ("loops", "callbacks"):
                 checkpoint.pop(name, None)
         self.steps_trained = checkpoint.get("global_step", 0)
+        self.epochs_trained = checkpoint.get("epoch", 0)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Lightning's; a tensor that does not fit is named.
@@ -156,7 +159,7 @@ class RestorableModule(LightningModule):
             checkpoint["schedule"] = schedule_marks(self.model)
 
     def configure_callbacks(self) -> list[Callback]:
-        return [ExactResume()]
+        return [ExactResume(), LogAtCheckpoint()]
 
     def on_train_start(self) -> None:
         apply_optimization(self, self.trainer, self._changes)
