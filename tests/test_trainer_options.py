@@ -52,7 +52,7 @@ OPTIONS = {
     "parts of epochs": "limit_train_batches=0.2 limit_val_batches=0.5 min_steps=3 min_epochs=1 num_sanity_val_steps=2",
     "overfitting": "overfit_batches=0.5 profiler=simple num_sanity_val_steps=-1 benchmark=true",
     "checks": "detect_anomaly=true deterministic=true inference_mode=false profiler=advanced sync_batchnorm=true",
-    "loaders": "reload_dataloaders_every_n_epochs=1 use_distributed_sampler=false max_time=00:00:10:00 deterministic=warn",
+    "loaders": "reload_dataloaders_every_n_epochs=1 use_distributed_sampler=false max_time=00:00:10:00",
     "within epochs": "accumulate_grad_batches=3 val_check_interval=2 gradient_clip_val=1 log_every_n_steps=1",
     "no validation": "limit_val_batches=0 limit_train_batches=2 enable_autolog_hparams=false precision=bf16-true",
 }

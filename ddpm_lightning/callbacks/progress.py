@@ -38,9 +38,9 @@ class EpochLines(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # at the end of an epoch, what other callbacks measure is waited for
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-                self._say(trainer, pl_module)
+        in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if in_training and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._say(trainer, pl_module)
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
