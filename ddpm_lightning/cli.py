@@ -12,8 +12,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
-import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,6 +23,7 @@ from ddpm_lightning.callbacks.choice import choose_callbacks
 from ddpm_lightning.checkpoints.files import LAST
 from ddpm_lightning.command_line import own_error
 from ddpm_lightning.commands import run_command
+from ddpm_lightning.configuration import PARSER_MODE, configuration_files
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data import ImageDataModule
@@ -40,36 +40,6 @@ from ddpm_lightning.training import DiffusionModule, GenerativeModule
 from ddpm_lightning.training.hardware import resolve
 
 __all__ = ["DiffusionCLI", "main"]
-
-_PARSER_MODE = "yaml_extends"
-
-
-def _merge(base: Any, overlay: Any) -> Any:
-    """Overlay on base, key by key. A part of another class, like a list, replaces the base's as a whole."""
-    if not (isinstance(base, dict) and isinstance(overlay, dict)):
-        return overlay
-    if "class_path" in overlay and overlay["class_path"] != base.get("class_path"):
-        return overlay
-    return {**base, **{key: _merge(base.get(key), value) for key, value in overlay.items()}}
-
-
-def _load_extending(text: str, folder: Path = Path()) -> Any:
-    """YAML in which ``extends: other.yaml`` (beside this file) names the configuration that this one changes.
-
-    ``folder`` is where the text comes from; jsonargparse parses a configuration file in that file's own folder.
-    """
-    loaded = get_loader("yaml")(text)
-    if not (isinstance(loaded, dict) and "extends" in loaded):
-        return loaded
-    base = folder / str(loaded.pop("extends"))
-    try:
-        return _merge(_load_extending(base.read_text(), base.parent), loaded)
-    except OSError as error:
-        raise yaml.YAMLError(f"extends: {base.resolve()}: {error.strerror}") from None
-
-
-# jsonargparse would take a second parameter for one of its own
-set_loader(_PARSER_MODE, lambda text: _load_extending(text), exceptions=(yaml.YAMLError,))
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -110,6 +80,8 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if failure := failure_in_own_code(ex):
             raise InputError(failure) from ex
+        if own := own_error(ex):
+            raise own
         super().error(message, ex)
 
 
@@ -119,7 +91,7 @@ class DiffusionCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         self._module = _module_of(sys.argv[1:] if args is None else args)
         # abbreviations would turn a misspelt option into another one
-        parser_kwargs: dict[str, Any] = {"parser_mode": _PARSER_MODE, "allow_abbrev": False, "prog": "ddpm"}
+        parser_kwargs: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False, "prog": "ddpm"}
         super().__init__(
             self._module,
             LightningDataModule,
@@ -271,13 +243,10 @@ class DiffusionCLI(LightningCLI):
 def _module_of(args: list[str]) -> type[GenerativeModule]:
     """The module that the last configuration file or option names, which decides what options ``--model`` has."""
     name = ""
+    for loaded in configuration_files(args):
+        name = loaded.get("module", name)
     for option, value in pairwise([word for each in args for word in each.split("=", 1)]):
-        if option in ("-c", "--config") and Path(value).is_file():
-            with suppress(yaml.YAMLError, UnicodeDecodeError):  # which the parser will say
-                loaded = _load_extending(Path(value).read_text(), Path(value).parent)
-                name = loaded.get("module", name) if isinstance(loaded, dict) else name
-        elif option == "--module":
-            name = value
+        name = value if option == "--module" else name
     if not name:
         return DiffusionModule
     try:
@@ -356,10 +325,9 @@ def _folder_of(args: list[str]) -> Path | None:
     named = [value for option, value in pairwise(words) if option == "--run_dir"]
     if not named and words[1:] and not words[1].startswith("-"):
         named = [words[2] if words[0] == "evaluate" and words[2:] else words[1]]
-    for option, value in pairwise(words):
-        if not named and option in ("-c", "--config"):
-            with suppress(Exception):  # what stopped the program may be this file
-                named = [_load_extending(Path(value).read_text(), Path(value).parent)["run_dir"]]
+    if not named:
+        with suppress(Exception):  # what stopped the program may be one of these files
+            named = [str(loaded["run_dir"]) for loaded in configuration_files(args) if "run_dir" in loaded]
     return Path(named[-1]).expanduser() if named else None
 
 

@@ -57,7 +57,7 @@ def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, ge
     states = [x0, *forward_process.path(x0, times, generators)]
     rows = torch.stack(states, 1).flatten(0, 1)
     shown = ((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    log_snr = -forward_process.schedule.gamma(times)
+    log_snr = -forward_process.schedule.mean_gamma(times)
     names = [f"{t:.2f}" for t in times.tolist()], [f"{value:.1f}" for value in log_snr.tolist()]
     return _labelled(tile(shown, 256, columns=len(states)), {"t": ["0", *names[0]], "log SNR": ["", *names[1]]})
 

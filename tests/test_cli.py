@@ -64,12 +64,10 @@ def test_a_part_of_another_class_drops_the_arguments_of_the_base(tmp_path: Path)
     (tmp_path / "base.yaml").write_text("a: {class_path: A, init_args: {x: 1}}\nb: {class_path: B, init_args: {y: 1}}")
     overlay = "extends: base.yaml\na: {class_path: C}\nb: {class_path: B, init_args: {z: 2}}"
     (tmp_path / "overlay.yaml").write_text(overlay)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        from ddpm_lightning.cli import _load_extending
-
-        merged = _load_extending(overlay)
-    assert merged == {"a": {"class_path": "C"}, "b": {"class_path": "B", "init_args": {"y": 1, "z": 2}}}
+    assert read(tmp_path / "overlay.yaml") == {
+        "a": {"class_path": "C"},
+        "b": {"class_path": "B", "init_args": {"y": 1, "z": 2}},
+    }
 
 
 def test_fit_writes_checkpoints_pictures_logs_and_its_configuration(trained: Path) -> None:

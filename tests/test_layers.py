@@ -18,7 +18,7 @@ LAYERS = [
     ["schedules", "networks"],
     ["process"],
     ["objectives", "samplers", "metrics"],
-    ["data", "checkpoints", "figures", "failures", "command_line", "progress"],
+    ["data", "checkpoints", "figures", "failures", "command_line", "configuration", "progress"],
     ["training"],
     ["runs"],
     ["sampling"],

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from ddpm_lightning.checkpoints.files import LAST, last_good
+from ddpm_lightning.configuration import read
 from ddpm_lightning.data.own import instantiate_data
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import save_png
@@ -61,12 +61,10 @@ class Run:
             InputError: there is none, or it is not the configuration of a run.
         """
         try:
-            config = yaml.safe_load(self.config_path.read_text())
-        except OSError as error:
-            raise InputError(f"{self.folder} holds no run: {self.config_path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.config_path} is not YAML: {error}") from None
-        if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+            config = read(self.config_path)
+        except InputError as error:
+            raise InputError(f"{self.folder} holds no run: {error}") from None
+        if not isinstance(config.get("data"), dict):
             raise InputError(f"{self.config_path} is not the configuration of a run: it names no data")
         return config
 
