@@ -32,6 +32,7 @@ from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.failures import end
 from ddpm_lightning.first_screen import answered
 from ddpm_lightning.links import follow_data
+from ddpm_lightning.numbers import check_numbers
 from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.disk import disk_errors_in
@@ -80,7 +81,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if failure := failure_in_own_code(ex):
             raise InputError(failure) from ex
-        if own := own_error(ex):
+        if ex is not None and (own := own_error(ex)):
             raise own
         super().error(message, ex)
 
@@ -175,6 +176,8 @@ class DiffusionCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with _own_code():
             super().parse_arguments(parser, args)
+        # before Lightning takes the seed
+        check_numbers(self.config[self.config.subcommand].as_dict())
 
     def instantiate_classes(self) -> None:
         config = self.config[self.subcommand]

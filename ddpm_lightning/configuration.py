@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import get_loader, set_loader
@@ -73,7 +73,7 @@ def _extended(loaded: dict[str, Any], folder: Path, extended_by: tuple[Path, ...
     if base.expanduser().resolve() in extended_by:
         circle = " extends ".join(path.name for path in (*extended_by, base))
         raise ConfigurationError(f"{who}: extends: {name} leads in a circle: {circle}")
-    return merge(_read(base, extended_by), loaded)  # type: ignore[no-any-return]
+    return merge(_read(base, extended_by), loaded)
 
 
 def read_text(text: str) -> Any:
@@ -120,7 +120,9 @@ def _check(text: str) -> None:
     for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"is nested more than {_DEEPEST} deep", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"is nested more than {_DEEPEST} deep", problem_mark=cast(Any, event.start_mark)
+            )
     root = yaml.compose(text, Loader=loader)
     sizes: dict[int, int] = {}
 
@@ -132,13 +134,14 @@ def _check(text: str) -> None:
             for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
                 if isinstance(key, yaml.ScalarNode) and key.value in seen:
                     raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value} is there twice", problem_mark=key.start_mark
+                        problem=f"the key {key.value} is there twice", problem_mark=cast(Any, key.start_mark)
                     )
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
             sizes[id(node)] = min(1 + sum(map(size, _inside(node))), _LARGEST)
         if sizes[id(node)] >= _LARGEST:
             raise yaml.MarkedYAMLError(
-                problem=f"stands for {_LARGEST} values or more, with its aliases", problem_mark=node.start_mark
+                problem=f"stands for {_LARGEST} values or more, with its aliases",
+                problem_mark=cast(Any, node.start_mark),
             )
         return sizes[id(node)]
 

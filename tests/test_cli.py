@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_lightning.cli import main
+from ddpm_lightning.configuration import read
 
 pytestmark = pytest.mark.cli
 OVERLAYS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if path.name != "base.yaml")

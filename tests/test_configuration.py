@@ -16,7 +16,7 @@ FILES = {
     "no base": (b"extends: nothing.yaml\n", "nothing.yaml (which"),
     "extends no name": (b"extends: 3\n", "extends must be the name of one file"),
     "extends a list": (b"extends: [a.yaml]\n", "must be the name of one file"),
-    "extends null": (b"extends:\n", "must be the name of one file"),
+    "extends null": (b"extends:\na: 1\n", "must be the name of one file"),
     "extends a folder": (b"extends: .\n", "Is a directory"),
     "not UTF-8": ("model: {ema_decay: 0.9} # \xe9".encode("latin-1"), "it is not text in UTF-8"),
     "UTF-16": ("model:\n".encode("utf-16"), "it is not text in UTF-8"),

@@ -25,7 +25,7 @@ LAYERS = [
     ["evaluation", "export"],
     ["callbacks", "interchange"],
     ["trainer", "commands", "links"],
-    ["first_screen", "cli", "__main__"],
+    ["first_screen", "numbers", "cli", "__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 # within the first layer and the last there is an order too
@@ -35,6 +35,7 @@ WITHIN = {
     ("distributions", "errors"),
     ("command_line", "failures"),
     ("cli", "first_screen"),
+    ("cli", "numbers"),
     ("__main__", "first_screen"),
     ("__main__", "cli"),
 }

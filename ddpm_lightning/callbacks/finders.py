@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from ddpm_lightning.data import ImageDataModule
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least, positive
 
 __all__ = ["BatchSizeTest", "LearningRateTest"]
 
@@ -20,6 +20,8 @@ class LearningRateTest(LearningRateFinder):
     """
 
     def __init__(self, min_lr: float = 1e-6, max_lr: float = 1.0, num_training_steps: int = 100) -> None:
+        positive(min_lr=min_lr, max_lr=max_lr)
+        at_least(1, num_training_steps=num_training_steps)
         super().__init__(min_lr, max_lr, num_training_steps, update_attr=False)
 
     def lr_find(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -40,6 +42,7 @@ class BatchSizeTest(BatchSizeFinder):
     """
 
     def __init__(self, init_val: int = 64, max_trials: int = 12, steps_per_trial: int = 3) -> None:
+        at_least(1, init_val=init_val, max_trials=max_trials, steps_per_trial=steps_per_trial)
         super().__init__("power", steps_per_trial, init_val, max_trials, max_val=2**40)
 
     def scale_batch_size(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ddpm_lightning.callbacks.publishing import publish_picture
 from ddpm_lightning.data import ImageDataModule, levels_to_model
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.figures import forward_strip, schedule_curves, tile
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.samplers import AncestralSampler, Sampler
@@ -32,6 +32,7 @@ class SampleGrid(Callback):
     """
 
     def __init__(self, sampler: Sampler | None = None, steps: int | None = None, n: int = 64, seed: int = 0) -> None:
+        at_least(1, n=n, steps=1 if steps is None else steps)
         self.sampler, self.steps, self.n, self.seed = sampler, steps, n, seed
         self._last_step: int | None = None
 
@@ -76,6 +77,7 @@ class ForwardStrip(Callback):
     """
 
     def __init__(self, n: int = 6, columns: int = 11, seed: int = 0) -> None:
+        at_least(1, n=n, columns=columns)
         self.n, self.columns, self.seed = n, columns, seed
 
     @rank_zero_only

@@ -1,5 +1,6 @@
 """Callbacks that write the bound down: a table of its terms, and every image's terms."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from ddpm_lightning.errors import RunError
 from ddpm_lightning.evaluation.bound import bound_report, csv_text
 from ddpm_lightning.evaluation.trained import publish
 from ddpm_lightning.runs import Run
@@ -30,6 +32,12 @@ class BoundTable(Callback):
         assert isinstance(module, GenerativeModule)
         if trainer.is_global_zero:
             publish(Run.of(trainer), f"bound-{stage}", *bound_report(module, stage, str(trainer.precision)))
+        for form, terms in module.bound_scores[stage].items():
+            if not math.isfinite(terms["elbo"].mean):
+                raise RunError(
+                    f"the bound in the {form} form is {terms['elbo'].mean}: the weights or the schedule give no finite "
+                    "numbers; take another checkpoint, or --trainer.precision 32-true"
+                )
 
 
 class ImageTermsWriter(BasePredictionWriter):

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from ddpm_lightning.errors import InputError
 
-__all__ = ["describe", "instantiate_arguments", "trusted_class"]
+__all__ = ["describe", "instantiate_arguments", "parameters_of", "trusted_class"]
 
 # where a class must be defined; DDPM_TRUSTED adds to it
 _TRUSTED = (
@@ -103,7 +103,7 @@ def instantiate_arguments(
             another type.
     """
     made = dict(given or {})
-    known = dict(list(_parameters(function).items())[left_open:])
+    known = dict(list(parameters_of(function).items())[left_open:])
     for name in (*descriptions, *made):
         if name not in known:
             raise InputError(f"{place} is refused: {_name(function)} has no argument {_shown(name)}")
@@ -285,7 +285,7 @@ def _part(description: Mapping[Any, Any], expected: Any, place: str, depth: int,
         raise InputError(f"{place} cannot be made: {cls.__name__}: {_first_line(error)}") from error
 
 
-def _parameters(function: Any) -> dict[str, Parameter]:
+def parameters_of(function: Any) -> dict[str, Parameter]:
     """The named parameters with their annotations; of a class also those that its ``**kwargs`` hand on."""
     is_class = isinstance(function, type)
     makers = [vars(c)["__init__"] for c in function.__mro__ if "__init__" in vars(c)] if is_class else [function]

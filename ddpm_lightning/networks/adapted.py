@@ -29,6 +29,10 @@ class AdaptedNetwork(nn.Module):
         self, network: nn.Module, time_scale: float = 1000.0, label: str | None = None, num_classes: int | None = None
     ) -> None:
         super().__init__()
+        if not 0 < time_scale < float("inf"):
+            raise ValueError(f"time_scale must be positive and finite, got {time_scale}")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be None or at least 1, got {num_classes}")
         self.network, self.time_scale, self.label, self.num_classes = network, time_scale, label, num_classes
         known = signature(network.forward).parameters
         self._label = label or next((name for name in _LABELS if name in known), None)

@@ -144,10 +144,12 @@ class UNet(nn.Module):
             raise ValueError("channels, width, every entry of multipliers and every entry of blocks must be >= 1")
         if len(counts) != levels:
             raise ValueError(f"blocks has {len(counts)} entries for {levels} levels (multipliers): give one for each")
+        if self.heads < 1:
+            raise ValueError(f"heads must be at least 1, got {self.heads}")
         for level in self.attention:
             if not 0 <= level < levels:
                 raise ValueError(f"attention names level {level}, but the levels are 0..{levels - 1}")
-            if self.heads < 1 or self.width * self.multipliers[level] % self.heads:
+            if self.width * self.multipliers[level] % self.heads:
                 raise ValueError(
                     f"heads={self.heads} must divide the {self.width * self.multipliers[level]} channels of level "
                     f"{level}, which has attention"

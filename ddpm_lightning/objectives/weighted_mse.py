@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_lightning.errors import at_least
 from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.times import TimeSampler, steps_of
 from ddpm_lightning.objectives.weighting import UniformWeighting, Weighting
@@ -48,6 +49,8 @@ class WeightedMSE(Objective):
         T: int | None = None,
     ) -> None:
         super().__init__()
+        if T is not None:
+            at_least(1, "None stands for the model's own", T=T)
         self.times, self.target, self.weighting, self.continuous, self.T = times, target, weighting, continuous, T
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:

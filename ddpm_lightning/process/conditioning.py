@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ddpm_lightning.errors import positive
 from ddpm_lightning.schedules import Schedule
 
 __all__ = ["GammaConditioning", "NoiseConditioning", "TimeConditioning"]
@@ -33,6 +34,7 @@ class GammaConditioning(NoiseConditioning):
     """
 
     def __init__(self, scale: float = 20.0) -> None:
+        positive(scale=scale)
         self.scale = scale
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Tensor:

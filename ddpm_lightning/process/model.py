@@ -24,6 +24,9 @@ from ddpm_lightning.schedules import Schedule, TabulatedSchedule
 __all__ = ["DiffusionModel"]
 
 
+_FARTHEST = 80  # exp(80) and exp(-80) are numbers of float32
+
+
 class DiffusionModel(GenerativeModel):
     """Everything that the objectives, the bound and the samplers need, and nothing of training.
 
@@ -85,6 +88,12 @@ class DiffusionModel(GenerativeModel):
         self.reverse_process = ReverseProcess(reverse, self.forward_process, variance)
 
     def _check_steps(self) -> None:
+        gamma = self.schedule.gamma(self.grid[1:])
+        if not bool((gamma.abs() < _FARTHEST).all()):
+            raise InputError(
+                f"gamma of {type(self.schedule).__name__} runs from {float(gamma.min()):g} to {float(gamma.max()):g}: "
+                f"beyond {_FARTHEST} the noise or the signal is lost in float32; choose a schedule within that"
+            )
         if not bool((self.schedule.gamma(self.grid).diff(dim=0) > 0).all()):
             raise InputError(
                 f"gamma of {type(self.schedule).__name__} does not increase from state to state, so the "

@@ -105,14 +105,14 @@ class CosineChain(BetaChain):
 
     Args:
         T: number of steps, at least 1.
-        offset: the small s that keeps beta_1 from vanishing, 0 or more.
+        offset: the small s that keeps beta_1 from vanishing, in [0, 1].
         max_beta: largest beta, in (0, 1).
     """
 
     def __init__(self, T: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> None:
         at_least(1, T=T)
-        if not offset >= 0:
-            raise InputError(f"offset = {offset:g} must not be negative")
+        if not 0 <= offset <= 1:
+            raise InputError(f"offset = {offset:g} must lie in [0, 1]")
         if not 0 < max_beta < 1:
             raise InputError(f"max_beta = {max_beta:g} must lie strictly between 0 and 1")
         super().__init__(betas_of(lambda t: math.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2, T, max_beta))

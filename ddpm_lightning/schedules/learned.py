@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.schedules.continuous import ContinuousSchedule
 
 __all__ = ["LearnedGamma", "PixelwiseGamma"]
@@ -39,6 +39,7 @@ class LearnedGamma(ContinuousSchedule):
 
     def _set_parameters(self, units: int, shape: tuple[int, ...]) -> None:
         """Ends and heights for each pixel of a ``shape``."""
+        at_least(1, units=units)
         self.units = units
         self.first = nn.Parameter(torch.full(shape, float(self.gamma_min)))
         self.log_span = nn.Parameter(torch.full(shape, math.log(self.gamma_max - self.gamma_min)))

@@ -97,6 +97,8 @@ class ElboEstimator:
     def __init__(self, steps: int | None = None, T: int | None = None) -> None:
         if steps is not None:
             at_least(1, "None stands for all of the reverse steps", steps=steps)
+        if T is not None:
+            at_least(1, "None stands for the model's own", T=T)
         self.steps, self.T = steps, T
 
     @property
