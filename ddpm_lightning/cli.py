@@ -1,6 +1,7 @@
 """The command line: ``ddpm fit | validate | test | predict | sample``."""
 
 import logging
+import re
 import signal
 import sys
 import warnings
@@ -32,8 +33,9 @@ from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.failures import end
 from ddpm_lightning.first_screen import answered
 from ddpm_lightning.links import follow_data
-from ddpm_lightning.numbers import check_numbers
+from ddpm_lightning.numbers import check_numbers, leaves
 from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
+from ddpm_lightning.parse_errors import sentence
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.disk import disk_errors_in
 from ddpm_lightning.trainer import DiffusionTrainer
@@ -76,14 +78,18 @@ def _own_code() -> Iterator[None]:
 
 
 class _Parser(LightningArgumentParser):
-    """A parser that says where a module of the user's failed."""
+    """A parser that says in one sentence what it cannot read, and where a module of the user's failed."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if failure := failure_in_own_code(ex):
             raise InputError(failure) from ex
         if ex is not None and (own := own_error(ex)):
             raise own
-        super().error(message, ex)
+        if not self.exit_on_error:  # the parser of a part: the one around it names the option
+            super().error(message, ex)
+        named = re.search(r"required: (\w+)\.", message)
+        command = named[1] if named else ""
+        raise InputError(sentence(message, self._option_string_actions, command)) from ex
 
 
 class DiffusionCLI(LightningCLI):
@@ -198,8 +204,8 @@ class DiffusionCLI(LightningCLI):
         """The option in the place of the argument that a message begins with, where only one has this value."""
         name, _, rest = message.partition(" = ")
         found = [
-            key.replace(".init_args", "")
-            for key, value in self.config[self.subcommand].items()
+            key
+            for key, value in leaves(self.config[self.subcommand].as_dict())
             if key.endswith(f".{name}") and isinstance(value, int | float)
             if rest.partition(" ")[0] in (str(value), f"{value:g}")
         ]

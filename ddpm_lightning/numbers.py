@@ -10,7 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from ddpm_lightning.checkpoints.descriptions import parameters_of
 from ddpm_lightning.errors import InputError
 
-__all__ = ["check_numbers"]
+__all__ = ["check_numbers", "leaves"]
 
 _SEEDS = ("seed", "eval_seed", "seed_everything", "interpolate_to")
 _LARGEST_SEED = 2**32 - 1  # torch's CPU generator tells no more apart
@@ -51,7 +51,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
     Raises:
         InputError: the first such number, by its option.
     """
-    for name, value in _leaves(config, ""):
+    for name, value in leaves(config):
         option, last = f"--{name}", name.rpartition(".")[2]
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -84,7 +84,7 @@ def _check_devices(devices: Any) -> None:
         raise InputError(f"--trainer.devices {devices} must be a number of devices, a list of their numbers, or auto")
 
 
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every value with its option; ``null`` where its class needs a value is refused on the way."""
     if isinstance(value, Mapping):
         inside = value
@@ -92,10 +92,10 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
             inside = value.get("init_args") or {}
             _refuse_null(value["class_path"], inside, name)
         for key, item in inside.items():
-            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+            yield from leaves(item, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _leaves(item, name)
+            yield from leaves(item, name)
     else:
         yield name, value
 

@@ -58,8 +58,8 @@ MEANT = {
 }
 # 0 switches these off, or is a count that may be none
 ZERO = {
-    "seed", "eval_seed", "offset", "dropout", "blocks", "vlb_weight", "eta", "free_nats", "warmup", "carry", "interpolate_to",
-    "patience", "min_delta", "weight_decay", "discount", "guidance_scale", "jump", "correction",
+    "seed", "eval_seed", "offset", "dropout", "blocks", "vlb_weight", "eta", "free_nats", "warmup", "carry",
+    "interpolate_to", "patience", "min_delta", "weight_decay", "discount", "guidance_scale", "jump", "correction",
 }  # fmt: skip
 
 

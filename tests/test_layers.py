@@ -25,7 +25,7 @@ LAYERS = [
     ["evaluation", "export"],
     ["callbacks", "interchange"],
     ["trainer", "commands", "links"],
-    ["first_screen", "numbers", "cli", "__main__"],
+    ["first_screen", "numbers", "parse_errors", "cli", "__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 # within the first layer and the last there is an order too
@@ -36,6 +36,7 @@ WITHIN = {
     ("command_line", "failures"),
     ("cli", "first_screen"),
     ("cli", "numbers"),
+    ("cli", "parse_errors"),
     ("__main__", "first_screen"),
     ("__main__", "cli"),
 }

@@ -1,0 +1,70 @@
+"""What jsonargparse says of a command line that it cannot read, in one sentence that names the option."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from pkgutil import resolve_name
+
+from ddpm_lightning.checkpoints.descriptions import parameters_of
+
+__all__ = ["sentence"]
+
+_ROOMS = ("schedules", "networks", "process", "objectives", "samplers", "data", "callbacks", "training")
+
+
+def sentence(message: str, options: Iterable[str], command: str) -> str:
+    """One sentence for a message of the parser.
+
+    Args:
+        message: the parser's, of any number of lines.
+        options: the options that there are.
+        command: the command that was asked for, for what to do where no configuration was given.
+    """
+    lines = [line.strip(" -\t") for line in message.splitlines() if line.strip(" -\t")]
+    text = " ".join(lines)
+    if found := re.match(r"unrecognized arguments: (\S+)", text):
+        option = found[1].split("=")[0]
+        return f"there is no option {option}{_meant(option, options)}"
+    if found := re.match(r"the following arguments are required: (.*)", text):
+        missing = [name.strip().removeprefix(f"{command}.") for name in found[1].split(",")]
+        if "data" in missing and len(missing) > 2:
+            return f"nothing says what to work on: ddpm {command} -c configs/mnist.yaml, or ddpm {command} RUN"
+        return "missing: " + ", ".join(f"--{name}" for name in missing)
+    if not (found := re.match(r'Parser key "([^"]+)":', text)):
+        return text
+    option, reasons = f"--{found[1]}", text[found.end() :].strip()
+    while inner := re.search(r'Parser key "([^"]+)": ?(.*)', reasons):
+        option, reasons = f"{option}.{inner[1]}", inner[2]
+    if wrong := re.match(r"Expected a <class '(\w+)'>.*?(?:Got|Given) value: (.*)", reasons):
+        return f"{option} {wrong[2]} cannot be read as {wrong[1]}"
+    if wrong := re.search(r"Option '([^']+)' is not accepted", reasons):
+        part = re.search(r"class_path '([^']+)'", reasons)
+        return f"{option}.{wrong[1]}: {_arguments(part[1] if part else '', wrong[1])}"
+    if wrong := re.search(r"Expected a dot import path string: (\S+)", reasons):
+        if wrong[1] in _classes():
+            return f"{option} {wrong[1]}: {wrong[1]} is no class for this option"
+        return f"{option} {wrong[1]}: there is no such class{_meant(wrong[1], _classes())}"
+    if wrong := re.search(r"class_path '([^']+)':? ?(.*?)(?: Given value| Got value|$)", reasons):
+        return f"{option} {wrong[1]}: {wrong[2] or reasons}"
+    return f"{option}: {reasons}"
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    near = get_close_matches(word, list(known), 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _classes() -> list[str]:
+    rooms = (import_module(f"ddpm_lightning.{room}") for room in _ROOMS)
+    return [name for room in rooms for name in room.__all__ if isinstance(getattr(room, name), type)]
+
+
+def _arguments(class_path: str, wrong: str) -> str:
+    try:
+        known = [*parameters_of(resolve_name(class_path))]
+    except (ValueError, ImportError, AttributeError, TypeError):
+        return "there is no such argument"
+    name = class_path.rpartition(".")[2]
+    only = f": it has {', '.join(known) or 'none'}"
+    return f"{name} has no such argument{_meant(wrong, known) or only}"
