@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.failures import end
+from ddpm_lightning.numbers import check_numbers
 from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 
 __all__ = ["call", "own_error", "run_script"]
@@ -54,6 +55,7 @@ def call(function: Callable[..., Any], args: list[str], prog: str, description: 
                 types[name] = _add_option(parser, parameter, helps[name] or "")
     try:
         options = vars(parser.instantiate(parser.parse_args(args)))
+        check_numbers(options)
         made = {
             name: kind(**{field.name: options.pop(field.name) for field in fields(kind)})
             for name, kind in parts.items()

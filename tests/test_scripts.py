@@ -40,6 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("evaluate flow nowhere --images few", "--images few cannot be read as int"),
         ("evaluate flow nowhere --imag 3", "unrecognized arguments: --imag 3"),
         ("evaluate forms nowhere --T 4 b", "--T b cannot be read as int"),
+        ("evaluate quality nowhere --seed -1", "--seed -1 must lie between 0 and 4294967295: it is a seed"),
         ("evaluate quality nowhere --sampler Walker", "--sampler Walker cannot be read as"),
         ("evaluate quality nowhere --sampler DDIMSampler --sampler.eta 3", "eta = 3 must lie between 0 and 1"),
         (
