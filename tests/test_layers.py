@@ -18,14 +18,14 @@ LAYERS = [
     ["schedules", "networks"],
     ["process"],
     ["objectives", "samplers", "metrics"],
-    ["data", "checkpoints", "figures", "failures", "command_line", "configuration", "progress"],
+    ["data", "checkpoints", "figures", "failures", "numbers", "command_line", "configuration", "progress"],
     ["training"],
     ["runs"],
     ["sampling"],
     ["evaluation", "export"],
     ["callbacks", "interchange"],
     ["trainer", "commands", "links"],
-    ["first_screen", "numbers", "parse_errors", "cli", "__main__"],
+    ["first_screen", "parse_errors", "cli", "__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 # within the first layer and the last there is an order too
