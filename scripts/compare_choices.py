@@ -69,15 +69,15 @@ TRAININGS: dict[tuple[str, str], dict[str, Any]] = {
 COLUMNS = ("few", "many", "continuous")
 
 
-def train(model: dict[str, Any], steps: int, run: Run) -> None:
-    """Train a configuration that differs from digits.yaml by ``model``, unless it has been."""
+def train(overlay: dict[str, Any], steps: int, run: Run, config: Path = CONFIG) -> None:
+    """Train a configuration that differs from ``config`` by ``overlay``, unless it has been."""
     last = run.checkpoints / "last.ckpt"
     if last.is_file() and read_checkpoint(last)["global_step"] == steps:
         return
-    overlay = run.write("overlay.yaml", yaml.safe_dump({"model": model}, sort_keys=False))
+    file = run.write("overlay.yaml", yaml.safe_dump(overlay, sort_keys=False))
     options = [f"--run_dir={run.folder}", f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
     with redirect_stdout(sys.stderr):
-        ddpm(["fit", f"-c={CONFIG}", f"-c={overlay}", *options, "--trainer.limit_val_batches=0", "--ckpt_path=last"])
+        ddpm(["fit", f"-c={config}", f"-c={file}", *options, "--trainer.limit_val_batches=0", "--ckpt_path=last"])
 
 
 def variances(module: DiffusionModule, x0: torch.Tensor) -> dict[str, process.ReverseVariance]:
@@ -134,7 +134,7 @@ def main(
     for number, (names, model) in enumerate(chosen.items(), start=1):
         print(f"{number} of {len(chosen)}: {', '.join(names)}", file=sys.stderr, flush=True)
         run = Run(out / "-".join(names).replace(" ", "_"))
-        train(model, steps, run)
+        train({"model": model}, steps, run)
         rows += rows_of(names, run, few, many, images)
     print(f"{steps} steps each, test images, averaged weights, bits/dim of the denoising form\n")
     heads = ("schedule", "objective", "variance", f"T = {few}", "own T", "continuous")

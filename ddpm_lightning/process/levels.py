@@ -72,6 +72,7 @@ class _NetworkLevel(Level):
     """An encoder and a decoder network, ``up`` and ``down``, which give a mean and a log variance for each value."""
 
     carry: float
+    fixed_encoder: bool
 
     def _check(self, **sizes: int) -> None:
         at_least(1, "", **sizes)
@@ -79,7 +80,13 @@ class _NetworkLevel(Level):
             raise InputError(f"carry = {self.carry:g} must lie in [0, 1)")
 
     def _set(self, below: Sequence[int], own: tuple[int, ...], up: nn.Module, down: nn.Module) -> tuple[int, ...]:
-        self.below, self.own, self.up, self.down = tuple(below), own, up, down
+        self.below, self.own, self.down = tuple(below), own, down
+        if self.fixed_encoder and self.below != own:
+            raise InputError(
+                f"fixed_encoder = true needs a state of the same shape as the one below, and they are {list(own)} and "
+                f"{list(below)}"
+            )
+        self.up = None if self.fixed_encoder else up
         self.kept = self.carry if self.below == own else 0.0
         return own
 
@@ -90,6 +97,9 @@ class _NetworkLevel(Level):
         return DiagonalGaussian(mean, math.log1p(-(self.kept**2)) + 12 * torch.tanh(log_var / 12))
 
     def encode(self, below: Tensor) -> DiagonalGaussian:
+        if self.up is None:
+            log_var = below.new_full((1,) * below.ndim, math.log1p(-(self.kept**2)))
+            return DiagonalGaussian(self.kept * below, log_var)
         return self._gaussian(below, self.up(below), self.own)
 
     def decode(self, own: Tensor, **cond: Any) -> DiagonalGaussian:
@@ -111,11 +121,21 @@ class ConvLevel(_NetworkLevel):
         blocks: residual blocks of each network.
         factor: the state's height and width are those below divided by it.
         carry: part of the state that is passed on at first, in [0, 1).
+        fixed_encoder: keep q(x_n | x_{n-1}) as it is at first, as in a diffusion model. It needs equal shapes.
     """
 
-    def __init__(self, channels: int, width: int = 32, blocks: int = 2, factor: int = 1, carry: float = 0.9) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int = 32,
+        blocks: int = 2,
+        factor: int = 1,
+        carry: float = 0.9,
+        fixed_encoder: bool = False,
+    ) -> None:
         super().__init__()
-        self.channels, self.width, self.blocks, self.factor, self.carry = channels, width, blocks, factor, carry
+        self.channels, self.width, self.blocks, self.factor = channels, width, blocks, factor
+        self.carry, self.fixed_encoder = carry, fixed_encoder
         self._check(channels=channels, width=width, factor=factor, blocks=blocks)
 
     def stand_on(self, below: Sequence[int]) -> tuple[int, ...]:
@@ -137,11 +157,12 @@ class VectorLevel(_NetworkLevel):
         size: length of the state.
         width: length of the hidden layers.
         carry: as in :class:`ConvLevel`.
+        fixed_encoder: as in :class:`ConvLevel`.
     """
 
-    def __init__(self, size: int, width: int = 256, carry: float = 0.9) -> None:
+    def __init__(self, size: int, width: int = 256, carry: float = 0.9, fixed_encoder: bool = False) -> None:
         super().__init__()
-        self.size, self.width, self.carry = size, width, carry
+        self.size, self.width, self.carry, self.fixed_encoder = size, width, carry, fixed_encoder
         self._check(size=size, width=width)
 
     def stand_on(self, below: Sequence[int]) -> tuple[int, ...]:
