@@ -4,10 +4,10 @@
     python scripts/compare_hierarchies.py --gflops 3000 --out runs/hierarchies
     python scripts/compare_hierarchies.py --data mnist --gflops 8000 --data_root data --out runs/hierarchies_mnist
 
-Every model is trained by ``ddpm fit`` with as many steps (128 digits, 32 images of MNIST) as fit into --gflops (convolutions and matrix
-products, forward and backward), by AdamW with one cycle of the learning rate, and its averaged weights are evaluated on
---images test images: the bound of its own T states, term by term. The errors are standard errors over training seeds.
-A training whose folder holds its last step already is not repeated.
+Every model is trained by ``ddpm fit`` with as many steps (of 128 digits, or 32 images of MNIST) as fit into --gflops
+(convolutions and matrix products, forward and backward), by AdamW with one cycle of the learning rate. Its averaged
+weights are evaluated on --images test images: the bound of its own T states, term by term. The errors are standard
+errors over training seeds. A training whose folder holds its last step already is not repeated.
 """
 
 import statistics

@@ -16,12 +16,16 @@ from ddpm_lightning.objectives import ConsistencyElbo, ContinuousElbo, Denoising
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import (
     CategoricalDecoder,
+    ConvLevel,
     DiffusionLevel,
     DiscretizedGaussian,
+    ForwardProcess,
     HierarchicalVAE,
     LinearLevel,
     PlainGaussian,
+    VectorLevel,
 )
+from ddpm_lightning.schedules import BetaChain
 
 SIZES = {1: [2, 3], 2: [3, 2, 1], 4: [2, 1, 3, 2, 2]}
 
@@ -190,6 +194,19 @@ def test_a_diffusion_model_is_a_hierarchy(estimator: ElboEstimator) -> None:
     assert torch.equal(ours.step_costs, theirs.step_costs)
 
 
+@pytest.mark.parametrize("level", [VectorLevel(16, carry=0.8, fixed_encoder=True), ConvLevel(1, 8, 1, 1, 0.8, True)])
+def test_a_fixed_encoder_is_a_step_of_a_diffusion_process(level: VectorLevel | ConvLevel) -> None:
+    """q(x_n | x_{n-1}) is that of a chain with 1 - beta = 0.8^2, and only the decoder is trained."""
+    shape = (16,) if isinstance(level, VectorLevel) else (1, 4, 4)
+    model = HierarchicalVAE([level], PlainGaussian(256), shape)
+    process = ForwardProcess(BetaChain([1 - 0.8**2, 0.5]))
+    x0 = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    ours, theirs = model.encoder_step(1, x0, x0), process.transition(x0, torch.tensor(0.0), torch.tensor(0.5))
+    torch.testing.assert_close(ours.mean, theirs.mean)
+    torch.testing.assert_close(ours.log_prob(x0), theirs.log_prob(x0), rtol=1e-6, atol=0)
+    assert {name.split(".")[2] for name, _ in model.named_parameters()} == {"down"}
+
+
 @pytest.mark.parametrize("steps", [None, 2])
 def test_the_entropy_in_closed_form_is_the_same_number_in_expectation(steps: int | None) -> None:
     x0 = draw_data(WORLD, (4000, 1, 4, 4), torch.Generator().manual_seed(0))
@@ -215,6 +232,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "steps": (
         lambda: ConsistencyElbo(steps=1)(linear_hierarchy([2, 2, 2, 2], 0), torch.zeros(1, 2).double()),
         "evaluate all steps",
+    ),
+    "fixed encoder": (
+        lambda: HierarchicalVAE([VectorLevel(3, fixed_encoder=True)], PlainGaussian(256), (2,)),
+        "level 1, VectorLevel: fixed_encoder = true needs a state of the same shape as the one below",
     ),
     "n": (lambda: DiffusionLevel(oracle_model(WORLD), 7), "n = 7 must lie in 1..6"),
 }

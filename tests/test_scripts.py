@@ -1,6 +1,7 @@
 """The commands that measure a run, and the script that compares trainings."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -231,4 +232,34 @@ def test_compare_choices_trains_once_and_reports_every_variance(tmp_path: Path) 
 )
 def test_compare_choices_refuses_bad_input(option: str, words: str) -> None:
     done = run_script("compare_choices.py", option)
+    assert done.returncode == 2 and words in done.stderr
+
+
+# --- compare_hierarchies
+
+
+def test_compare_hierarchies_gives_each_model_the_same_compute(tmp_path: Path) -> None:
+    options = ["--gflops=30", "--seeds=2", "--images=8", "--steps=3", f"--out={tmp_path}"]
+    done = run_script("compare_hierarchies.py", *options, "--only=T = 8")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "hierarchies.json").read_text())
+    names = ["hierarchy, T = 8", "+ one network: diffusion, T = 8"]
+    assert [(row["model"], row["seed"]) for row in rows] == [(name, seed) for name in names for seed in (0, 1)]
+    for row in rows:
+        parts = row["reconstruction"] + row["prior matching"] + row["between levels"]
+        assert row["bound"] == pytest.approx(parts) and row["reconstruction"] > 0
+    cost = {row["model"]: row["steps"] for row in rows}
+    spent = {
+        name: cost[name] * float(re.findall(rf"{re.escape(name)}: .* of (.*) GFLOP", done.stderr)[0]) for name in names
+    }
+    assert all(0.6 * 30 < each <= 30 for each in spent.values()), spent
+    assert rows[0]["bound"] != rows[1]["bound"] and all(name in done.stdout for name in names)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--gflops=0.1", "--gflops 0.1 is less than one step of 'VAE' costs"), ("--only=GAN", "--only GAN: none of")],
+)
+def test_compare_hierarchies_refuses_bad_input(option: str, words: str, tmp_path: Path) -> None:
+    done = run_script("compare_hierarchies.py", option, f"--out={tmp_path}")
     assert done.returncode == 2 and words in done.stderr

@@ -156,8 +156,6 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("overlays", BRIEFLY)
 def test_every_overlay_runs_on_every_config(overlays: str, config: str, mnist_root: Path, tmp_path: Path) -> None:
-    if config.startswith("hvae"):  # it has no denoising form to wait for
-        overlays = overlays.replace("early_stopping ", "")
     brief = BRIEFLY.get(overlays, [])
     small = [] if config in NOT_A_UNET else ["--model.network.width=8"]
     output = run_ddpm(
