@@ -44,16 +44,17 @@ CLOCKS = ("train/images_per_second",)  # differ between any two runs
 # the loop over validations counts anew in each epoch, and nothing reads its counts
 UNCOUNTED = ".loops.epoch_loop.val_loop"
 
-COMMON = f"""-c {ROOT}/configs/digits.yaml --data.batch_size=160 --data.limit_val=8 --data.limit_test=8
-    --model.network.width=8 --model.network.blocks=1 --model.schedule.T=12 --model.ema_decay=0.9
+COMMON = """--data.batch_size=160 --data.limit_val=8 --data.limit_test=8 --model.ema_decay=0.9
     --model.optimizer.lr=0.02 --model.lr_scheduler=StepLR --model.lr_scheduler.step_size=20
     --model.lr_scheduler.gamma=0.9 --trainer.accelerator=cpu --trainer.check_val_every_n_epoch=1
     --trainer.log_every_n_steps=3 --trainer.max_epochs=-1 --trainer.callbacks=[]
     --trainer.callbacks+=LastCheckpoint --trainer.callbacks.every_n_train_steps=5
     --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.filename=best
-    --trainer.callbacks.monitor=val/denoising/bits_per_dim --trainer.callbacks.enable_version_counter=false
-    --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/denoising/bits_per_dim
+    --trainer.callbacks.monitor=val/bits_per_dim --trainer.callbacks.enable_version_counter=false
+    --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/bits_per_dim
     --trainer.callbacks.patience=10000 --trainer.callbacks+=LearningRateMonitor --trainer.callbacks+=ImagesPerSecond"""
+DIGITS = f"-c {ROOT}/configs/digits.yaml --model.network.width=8 --model.network.blocks=1 --model.schedule.T=12"
+HIERARCHY = f"-c {ROOT}/configs/hvae_digits.yaml"
 BATCH_NORM = "--model.network=kill_resume.BatchNormNet --model.network.width=8"
 TIMES = "--model.objective.times"
 ACCUMULATE = "--trainer.accumulate_grad_batches"
@@ -67,6 +68,7 @@ CONFIGURATIONS = {
         --model.objective=ContinuousNegativeElbo {TIMES}=EquispacedTimes {ACCUMULATE}=2""",
     "classes": "--model.class_conditional=true --model.network.num_classes=10 --model.label_dropout=0.3",
     "batch_norm": f"{BATCH_NORM} {ACCUMULATE}=3",
+    "hierarchy": f"--model.objective.warmup=30 --model.objective.free_nats=0.5 {ACCUMULATE}=2",
 }
 """What each adds to the command line."""
 
@@ -253,7 +255,10 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for place, name in enumerate(names, start=1):
             share = kills * place // len(names) - done
-            options = f"{COMMON} {CONFIGURATIONS[name]} --trainer.max_steps={STEPS_A_KILL * (share + 1)} {several}"
+            base = HIERARCHY if name == "hierarchy" else DIGITS
+            options = (
+                f"{base} {COMMON} {CONFIGURATIONS[name]} --trainer.max_steps={STEPS_A_KILL * (share + 1)} {several}"
+            )
             straight, broken = (
                 Training(Path(folder) / name / which, options.split()) for which in ("straight", "broken")
             )
