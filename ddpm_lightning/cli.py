@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
@@ -27,12 +28,12 @@ from ddpm_lightning.commands import run_command
 from ddpm_lightning.configuration import PARSER_MODE, configuration_files
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
-from ddpm_lightning.data import ImageDataModule
+from ddpm_lightning.data.datamodule import ArrayDataModule
 from ddpm_lightning.data.own import instantiate_data
 from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.failures import end
 from ddpm_lightning.first_screen import answered
-from ddpm_lightning.links import follow_data
+from ddpm_lightning.links import fact_of, follow_data, keep_scale
 from ddpm_lightning.numbers import check_numbers, leaves
 from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 from ddpm_lightning.parse_errors import sentence
@@ -137,6 +138,11 @@ class DiffusionCLI(LightningCLI):
         parser.add_argument("--module", type=str, default=name, help="LightningModule, by its import path.")
         for fact in ("shape", "levels", "num_classes"):
             parser.link_arguments(f"data.{fact}", f"model.{fact}", apply_on="instantiate")
+        more = ("scale", "vector_size", "field_channels")
+        for fact in [each for each in more if each in signature(self._module).parameters]:
+            parser.link_arguments(
+                "data", f"model.{fact}", compute_fn=partial(fact_of, fact=fact), apply_on="instantiate"
+            )
         parser.link_arguments("data.levels", "model.decoder.init_args.levels", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -192,6 +198,7 @@ class DiffusionCLI(LightningCLI):
             with _own_code():
                 data = instantiate_data(described)
                 follow_data(config.model, data)
+                keep_scale(described, data)
                 self._dump_config()  # what the module keeps as its arguments: the data described
                 config.data = data
                 super().instantiate_classes()
@@ -240,7 +247,7 @@ class DiffusionCLI(LightningCLI):
             network = model.network if isinstance(self.model, DiffusionModule) else model
             parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
             data = self.datamodule
-            images = f" ({data.sizes['train']:,} training images)" if isinstance(data, ImageDataModule) else ""
+            images = f" ({data.sizes['train']:,} training images)" if isinstance(data, ArrayDataModule) else ""
             fast = self.config_init["fit"].trainer.fast_dev_run
             where = "fast_dev_run keeps nothing" if fast else f"run folder {self.trainer.default_root_dir}"
             print(

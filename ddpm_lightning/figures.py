@@ -18,25 +18,51 @@ from ddpm_lightning.process import ForwardProcess
 from ddpm_lightning.schedules import Schedule
 
 __all__ = [
-    "CostCurve", "cost_curves", "drawn", "forward_strip", "nearest_neighbours", "save_gif", "save_png",
-    "schedule_curves", "tile",
+    "CostCurve", "cost_curves", "drawn", "fields_in_grey", "forward_strip", "nearest_neighbours", "save_gif",
+    "save_png", "schedule_curves", "tile",
 ]  # fmt: skip
 
 
-def tile(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
+def tile(images: Tensor, levels: int | None, columns: int | None = None) -> Tensor:
     """Images uint8 ``[n, C, H, W]`` of that many grey levels side by side: a picture, uint8 ``[3, height, width]``.
 
     The highest level is white. Small images are enlarged by a whole factor. ``columns`` is the number of images in a
     row; None makes the picture as square as possible. One channel is grey and three are red, green and blue; any other
-    number is shown as so many grey pictures, the channels of an image side by side.
+    number is shown as so many grey pictures, the channels of an image side by side. With ``levels`` None they are
+    fields of real numbers ``[n, C, *space]``, shown by :func:`fields_in_grey`.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
+    if levels is None:
+        images, levels = fields_in_grey(images), 256
+        images = images.transpose(1, 2).flatten(2)[:, None]
     scaled = (images.cpu().double() * (255 / (levels - 1))).round().to(torch.uint8)
     if images.shape[1] not in (1, 3):
         scaled = scaled.transpose(1, 2).flatten(2)[:, None]
     factor = max(1, 32 // images.shape[-1])
     enlarged = scaled.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     return make_grid(enlarged, nrow=columns, padding=2, pad_value=64)
+
+
+def fields_in_grey(fields: Tensor, height: int = 32) -> Tensor:
+    """Fields of real numbers ``[n, C, *space]`` as pictures of 256 grey levels, uint8 ``[n, C, H, W]``.
+
+    All on one scale, from the 0.5 % quantile of all values (black) to that of 99.5 % (white). Of one dimension the
+    graph is drawn, ``height`` pixels high; of three the slice in the middle of the first one.
+    """
+    values = fields.cpu().double()
+    if values.ndim == 5:
+        values = values[:, :, values.shape[2] // 2]
+    some = values.flatten()[:: max(1, values.numel() // 100_000)]
+    low, high = torch.quantile(some, torch.tensor([0.005, 0.995], dtype=torch.float64))
+    unit = ((values - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+    if values.ndim == 3:
+        row = ((1 - unit) * (height - 1)).round().long()
+        # the pixels between a value and the next are filled, so that the graph is one line
+        after = torch.cat([row[..., 1:], row[..., -1:]], -1)
+        y = torch.arange(height)[:, None]
+        low_row, high_row = torch.minimum(row, after)[..., None, :], torch.maximum(row, after)[..., None, :]
+        return ((y >= low_row) & (y <= high_row)).to(torch.uint8) * 255
+    return (unit * 255).round().to(torch.uint8)
 
 
 def nearest_neighbours(samples: Tensor, nearest: Tensor, levels: int) -> Tensor:
@@ -49,17 +75,22 @@ def nearest_neighbours(samples: Tensor, nearest: Tensor, levels: int) -> Tensor:
     return torch.cat([top, line, below], 1)
 
 
-def forward_strip(forward_process: ForwardProcess, x0: Tensor, times: Tensor, generators: Generators = None) -> Tensor:
+def forward_strip(
+    forward_process: ForwardProcess, x0: Tensor, times: Tensor, generators: Generators = None, grey: bool = True
+) -> Tensor:
     """Images that lose their signal, each along one path of the forward process: a row for each image, a column for the
-    clean image and for each of the increasing ``times`` ``[K]`` in (0, 1]. Model range goes from black to white. Below
-    each column are its time t and its log SNR in nats.
+    clean image and for each of the increasing ``times`` ``[K]`` in (0, 1]. Model range goes from black to white, or
+    where the data are not ``grey``, all values are on one scale. Below each column are its time t and its log SNR in
+    nats.
     """
     states = [x0, *forward_process.path(x0, times, generators)]
     rows = torch.stack(states, 1).flatten(0, 1)
-    shown = ((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    shown = ((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if grey else rows
     log_snr = -forward_process.schedule.mean_gamma(times)
     names = [f"{t:.2f}" for t in times.tolist()], [f"{value:.1f}" for value in log_snr.tolist()]
-    return _labelled(tile(shown, 256, columns=len(states)), {"t": ["0", *names[0]], "log SNR": ["", *names[1]]})
+    return _labelled(
+        tile(shown, 256 if grey else None, columns=len(states)), {"t": ["0", *names[0]], "log SNR": ["", *names[1]]}
+    )
 
 
 def _labelled(picture: Tensor, rows: Mapping[str, Sequence[str]]) -> Tensor:

@@ -6,7 +6,9 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
-__all__ = ["follow_data"]
+from ddpm_lightning.data.datamodule import ArrayDataModule
+
+__all__ = ["fact_of", "follow_data", "keep_scale"]
 
 
 def follow_data(model: Namespace, data: LightningDataModule) -> None:
@@ -21,13 +23,31 @@ def follow_data(model: Namespace, data: LightningDataModule) -> None:
     channels = data.shape[0]  # type: ignore[attr-defined]  # checked
     module, _, name = model.variance.class_path.rpartition(".")
     outputs = getattr(import_module(module), name).network_outputs
-    known = {"channels": channels}
+    known = {"channels": channels, "dims": len(data.shape) - 1}  # type: ignore[attr-defined]  # checked
     if outputs > 1:
         known["out_channels"] = outputs * channels
     if model.class_conditional:
         known["num_classes"] = getattr(data, "num_classes", None)
+    for flag, fact in (("vector_conditional", "vector_size"), ("field_conditional", "field_channels")):
+        if model.get(flag):
+            known[fact] = fact_of(data, fact)
     _fill(model.network, known)
     _fill(model.get("encoder"), {"channels": channels})
+
+
+def fact_of(data: LightningDataModule, fact: str) -> Any:
+    """A fact of fields; None for other data, where an attribute of that name may be anything."""
+    return getattr(data, fact) if isinstance(data, ArrayDataModule) else None
+
+
+def keep_scale(described: Namespace, data: LightningDataModule) -> None:
+    """Write the mean and the standard deviation of fields, once measured, into the configuration of the data, so that
+    the run keeps them whatever file it is given later.
+    """
+    arguments: Any = described.get("init_args")
+    for name, values in (fact_of(data, "scale") or {}).items():
+        if isinstance(arguments, Namespace) and name in arguments:
+            arguments[name] = list(values)
 
 
 def _fill(part: Any, known: dict[str, Any]) -> None:

@@ -111,7 +111,8 @@ class DiffusionTrainer(Trainer):
                 MomentMatchingSampler, which guides by the gradient of the known pixels' likelihood.
             batch_size: images drawn at a time on each process.
             out: folder for what is written; null for the run's folder.
-            format: of the file of images: uint8 grey levels [n, C, H, W], with their labels.
+            format: of the file of images: uint8 grey levels [n, C, H, W], with their labels; of fields float32
+                [n, C, *space], in the units of the data.
             grid_images: so many at most of the images are shown in samples.png and samples.gif.
             gif: draw samples.gif too: these images on their way from noise.
             request: the other fields of SampleRequest.
@@ -123,18 +124,23 @@ class DiffusionTrainer(Trainer):
         for name, value in (("n", n), ("batch_size", batch_size), ("grid_images", grid_images)):
             if value < 1:
                 raise InputError(f"--{name} {value} must be 1 or more")
-        pixels = read_inpainting(known, mask, inpainting, n, model.shape, model.levels)
+        if model.levels is None and (known or mask or inpainting):
+            raise InputError("--known and --mask are pictures of grey levels, and this model draws fields")
+        pixels = read_inpainting(known, mask, inpainting, n, model.shape, model.levels or 0)
         asked = SampleRequest(inpainting=pixels, cap_steps=False, **request)
         drawing = asked.on(model)
         if gif and not isinstance(model.model, DiffusionModel):
             raise InputError("--gif true shows images on their way from noise: a hierarchical VAE has no such way")
+        if gif and len(model.shape) != 3:
+            raise InputError(f"--gif true shows data of two dimensions, and these have the shape {list(model.shape)}")
         if ckpt_path is None:
             raise InputError("sample needs a trained model: give --ckpt_path FILE, or last for the run's last one")
         folder = (Run(out) if out else Run.of(self)).folder
         settings = {"n": n, "ckpt_path": ckpt_path, "known": known, "mask": mask, **drawing.description()}
         metadata = {"seed": str(asked.seed), "settings": json.dumps(settings)}
         labelled = drawing.labels is not None
-        file = ImageFile(folder / "samples.safetensors", n * drawing.columns, model.shape, labelled, metadata)
+        real, count = model.levels is None, n * drawing.columns
+        file = ImageFile(folder / "samples.safetensors", count, model.shape, labelled, metadata, real)
         check_folder(folder, file.size * (2 if format == "npz" else 1), n)
         with hold(folder / ".samples.lock", "is being sampled into") if self.is_global_zero else nullcontext():
             checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)

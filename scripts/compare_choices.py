@@ -97,7 +97,7 @@ def rows_of(names: tuple[str, str], run: Run, few: int, many: int, images: int |
     shown = test.batch(torch.arange(len(test))[:images])
     bounds = (DenoisingElbo(T=few), DenoisingElbo(steps=min(many, module.ema_model.T - 1)), ContinuousElbo(many))
     rows = []
-    x0 = levels_to_model(trained.data.split("train").images[:500], module.levels)
+    x0 = levels_to_model(trained.data.split("train").images[:500], module.grey_levels)
     for name, variance in variances(module, x0).items():
         module.ema_model.reverse_process.variance = variance
         row: dict[str, Any] = {"schedule": names[0], "objective": names[1], "variance": name}

@@ -20,7 +20,6 @@ from bench_tools import flops_of
 from compare_choices import CONFIG, part, train
 
 from ddpm_lightning.command_line import run_script
-from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.metrics import bits_per_dim
@@ -122,7 +121,7 @@ def gflops_of(run: Run) -> float:
     """GFLOP of one training step, by the model that a run holds."""
     module, data = run.load()
     images = data.split("train").batch(torch.arange(16)).image  # type: ignore[attr-defined]
-    x0 = levels_to_model(images, module.levels)
+    x0 = module.scale.to_model(images)
     step = flops_of(lambda: module.objective(module.model, x0).mean().backward())
     return step * data.batch_size / len(x0) / 1e9  # type: ignore[attr-defined]
 

@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm_lightning.command_line import run_script
-from ddpm_lightning.data import Batch
 from ddpm_lightning.data.batches import Split
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.bound import model_facts
@@ -165,7 +164,9 @@ def main(
     real = test.batch(torch.arange(len(test)))
     comparisons = [
         Comparison(module, classifier, labelled_batches(real, 500), only=["frechet", "classes"]),
-        Comparison(module, classifier, labelled_batches(Batch(*(c[:n] for c in real)), 500), only=["precision_recall"]),
+        Comparison(
+            module, classifier, labelled_batches(real.map(lambda column: column[:n]), 500), only=["precision_recall"]
+        ),
     ]
 
     def add(name: str, batches: Sequence[Labelled], **row: Any) -> None:
@@ -199,7 +200,7 @@ def main(
             row = {"scale": scale, "evaluations": (1 if scale in (0, 1) else 2) * guidance_steps, "grid": "strided"}
             measure(f"guided, {scale:g}", draw(DPMSolverSampler(), guidance_steps, guidance_scale=scale), **row)
     results.write("quality.png", curves(rows, n))
-    results.write("quality_samples.png", first_images(rows, images, module.levels))
+    results.write("quality_samples.png", first_images(rows, images, module.grey_levels))
     print(as_table(rows))
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -153,3 +154,12 @@ class Evil:
 
     def __reduce__(self) -> tuple:
         return os.system, (self.command,)
+
+
+def own_data(config: str, folder: Path) -> list[str]:
+    """Options of a configuration that is for data of the user's own: a small file, written into the folder."""
+    if config != "fields.yaml":
+        return []
+    path = folder / "own.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(40, 1, 4, 6)).astype(np.float32))
+    return [f"--data.path={path}"]

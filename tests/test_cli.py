@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from builders import BuiltOnly, losses, refused, weights
+from builders import BuiltOnly, losses, own_data, refused, weights
 from conftest import ROOT, run_ddpm, run_ddpm_pair, run_ddpm_process
 from mnist_files import DATA_DIR, real_mnist
 from PIL import Image
@@ -25,10 +25,10 @@ OVERLAYS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if pat
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_config_is_parsed_and_instantiated(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    cli = BuiltOnly(["fit", "-c", f"configs/{name}", f"--run_dir={tmp_path}"])
+    cli = BuiltOnly(["fit", "-c", f"configs/{name}", f"--run_dir={tmp_path}/run", *own_data(name, tmp_path)])
     assert cli.model.shape == cli.datamodule.shape
     assert cli.model.ema_model.decoder.levels == cli.datamodule.levels
-    assert cli.config.fit.run_dir == str(tmp_path)
+    assert cli.config.fit.run_dir == str(tmp_path / "run")
 
 
 def test_lecture_config_is_the_lectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_number_of_levels_out_of_range(levels: int) -> None:
 
 def test_a_batch_holds_the_rows_that_its_index_names() -> None:
     split = numbered(23)
-    for image, label, index in take(train_batches(), 5):
+    for image, label, index, _ in take(train_batches(), 5):
         assert image.shape == (6, 1, 2, 3) and image.dtype == torch.uint8
         assert label.dtype == index.dtype == torch.int64
         assert torch.equal(image, split.images[index]) and torch.equal(label, split.labels[index])
@@ -177,7 +177,7 @@ def test_ranks_share_the_batch_of_one_process(world: int) -> None:
     whole = take(train_batches(), 7)
     shares = [take(train_batches(rank=rank, world=world), 7) for rank in range(world)]
     for step, batch in enumerate(whole):
-        for field in Batch._fields:
+        for field in ("image", "label", "index"):
             parts = [getattr(shares[rank][step], field) for rank in range(world)]
             assert {len(part) for part in parts} == {6 // world}
             assert torch.equal(torch.cat(parts), getattr(batch, field))

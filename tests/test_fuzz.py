@@ -5,14 +5,17 @@ is accepted is a number that the option can mean, or stands in ``MEANT`` with th
 """
 
 import math
+import tempfile
 import warnings
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from inspect import Parameter
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+import numpy as np
 import pytest
 import torch
 from builders import refused
@@ -37,12 +40,14 @@ SKIPPED = {
     "Decoder", "ElboEstimator",
     "FlowLikelihood", "ReplacementSampler", "MomentMatchingSampler", "ExactDivergence", "HutchinsonDivergence",
 }  # fmt: skip
+_OWN = Path(tempfile.mkdtemp()) / "own.npy"
+np.save(_OWN, np.zeros((20, 1, 4, 4), np.float32))
 # what else a class needs
 NEEDED: dict[str, Any] = {
     "schedule": LinearGamma(), "network": torch.nn.Identity(), "bound": ConsistencyElbo(), "times": UniformTimes(),
     "conditioning": GammaConditioning(), "shape": (1, 4, 4), "levels": 16, "channels": 1, "size": 8, "classes": 3,
     "sampler": DDIMSampler(), "gammas": [0.0], "eps_mse": [0.1], "scale": 2.0, "frequencies": (1.0,), "inputs": 1,
-    "outputs": 2, "width": 8, "blocks": 1, "images": 1, "dim": 8,
+    "outputs": 2, "width": 8, "blocks": 1, "images": 1, "dim": 8, "path": str(_OWN),
 }  # fmt: skip
 VALUES: list[Any] = [-1, 0, None, math.nan, math.inf, -math.inf, 1e30, 1e-320, 2.5, 2**64, True]
 # numbers that mean something, however strange, by NAME or CLASS.NAME, with the reason
@@ -58,7 +63,7 @@ MEANT = {
 }
 # 0 switches these off, or is a count that may be none
 ZERO = {
-    "seed", "eval_seed", "offset", "dropout", "blocks", "vlb_weight", "eta", "free_nats", "warmup", "carry",
+    "seed", "eval_seed", "split_seed", "memory_gb", "offset", "dropout", "blocks", "vlb_weight", "eta", "free_nats", "warmup", "carry",
     "interpolate_to", "patience", "min_delta", "weight_decay", "discount", "guidance_scale", "jump", "correction",
 }  # fmt: skip
 

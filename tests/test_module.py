@@ -109,7 +109,7 @@ def test_labels_are_dropped_image_by_image_from_the_training_generator() -> None
 
     def dropped(seed: int) -> torch.Tensor:
         module._generator = torch.Generator().manual_seed(seed)
-        return module._with_dropped(label)
+        return module._with_dropped({"label": label})["label"]
 
     first = dropped(0)
     without = first == 10

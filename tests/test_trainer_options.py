@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
-from builders import BuiltOnly, build, run_trainer
+from builders import BuiltOnly, build, own_data, run_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from mnist_files import write_mnist
@@ -162,6 +162,6 @@ def test_every_overlay_runs_on_every_config(overlays: str, config: str, mnist_ro
         "fit", "-c", f"configs/{config}.yaml", *(f"--config=configs/overlays/{name}.yaml" for name in overlays.split()),
         f"--run_dir={tmp_path}", *small, *brief, "--trainer.max_steps=2", "--trainer.limit_train_batches=2",
         "--trainer.check_val_every_n_epoch=1", "--data.batch_size=8", "--data.limit_val=2",
-        *([] if "digits" in config else [f"--data.root={mnist_root}"]),
+        *(own_data(f"{config}.yaml", tmp_path) or ([] if "digits" in config else [f"--data.root={mnist_root}"])),
     )  # fmt: skip
     assert "warn" not in output.lower(), output

@@ -3,7 +3,7 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
-from ddpm_lightning.data import ImageDataModule
+from ddpm_lightning.data.datamodule import ArrayDataModule
 from ddpm_lightning.errors import InputError, at_least, positive
 
 __all__ = ["BatchSizeTest", "LearningRateTest"]
@@ -47,8 +47,8 @@ class BatchSizeTest(BatchSizeFinder):
 
     def scale_batch_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning's connectors set it
-        if not isinstance(data, ImageDataModule):
-            raise InputError("BatchSizeTest needs an ImageDataModule, whose batch_size it changes")
+        if not isinstance(data, ArrayDataModule):
+            raise InputError("BatchSizeTest needs an ImageDataModule or Fields, whose batch_size it changes")
         # Lightning would go on to batches that the split cannot fill
         self._max_trials = min(self._max_trials, (data.sizes["train"] // self._init_val).bit_length())
         super().scale_batch_size(trainer, pl_module)

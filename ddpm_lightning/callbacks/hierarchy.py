@@ -8,11 +8,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ddpm_lightning.callbacks.publishing import publish_picture
-from ddpm_lightning.data import ImageDataModule, levels_to_model, model_to_levels
+from ddpm_lightning.data.datamodule import ArrayDataModule
 from ddpm_lightning.errors import at_least
 from ddpm_lightning.figures import tile
 from ddpm_lightning.ops import image_generators
-from ddpm_lightning.process import HierarchicalVAE
 from ddpm_lightning.sampling.request import slerp
 from ddpm_lightning.training import HierarchyModule
 
@@ -38,7 +37,7 @@ class LevelPictures(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = getattr(trainer, "datamodule", None)
-        wanted = trainer.state.fn == "fit" and not trainer.sanity_checking and isinstance(data, ImageDataModule)
+        wanted = trainer.state.fn == "fit" and not trainer.sanity_checking and isinstance(data, ArrayDataModule)
         if not (wanted and isinstance(pl_module, HierarchyModule)):
             return
         images = data.split("val").images[: self.n].to(pl_module.device)
@@ -49,25 +48,23 @@ class LevelPictures(Callback):
 
     def reconstructions(self, module: HierarchyModule, images: Tensor) -> Tensor:
         """The first picture's images, uint8 ``[(T + 1) n, C, H, W]``, of ``images`` uint8 ``[n, C, H, W]``."""
-        model = module.ema_model
         states = self._states(module, images)
-        rows = [self._decoded(model, state, n, module.levels) for n, state in enumerate(states, start=1)]
+        rows = [self._decoded(module, state, n) for n, state in enumerate(states, start=1)]
         return torch.cat([images, *rows])
 
     def walk(self, module: HierarchyModule, images: Tensor) -> Tensor:
         """The second picture's images, uint8 ``[T n, C, H, W]``, between the first two of ``images``."""
-        model = module.ema_model
         fraction = torch.linspace(0, 1, self.n, device=images.device)
         rows = []
         for n, state in enumerate(self._states(module, images[:2]), start=1):
             a, b = (end.expand(self.n, *end.shape) for end in state)
-            rows.append(self._decoded(model, slerp(a, b, fraction), n, module.levels))
+            rows.append(self._decoded(module, slerp(a, b, fraction), n))
         return torch.cat(rows)
 
     def _states(self, module: HierarchyModule, images: Tensor) -> list[Tensor]:
         generators = image_generators(self.seed, range(len(images)))
-        return module.ema_model.encoded(levels_to_model(images, module.levels), generators)
+        return module.ema_model.encoded(module.scale.to_model(images), generators)
 
-    def _decoded(self, model: HierarchicalVAE, state: Tensor, n: int, levels: int) -> Tensor:
+    def _decoded(self, module: HierarchyModule, state: Tensor, n: int) -> Tensor:
         # the same noise in each row: what differs comes from the states
-        return model_to_levels(model.generate(state, n, image_generators(self.seed, [0] * len(state))), levels)
+        return module.scale.to_data(module.ema_model.generate(state, n, image_generators(self.seed, [0] * len(state))))

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ddpm_lightning.callbacks.publishing import publish_picture
-from ddpm_lightning.data import ImageDataModule, levels_to_model
+from ddpm_lightning.data.datamodule import ArrayDataModule
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.figures import forward_strip, schedule_curves, tile
 from ddpm_lightning.ops import image_generators
@@ -83,15 +83,15 @@ class ForwardStrip(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, ImageDataModule):
+        if not isinstance(data, ArrayDataModule):
             return
         assert isinstance(pl_module, DiffusionModule)
         model = pl_module.model
-        x0 = levels_to_model(data.split("val").images[: self.n], pl_module.levels).to(pl_module.device)
+        x0 = pl_module.scale.to_model(data.split("val").images[: self.n].to(pl_module.device))
         times = strided_grid(model.grid, min(self.columns, model.T))[1:].to(pl_module.device)
         generators = image_generators(self.seed, range(len(x0)))
         with torch.no_grad():
-            picture = forward_strip(model.forward_process, x0, times, generators)
+            picture = forward_strip(model.forward_process, x0, times, generators, grey=pl_module.levels is not None)
         publish_picture(trainer, "forward process", picture, "forward.png")
 
 

@@ -5,8 +5,8 @@ DataLoader that fetches image by image (1.1 million against 28 thousand 28x28 im
 Trainer takes any iterable with a length.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -22,20 +22,28 @@ class Batch(NamedTuple):
     """What the model's steps receive."""
 
     image: Tensor
-    """uint8 ``[B, C, H, W]``, grey levels."""
+    """uint8 ``[B, C, H, W]``, grey levels; or float32 ``[B, C, *space]``, fields in their own units."""
     label: Tensor
     """int64 ``[B]``."""
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch has no use for
     """int64 ``[B]``, the row of each image in its split: the same image has the same index on every machine."""
+    cond: Mapping[str, Tensor] = {}
+    """Other conditions by name: ``vector`` float32 ``[B, K]``, ``field`` float32 ``[B, C', *space]``."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with each of its tensors changed."""
+        cond = {name: change(value) for name, value in self.cond.items()}
+        return Batch(change(self.image), change(self.label), change(self.index), cond)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """One of train, val and test, whole and in memory on one device."""
 
-    images: Tensor  # uint8 [N, C, H, W]
+    images: Tensor  # uint8 [N, C, H, W], or float32 [N, C, *space], which may lie in a file (stored.py)
     labels: Tensor  # int64 [N]
     pinned: bool = False  # batches lie in page-locked memory, from where they go to a GPU while it computes
+    cond: Mapping[str, Tensor] = field(default_factory=dict)  # other conditions by name, [N, ...]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -43,11 +51,18 @@ class Split:
     def batch(self, rows: Tensor) -> Batch:
         """A copy of the given rows (int64 ``[B]``), so that nothing done to a batch reaches the split."""
         rows = rows.to(self.images.device, non_blocking=True)
-        batch = Batch(self.images[rows], self.labels[rows], rows)
-        return Batch(*(column.pin_memory() for column in batch)) if self.pinned else batch
+        cond = {name: values[rows] for name, values in self.cond.items()}
+        batch = Batch(self.images[rows], self.labels[rows], rows, cond)
+        return batch.map(Tensor.pin_memory) if self.pinned else batch
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that it holds."""
+        return self.images.nbytes + self.labels.nbytes + sum(values.nbytes for values in self.cond.values())
 
     def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
+        cond = {name: values.to(device) for name, values in self.cond.items()}
+        return Split(self.images.to(device), self.labels.to(device), cond=cond)
 
     def chosen(self, count: int, seed: int) -> Batch:
         """A random choice of the images, all of them where there are fewer than ``count``."""

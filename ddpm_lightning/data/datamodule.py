@@ -1,5 +1,6 @@
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -8,7 +9,7 @@ from ddpm_lightning.data.batches import EvalBatches, Split, TrainBatches
 from ddpm_lightning.data.transforms import check_grey_levels
 from ddpm_lightning.errors import InputError
 
-__all__ = ["ImageDataModule", "OnDevice", "SplitName", "batches_done"]
+__all__ = ["ArrayDataModule", "ImageDataModule", "OnDevice", "SplitName", "batches_done"]
 
 SplitName = Literal["train", "val", "test"]
 OnDevice = bool | Literal["auto"]
@@ -29,32 +30,11 @@ def batches_done(trainer: Trainer) -> int:
     return total.processed  # type: ignore[attr-defined]  # Lightning types it too widely
 
 
-class ImageDataModule(LightningDataModule):
-    """Labelled uint8 images that fit into memory.
+class ArrayDataModule(LightningDataModule):
+    """Labelled arrays of one shape: splits that are served in an order that resumes exactly.
 
-    Your own data set states three facts about its images, tells the sizes of its splits and loads them::
-
-        import torch
-
-        from ddpm_lightning.data import ImageDataModule, Split, SplitName
-
-
-        class Photos(ImageDataModule):  # in photos.py
-            shape = (3, 32, 32)  # channels, height, width
-            levels = 256  # grey levels per channel, values 0..255
-            num_classes = 10
-
-            def __init__(self, root: str = "data", batch_size: int = 128, seed: int = 0) -> None:
-                super().__init__({"train": 45_000, "val": 5_000, "test": 10_000}, batch_size=batch_size, seed=seed)
-                self.root = root
-
-            def load(self, split: SplitName) -> Split:
-                images, labels = torch.load(f"{self.root}/{split}.pt")
-                return Split(images, labels)  # uint8 [N, 3, 32, 32] and int64 [N]
-
-    Then ``--data photos.Photos --data.root ...`` trains on it. Override ``prepare_data`` to download or to check
-    files; it runs once per machine and must not keep anything in ``self``. What ``load`` returns is compared with the
-    three facts and the sizes, so a mistake shows before the first step.
+    A subclass states the facts below, tells the sizes of its splits, and loads and checks them
+    (:class:`ImageDataModule`, ``data.fields.Fields``).
 
     Args:
         sizes: number of images in "train", "val" and "test".
@@ -69,12 +49,18 @@ class ImageDataModule(LightningDataModule):
             waiting for it. The batches are the same.
     """
 
-    shape: tuple[int, int, int]
-    """(channels, height, width)."""
-    levels: int
-    """Number of grey levels; pixels are 0..levels-1."""
-    num_classes: int
-    """Labels are 0..num_classes-1."""
+    shape: tuple[int, ...]
+    """(channels, *space)."""
+    levels: int | None
+    """Number of grey levels; None for real numbers."""
+    num_classes: int | None
+    """Labels are 0..num_classes-1; None for data without classes."""
+    scale: Mapping[str, Sequence[float]] | None = None
+    """``mean`` and ``std`` of each channel, by which real numbers are standardised; None for grey levels."""
+    vector_size: int | None = None
+    """Numbers in the condition ``vector`` of each row; None for data without."""
+    field_channels: int | None = None
+    """Channels of the condition ``field`` of each row; None for data without."""
 
     def __init__(
         self,
@@ -98,7 +84,7 @@ class ImageDataModule(LightningDataModule):
         self._splits: dict[SplitName, Split] = {}
 
     def load(self, split: SplitName) -> Split:
-        """Read one split: images uint8 ``[N, *shape]`` with values 0..levels-1, labels int64 ``[N]``.
+        """Read one split: images ``[N, *shape]``, labels int64 ``[N]``.
 
         Called at most once per split and process. The images and their order must be the same every time: the training
         order and the indices in a batch refer to rows.
@@ -114,7 +100,7 @@ class ImageDataModule(LightningDataModule):
         """The whole split, on every process, whatever the limits; loaded on first use."""
         if name not in self._splits:
             loaded = self.load(name)
-            self._check(name, loaded)
+            self.check(name, loaded)
             self._splits[name] = loaded
         return self._splits[name]
 
@@ -143,8 +129,7 @@ class ImageDataModule(LightningDataModule):
             return split
         on_device = self.on_device
         if on_device == "auto":
-            nbytes = split.images.nbytes + split.labels.nbytes
-            on_device = device.type != "cuda" or nbytes < torch.cuda.mem_get_info(device)[0] / 2
+            on_device = device.type != "cuda" or split.nbytes < torch.cuda.mem_get_info(device)[0] / 2
         return split.to(device) if on_device else replace(split, pinned=device.type == "cuda")
 
     def _rank_and_world(self) -> tuple[int, int]:
@@ -157,7 +142,53 @@ class ImageDataModule(LightningDataModule):
         # the first batches of the first epoch again and again
         return done % int(self.trainer.num_training_batches) if self.trainer.overfit_batches else done  # type: ignore[attr-defined]
 
-    def _check(self, name: SplitName, split: Split) -> None:
+    def check(self, name: SplitName, split: Split) -> None:
+        """Refuse, with an InputError, a split that is not what the facts say."""
+        raise NotImplementedError
+
+
+class ImageDataModule(ArrayDataModule):
+    """Labelled uint8 images that fit into memory.
+
+    Your own data set states three facts about its images, tells the sizes of its splits and loads them::
+
+        import torch
+
+        from ddpm_lightning.data import ImageDataModule, Split, SplitName
+
+
+        class Photos(ImageDataModule):  # in photos.py
+            shape = (3, 32, 32)  # channels, height, width
+            levels = 256  # grey levels per channel, values 0..255
+            num_classes = 10
+
+            def __init__(self, root: str = "data", batch_size: int = 128, seed: int = 0) -> None:
+                super().__init__({"train": 45_000, "val": 5_000, "test": 10_000}, batch_size=batch_size, seed=seed)
+                self.root = root
+
+            def load(self, split: SplitName) -> Split:
+                images, labels = torch.load(f"{self.root}/{split}.pt")
+                return Split(images, labels)  # uint8 [N, 3, 32, 32] and int64 [N]
+
+    Then ``--data photos.Photos --data.root ...`` trains on it. Override ``prepare_data`` to download or to check
+    files; it runs once per machine and must not keep anything in ``self``. What ``load`` returns is compared with the
+    three facts and the sizes, so a mistake shows before the first step.
+
+    Args:
+        sizes: number of images in "train", "val" and "test".
+        options: as of :class:`ArrayDataModule`.
+    """
+
+    shape: tuple[int, int, int]
+    """(channels, height, width)."""
+    levels: int
+    """Number of grey levels; pixels are 0..levels-1."""
+    num_classes: int
+
+    def __init__(self, sizes: dict[str, int], **options: Any) -> None:
+        super().__init__(sizes, **options)
+
+    def check(self, name: SplitName, split: Split) -> None:
         n = self.sizes[name]
         source = f"{type(self).__name__}.load({name!r})"
         if not isinstance(split, Split):

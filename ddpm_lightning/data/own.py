@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from ddpm_lightning.data.batches import Batch
+from ddpm_lightning.data.datamodule import ArrayDataModule
 from ddpm_lightning.data.transforms import check_grey_levels
 from ddpm_lightning.errors import InputError
 
@@ -34,6 +35,8 @@ def instantiate_data(described: Any) -> LightningDataModule:
 def _check_facts(data: LightningDataModule) -> None:
     name = type(data).__name__
     shape, levels, classes = (getattr(data, fact, None) for fact in ("shape", "levels", "num_classes"))
+    if isinstance(data, ArrayDataModule) and levels is None:
+        return
     if not (isinstance(shape, list | tuple) and len(shape) == 3 and all(_is_count(size) for size in shape)):
         raise InputError(
             f"{name}.shape is {shape}: give the class an attribute shape = (channels, height, width), "

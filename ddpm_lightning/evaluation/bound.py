@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any, Literal
@@ -27,6 +26,7 @@ def model_facts(module: GenerativeModule) -> dict[str, Any]:
     return {
         "dims": module.dims,
         "levels": module.levels,
+        "density_nats_in_data_units": module.scale.density_nats(module.shape) if model.decoder.is_density else None,
         "T": model.T,
         "weights": "averaged",
         "ema_decay": module.ema_decay,
@@ -66,17 +66,19 @@ def bound_report(module: GenerativeModule, stage: Literal["val", "test"], precis
     evaluated = ", ".join(f"{e.name}: {steps_in_words(e, model.T)}" for e in estimators)
     clipped, parts = facts.get("clip_x0"), facts.get("variance") or f"shapes {facts['shapes']}"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    over = "" if module.levels is None else f" over {module.levels} levels"
     head = [
         f"Bound on {images} images ({stage}), T = {model.T}, averaged weights after "
         f"{module.steps_trained} steps"
         + ("" if clipped is None else f", x0 {'clipped' if clipped else 'not clipped'}"),
-        f"{facts['decoder']} over {module.levels} levels, {parts}; reverse steps evaluated: {evaluated}",
+        f"{facts['decoder']}{over}, {parts}; reverse steps evaluated: {evaluated}",
         f"one draw for each image and step from eval_seed {module.eval_seed}; +- is the standard error over images",
         f"precision {precision}, {facts['device']}; {versions}",
     ]
     if model.decoder.is_density:
-        constant = math.log2((module.levels - 1) / 2)
-        head.append(f"A density on [-1, 1]: add {constant:.5f} bits/dim for units of one grey level.")
+        units = "the units of the data" if module.levels is None else "units of one grey level"
+        constant = bits_per_dim(-module.scale.density_nats(module.shape), module.dims)
+        head.append(f"A density of the model's values: add {constant:.5f} bits/dim for {units}.")
     chains = {estimator.name: estimator.evaluated(model.T) for estimator in estimators}
     with_bits = {form: {**terms, "bits_per_dim": terms["elbo"].in_bits(module.dims)} for form, terms in scores.items()}
     record = {

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddpm_lightning.data import Batch, levels_to_model
+from ddpm_lightning.data import Batch
 from ddpm_lightning.errors import at_least
 from ddpm_lightning.evaluation.bound import in_bits, mean_and_error, model_facts
 from ddpm_lightning.evaluation.trained import Trained
@@ -74,14 +74,14 @@ def flow(
 def _image_bits(trained: Trained, images: Batch, solver: ProbabilityFlow, probes: int, uniform: bool) -> Tensor:
     divergence = HutchinsonDivergence(probes) if probes else ExactDivergence()
     module, results = trained.diffusion, []
-    model, levels = module.ema_model, module.levels
+    model = module.ema_model
     for part in trained.batches(images, f"{solver.steps} steps"):
-        x0, generators = levels_to_model(part.image, levels), image_generators(trained.seed, part.index)
-        cond = {"label": part.label} if module.class_conditional else {}
+        x0, generators = module.scale.to_model(part.image), image_generators(trained.seed, part.index)
+        cond = module.condition(part)
         likelihood = solver.image_log_likelihood if uniform else solver.log_likelihood
         density = partial(_log_prob, likelihood, model, divergence=divergence, generators=generators, **cond)
         if uniform:
-            nats = dequantized_log_prob(density, x0, levels, generators)
+            nats = dequantized_log_prob(density, x0, module.grey_levels, generators)
         else:
             with torch.no_grad():
                 nats = decoded_log_prob(density, model, x0, generators, **cond)

@@ -42,7 +42,7 @@ def forms(trained: Trained, T: list[int] | None = None, images: int = 32, draws:
     """
     at_least(2, images=images, draws=draws)
     model, levels = trained.diffusion.ema_model, trained.data.split("test").images[:images].to(trained.device)
-    x0, rows = levels_to_model(levels, trained.diffusion.levels), []
+    x0, rows = levels_to_model(levels, trained.diffusion.grey_levels), []
     for states in T or [model.T]:
         chain = model.with_steps(states)
         found = {form.name: _draw(chain, form, x0, draws, trained.seed) for form in FORMS}

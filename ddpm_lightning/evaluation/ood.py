@@ -41,16 +41,16 @@ def enlarged_digits(module: DiffusionModule, count: int) -> tuple[Tensor, Tensor
     splits = [digits.split(name) for name in ("test", "val", "train")]
     images, labels = (torch.cat([getattr(split, name) for split in splits])[:count] for name in ("images", "labels"))
     x = interpolate(levels_to_model(images, digits.levels), size=module.shape[1:], mode="bilinear")
-    return model_to_levels(x, module.levels).expand(-1, module.shape[0], -1, -1).contiguous(), labels
+    return model_to_levels(x, module.grey_levels).expand(-1, module.shape[0], -1, -1).contiguous(), labels
 
 
 def outliers(module: DiffusionModule, inside: Batch, of_digits: bool, seed: int) -> dict[str, Batch]:
     """The sets by name. A set that makes no sense for the run is left out."""
     image = inside.image
     sets = {
-        "inverted": inside._replace(image=module.levels - 1 - image),
+        "inverted": inside._replace(image=module.grey_levels - 1 - image),
         "pixels shuffled": inside._replace(image=_shuffled(inside, seed + 1)),
-        "uniform noise": inside._replace(image=_uniform_noise(inside, module.levels, seed + 2)),
+        "uniform noise": inside._replace(image=_uniform_noise(inside, module.grey_levels, seed + 2)),
     }
     if image.shape[2] == image.shape[3]:
         sets = {"rotated by 90 degrees": inside._replace(image=image.rot90(dims=(2, 3))), **sets}
@@ -182,7 +182,7 @@ def ood(trained: Trained, images: int = 500, steps: int = 20, T: int | None = No
     }
     columns = {"index": inside.index.tolist(), **{name: values[name].tolist() for name in sets}}
     shown = {name: batch.image for name, batch in sets.items()}
-    picture = _histograms([row for row in rows if row["set"] in sets], shown, values, module.levels - 1)
+    picture = _histograms([row for row in rows if row["set"] in sets], shown, values, module.grey_levels - 1)
     chain = f"chain of T = {states} states, {evaluated} of its {(states or 0) - 1} steps, averaged weights, seed {seed}"
     trained.report("ood", f"{chain}\n\n{_table(rows)}", record, {"ood.csv": csv_text(columns), "ood.png": picture})
     return record

@@ -86,7 +86,7 @@ def named_classifier(module: GenerativeModule, name: str | None) -> tuple[str, F
     Raises:
         InputError: no such classifier, or one for other images.
     """
-    name = classifier_for(module.shape, module.levels) if name is None else name
+    name = classifier_for(module.shape, module.grey_levels) if name is None else name
     classifier = load_classifier(name)
     expected = (classifier.channels, classifier.size, classifier.size)
     if expected != module.shape:
@@ -111,7 +111,7 @@ class Comparison:
         real: Iterable[Labelled],
         only: Collection[str] | None = None,
     ) -> None:
-        self.levels, self.device = module.levels, module.device
+        self.levels, self.device = module.grey_levels, module.device
         self.metrics = QualityMetrics(classifier, only).to(module.device)
         self._add(real, True)
 
@@ -212,10 +212,10 @@ def quality(
     text, record = quality_report(module, samples, rows, len(test.image), name)
 
     train, on_cpu = data.split("train").images, judge.cpu()
-    points = points_of(train, module.levels, on_cpu)
+    points = points_of(train, module.grey_levels, on_cpu)
     medians, pictures = {}, []
     for row, levels in {"samples": torch.cat([x.cpu() for x, _ in drawn]), "test images": test.image}.items():
-        medians[row], picture = neighbours_of(levels, train, points, module.levels, on_cpu)
+        medians[row], picture = neighbours_of(levels, train, points, module.grey_levels, on_cpu)
         pictures.append(picture)
     gap = torch.full((3, 12, pictures[0].shape[2]), 255, dtype=torch.uint8)
     picture = torch.cat([pictures[0], gap, pictures[1]], 1)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ddpm_lightning.data import MNIST, Batch, ImageDataModule
+from ddpm_lightning.data import MNIST, Batch
+from ddpm_lightning.data.datamodule import ArrayDataModule
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.progress import tracked
 from ddpm_lightning.runs import Run
@@ -53,9 +54,9 @@ class Trained:
         return self.module
 
     @cached_property
-    def data(self) -> ImageDataModule:
+    def data(self) -> ArrayDataModule:
         data = Run(self.run).load_data()
-        if not isinstance(data, ImageDataModule):
+        if not isinstance(data, ArrayDataModule):
             raise InputError(
                 f"{type(data).__name__} gives its images in batches only, and this needs whole splits: derive it from "
                 "ddpm_lightning.data.ImageDataModule (ddpm test and ddpm predict do without)"
@@ -67,8 +68,8 @@ class Trained:
     def batches(self, images: Batch, what: str) -> Iterator[Batch]:
         """Images in batches on the device, with their progress."""
         starts = range(0, len(images.image), self.batch_size)
-        columns = [column.to(self.device) for column in images]
-        parts = (Batch(*(column[start : start + self.batch_size] for column in columns)) for start in starts)
+        images = images.map(lambda column: column.to(self.device))
+        parts = (images.map(lambda column: column[start : start + self.batch_size]) for start in starts)  # noqa: B023
         return tracked(parts, len(images.image), what)
 
     def results(self, name: str) -> Run:

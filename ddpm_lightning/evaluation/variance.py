@@ -7,7 +7,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.process import eps_mse_table, spread_times
@@ -46,8 +45,8 @@ def variance(trained: Trained, images: int = 2000, points: int = 40) -> dict[str
     def batches() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for part in rows.split(trained.batch_size):
             batch = split.batch(part)
-            condition = {"label": batch.label.to(module.device)} if module.class_conditional else {}
-            yield levels_to_model(batch.image.to(module.device), module.levels), condition
+            batch = batch.map(lambda column: column.to(module.device))
+            yield module.scale.to_model(batch.image), module.condition(batch)
 
     gammas, eps_mse = eps_mse_table(model, tracked(batches(), len(rows), "training images"), times, generator)
     lines = [f"{'gamma':>9} {'mean squared error of eps':>26}"]

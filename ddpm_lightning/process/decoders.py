@@ -26,6 +26,8 @@ class Decoder:
     """True where log_prob is a density on [-1, 1] rather than a probability of grey levels."""
 
     def __init__(self, levels: int) -> None:
+        if levels is None:
+            raise InputError(f"{type(self).__name__} is for grey levels, and fields have none: use PlainGaussian")
         if not 2 <= levels <= 256:
             raise InputError(f"levels = {levels} must lie between 2 and 256: these decoders model grey levels")
         self.levels = levels
@@ -143,9 +145,18 @@ class CategoricalDecoder(Decoder):
 
 
 class PlainGaussian(Decoder):
-    """The Gaussian density itself. Its bound is one on a density over [-1, 1]^D, not on grey levels."""
+    """The Gaussian density itself. Its bound is one on a density over the model's values, not on grey levels.
+
+    Args:
+        levels: number of grey levels of the data; None for fields.
+    """
 
     is_density = True
+
+    def __init__(self, levels: int | None = None) -> None:
+        if levels is not None:
+            super().__init__(levels)
+        self.levels = levels  # type: ignore[assignment]  # a density needs none
 
     def log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
         return gaussian.log_prob(x0)

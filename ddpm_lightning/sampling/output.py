@@ -27,8 +27,9 @@ class ImageFile:
     Args:
         path: the file to be.
         n: number of images.
-        shape: (C, H, W) of the images.
+        shape: (C, *space) of the images.
         labelled: with a class for each image.
+        real: float32 instead of uint8.
         metadata: the file's.
 
     Attributes:
@@ -37,14 +38,21 @@ class ImageFile:
     """
 
     def __init__(
-        self, path: Path, n: int, shape: tuple[int, ...], labelled: bool = False, metadata: Mapping[str, str] = {}
+        self,
+        path: Path,
+        n: int,
+        shape: tuple[int, ...],
+        labelled: bool = False,
+        metadata: Mapping[str, str] = {},
+        real: bool = False,
     ) -> None:
         self.path, self.n, self.metadata, self.written = path, n, dict(metadata), 0
         self.partial = path.with_name(f"{path.name}.partial")
         tensors: list[tuple[str, str, str, tuple[int, ...]]] = [("labels", "I64", "<i8", (n,))] if labelled else []
         header: dict[str, object] = {"__metadata__": self.metadata}
         places, end = {}, 0
-        for name, code, dtype, size in [*tensors, ("images", "U8", "u1", (n, *shape))]:
+        kind = ("F32", "<f4") if real else ("U8", "u1")
+        for name, code, dtype, size in [*tensors, ("images", *kind, (n, *shape))]:
             start, end = end, end + np.dtype(dtype).itemsize * math.prod(size)
             header[name] = {"dtype": code, "shape": size, "data_offsets": (start, end)}
             places[name] = dtype, start, size
@@ -73,7 +81,7 @@ class ImageFile:
 
         Args:
             indices: int64 ``[B]`` of the images, 0..n-1.
-            images: uint8 ``[B, C, H, W]``.
+            images: uint8 ``[B, C, H, W]``, or float32 ``[B, C, *space]`` of fields.
             labels: int64 ``[B]``, for a file with classes.
 
         Raises:

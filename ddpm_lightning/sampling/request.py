@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from functools import partial
 from inspect import signature
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_lightning.checkpoints.descriptions import describe
-from ddpm_lightning.data import model_to_levels
+from ddpm_lightning.data.stored import ArrayFile
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import expand_to, image_generators
 from ddpm_lightning.process import ClassifierFreeDenoiser, DiffusionModel, HierarchicalVAE
@@ -40,6 +42,10 @@ class SampleRequest:
         seed: seed of the images: x_T and the noise of image k are functions of the seed and k.
         labels: classes of a class-conditional model, for example [3] or [0,1,2], which the images take in turn; null
             for all classes in turn.
+        vectors: conditions of a vector-conditional model, for example [[0.27]] or [[0.26],[0.28]], which the images
+            take in turn.
+        fields: .npy file of the conditions of a field-conditional model, [C, *space] or [m, C, *space], which the
+            images take in turn.
         guidance_scale: of classifier-free guidance, for a class-conditional model trained with label_dropout: 1 is the
             model itself, at half the cost; above 1 draws sharper images of the class.
         interpolate_to: another seed: each row goes from image k of seed to image k of this one. Needs a sampler that
@@ -55,6 +61,8 @@ class SampleRequest:
     grid: TimeGrid | None = None
     seed: int = 0
     labels: list[int] | None = None
+    vectors: list[list[float]] | None = None
+    fields: str | None = None
     guidance_scale: float = 1.0
     interpolate_to: int | None = None
     interpolation_columns: int = 8
@@ -93,6 +101,7 @@ class Drawing:
         self.request, self.module = request, module
         self.sampler, self.grid = request.sampler or AncestralSampler(), request.grid or StridedGrid()
         self.labels = _labels(module, request.labels)
+        self._cond = _given(module, request)
         self._model = _guided(module, request.guidance_scale)
         model, steps = module.ema_model, request.steps
         if request.cap_steps and steps is not None:
@@ -125,7 +134,8 @@ class Drawing:
     def __call__(
         self, indices: Iterable[int] | Tensor, callback: Callable[[Tensor, Tensor], None] | None = None
     ) -> Tensor:
-        """Images by index, uint8 ``[n, C, H, W]`` grey levels; (x_t, t) is shown to ``callback`` at every state."""
+        """Images by index, uint8 ``[n, C, H, W]`` grey levels, or float32 ``[n, C, *space]`` fields in the units of the
+        data; (x_t, t) is shown to ``callback`` at every state."""
         index = indices.cpu() if isinstance(indices, Tensor) else torch.tensor([*indices])
         rows, label = index // self.columns, self.label(index)
         generators = image_generators(self.request.seed, rows)
@@ -135,10 +145,12 @@ class Drawing:
             x_T = slerp(x_T, other, index % self.columns / (self.columns - 1))
         if callback is not None:
             callback(x_T, self.times[-1].to(x_T.device))
-        cond = {} if label is None else {"label": label.to(x_T.device)}
+        cond = {name: values[rows % len(values)].to(x_T.device) for name, values in self._cond.items()}
+        if label is not None:
+            cond["label"] = label.to(x_T.device)
         sampler = self._sampler(rows)
         x0 = sampler(self._model, x_T, grid=self.times, generators=generators, callback=callback, **cond)
-        return model_to_levels(x0, self.module.levels)
+        return self.module.scale.to_data(x0)
 
     def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         prior = self._model.prior(torch.zeros(len(generators), *self.module.shape, device=self.module.device))
@@ -146,7 +158,7 @@ class Drawing:
 
     def _sampler(self, rows: Tensor) -> Sampler:
         inpainting = self.request.inpainting
-        return self.sampler if inpainting is None else inpainting.sampler(self.sampler, rows, self.module.levels)
+        return self.sampler if inpainting is None else inpainting.sampler(self.sampler, rows, self.module.levels or 0)
 
     def description(self) -> dict[str, Any]:
         """The request as plain data, as it was resolved."""
@@ -158,6 +170,8 @@ class Drawing:
             "steps": self.steps,
             "guidance_scale": request.guidance_scale,
             "labels": self.labels,
+            "vectors": request.vectors,
+            "fields": request.fields,
             "sampler": _described(self.sampler),
             "grid": _described(self.grid),
             "inpainting": None if request.inpainting is None else _described(self._sampler(torch.tensor([0]))),
@@ -180,7 +194,7 @@ class HierarchyDrawing:
     def __init__(self, request: SampleRequest, module: GenerativeModule) -> None:
         self.request, self.module = request, module
         free = {"seed", "cap_steps", *(("sampler", "steps") if request.cap_steps else ())}
-        for field in fields(SampleRequest):
+        for field in fields_of(SampleRequest):
             if field.name not in free and getattr(request, field.name) != field.default:
                 raise InputError(f"--{field.name} is for diffusion models: a hierarchical VAE is drawn level by level")
 
@@ -200,7 +214,7 @@ class HierarchyDrawing:
         if callback is not None:
             for _ in range(self.steps + 1):
                 callback(x0, torch.zeros((), device=x0.device))
-        return model_to_levels(x0, self.module.levels)
+        return self.module.scale.to_data(x0)
 
     def description(self) -> dict[str, Any]:
         """The request as plain data."""
@@ -239,10 +253,36 @@ def _labels(module: DiffusionModule, labels: list[int] | None) -> list[int] | No
     return labels
 
 
+def _given(module: DiffusionModule, request: SampleRequest) -> dict[str, Tensor]:
+    """The vectors and fields that the images take in turn, by the name that the network knows them by."""
+    found: dict[str, Tensor] = {}
+    for name, value in (("vector", request.vectors), ("field", request.fields)):
+        if (value is not None) != (name in module.conditions):
+            known = f"give one for each image with --{name}s" if value is None else f"leave --{name}s out"
+            what = "is told" if value is None else "is not told"
+            raise InputError(f"this model {what} a {name} of each image: {known}")
+    if request.vectors is not None:
+        size = module.hparams["vector_size"]
+        if not request.vectors or any(len(vector) != size for vector in request.vectors):
+            raise InputError(f"--vectors {request.vectors}: give a list of vectors of {size} numbers each")
+        found["vector"] = torch.tensor(request.vectors, dtype=torch.float32)
+    if request.fields is not None:
+        array = ArrayFile(request.fields, "--fields").array(None, "--fields")
+        shape = (module.hparams["field_channels"], *module.shape[1:])
+        values = torch.from_numpy(np.array(array.open()[:], np.float32))
+        values = values[None] if tuple(values.shape) == shape else values
+        if tuple(values.shape[1:]) != shape or not bool(values.isfinite().all()):
+            raise InputError(
+                f"--fields {request.fields}: has shape {list(values.shape)}: give finite numbers [m, *{list(shape)}]"
+            )
+        found["field"] = values
+    return found
+
+
 def _guided(module: DiffusionModule, scale: float) -> DiffusionModel:
     if scale == 1:
         return module.ema_model
-    if not module.class_conditional:
+    if not module.conditions:
         raise InputError(
             f"--guidance_scale {scale:g} needs a class-conditional model: train one with "
             "--model.class_conditional true and --model.label_dropout 0.1"

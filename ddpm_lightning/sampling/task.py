@@ -72,7 +72,9 @@ class SamplingTask(LightningModule):
                 # of diffusion models only (DiffusionTrainer.sample)
                 schedule = cast(DiffusionModel, self.module.ema_model).schedule
                 unit = torch.exp(-0.5 * schedule.log_unit_var(t))
-                frames.append(model_to_levels(x[filmed.to(x.device)] * unit.to(x), 256).cpu())
+                # of fields three standard deviations, of grey levels all
+                extent = 3 if self.module.levels is None else 1
+                frames.append(model_to_levels(x[filmed.to(x.device)] * unit.to(x) / extent, 256).cpu())
             if done:
                 bar.update(min(share, bar.total - bar.n))
 

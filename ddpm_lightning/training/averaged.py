@@ -1,6 +1,6 @@
 """A LightningModule that trains a model and keeps an average of it, wherever the weights of the two lie."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -42,7 +42,8 @@ class AveragedModule(RestorableModule):
     """
 
     shape: tuple[int, ...]
-    class_conditional: bool
+    conditions: Sequence[str]
+    num_classes: int | None
 
     def __init__(self, model: GenerativeModel, ema_decay: float, channels_last: ChannelsLast, compile: bool) -> None:
         super().__init__()
@@ -103,11 +104,11 @@ class AveragedModule(RestorableModule):
             return
         assert isinstance(self.model, DiffusionModel)  # setup
         network, variance = self.model.network, self.model.reverse_process.variance
-        label = 0 if self.class_conditional else None
+        sizes = {"label": self.num_classes or 1} if "label" in self.conditions else {}
         for model in (self.model, self.ema_model):
             model.to(strategy.root_device)
             synchronise(model)
-        shard_network(network, strategy.mesh, partial(check_network, network, variance, self.shape, label))
+        shard_network(network, strategy.mesh, partial(check_network, network, variance, self.shape, sizes))
         self._sharded = ShardedWeights(self.ema_model.network, strategy.mesh)
 
     @contextmanager

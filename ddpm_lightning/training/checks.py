@@ -11,7 +11,7 @@ from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.own_code import failure_in_own_code
 from ddpm_lightning.process import Decoder, DiffusionModel, GenerativeModel, ReverseVariance
 
-__all__ = ["check_bounds", "check_classes", "check_network", "check_options", "check_shapes"]
+__all__ = ["check_bounds", "check_conditions", "check_network", "check_options", "check_shapes"]
 
 
 _CALL = (
@@ -21,7 +21,7 @@ _CALL = (
 )
 
 
-def check_options(decoder: Decoder, levels: int, ema_decay: float) -> None:
+def check_options(decoder: Decoder, levels: int | None, ema_decay: float) -> None:
     """Refuse, with an InputError, a decoder for other grey levels, and a decay outside [0, 1)."""
     if decoder.levels != levels:
         raise InputError(
@@ -31,12 +31,15 @@ def check_options(decoder: Decoder, levels: int, ema_decay: float) -> None:
     _check_part("ema_decay", ema_decay)
 
 
-def check_classes(class_conditional: bool, num_classes: int | None, label_dropout: float) -> None:
-    """Refuse, with an InputError, options of a class-conditional model that do not go together."""
+def check_conditions(conditions: Sequence[str], sizes: Mapping[str, int | None], label_dropout: float) -> None:
+    """Refuse, with an InputError, conditions that the data do not have, and a dropout without conditions."""
     _check_part("label_dropout", label_dropout)
-    if class_conditional and num_classes is None:
+    if "label" in conditions and sizes["label"] is None:
         raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
-    if label_dropout > 0 and not class_conditional:
+    for name in ("vector", "field"):
+        if name in conditions and sizes[name] is None:
+            raise InputError(f"--model.{name}_conditional true: the data have no {name}; name one with --data.{name}")
+    if label_dropout > 0 and not conditions:
         raise InputError(f"--model.label_dropout {label_dropout:g} needs --model.class_conditional true")
 
 
@@ -46,9 +49,14 @@ def _check_part(name: str, value: float) -> None:
 
 
 def check_network(
-    network: nn.Module, variance: ReverseVariance, shape: tuple[int, ...], last_label: int | None
+    network: nn.Module,
+    variance: ReverseVariance,
+    shape: tuple[int, ...],
+    conditions: Mapping[str, int],
+    label_dropout: float = 0.0,
 ) -> None:
-    """Evaluate the network once, on zeros ``[2, C, H, W]`` and on labels up to ``last_label`` (None for no labels).
+    """Evaluate the network once, on zeros ``[2, C, *space]`` and on conditions: by name the number of classes, numbers
+    of the vector and channels of the field. With a dropout, the last row has none.
 
     Raises:
         InputError: it does not take images of ``shape``, or does not return what the variance needs.
@@ -57,14 +65,23 @@ def check_network(
     # in half precision Lightning changes torch's default type while it has the module make its parts
     x = torch.zeros(2, *shape, device=device, dtype=torch.float32)
     name = type(network).__name__
-    cond = {} if last_label is None else {"label": torch.tensor([0, last_label], device=device)}
+    cond: dict[str, Tensor] = {}
+    last_label = conditions.get("label", 1) - (0 if label_dropout else 1)
+    if "label" in conditions:
+        cond["label"] = torch.tensor([0, last_label], device=device)
+    space: dict[str, tuple[int, ...]] = {"vector": (), "field": shape[1:]}
+    for condition, size in space.items():
+        if condition in conditions:
+            cond[condition] = torch.zeros(2, conditions[condition], *size, device=device)
+            if label_dropout:
+                cond[condition][1] = torch.nan
     training = network.training
     network.eval()
     try:
         with torch.no_grad():
             output = network(x, x.new_full((2,), 0.5), **cond)
     except Exception as error:
-        labels = f" with labels from 0 to {last_label}" if cond else ""
+        labels = f" with labels from 0 to {last_label}" if "label" in cond else ""
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = failure_in_own_code(error) or what
         call = _CALL if isinstance(error, TypeError) and not isinstance(network, AdaptedNetwork) else ""
@@ -76,10 +93,10 @@ def check_network(
         network.train(training)
     if not isinstance(output, Tensor):
         raise InputError(f"{name} returns a {type(output).__name__} and no tensor{_CALL}")
-    channels, *size = shape
-    expected = [variance.network_outputs * channels, *size]
+    channels, *rest = shape
+    expected = [variance.network_outputs * channels, *rest]
     if list(output.shape) != [len(x), *expected]:
-        twice = variance.network_outputs == 1 and list(output.shape[1:]) == [2 * channels, *size]
+        twice = variance.network_outputs == 1 and list(output.shape[1:]) == [2 * channels, *rest]
         learned = ", or train its variance too, with --model.variance LearnedRangeVariance" if twice else ""
         raise InputError(
             f"{name} returns {list(output.shape[1:])} for images of shape {list(shape)}: "

@@ -1,6 +1,6 @@
 """The LightningModule of hierarchical VAEs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import currentframe
 
 from ddpm_lightning.objectives import ElboEstimator, Objective
@@ -20,8 +20,8 @@ class HierarchyModule(GenerativeModule):
         objective: the training loss: NegativeElbo.
         validation_bounds: estimators of the bound to run in validation: ConsistencyElbo or TrajectoryElbo.
         test_bounds: estimators of the bound to run in test and predict.
-        shape: (C, H, W) of the images.
-        levels: number of grey levels.
+        shape: (C, *space) of the data.
+        levels: number of grey levels; None for fields.
         optimizer: makes the optimiser of the model's parameters; None for a module that is only evaluated.
         lr_scheduler: makes a learning-rate scheduler, stepped after each optimiser step.
         ema_decay: decay of the average of the weights, in [0, 1).
@@ -29,6 +29,7 @@ class HierarchyModule(GenerativeModule):
         seed: seed of the training noise.
         eval_seed: seed of the noise in validation, test and predict.
         channels_last: memory format of the weights (``training/memory_format.py``).
+        scale: ``mean`` and ``std`` of each channel of fields; None for grey levels.
 
     Raises:
         InputError: no level, levels whose shapes do not chain, a decoder for other grey levels, an objective or a form
@@ -45,8 +46,8 @@ class HierarchyModule(GenerativeModule):
         objective: Objective,
         validation_bounds: Sequence[ElboEstimator],
         test_bounds: Sequence[ElboEstimator],
-        shape: tuple[int, int, int],
-        levels: int,
+        shape: tuple[int, ...],
+        levels: int | None,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: SchedulerFactory | None = None,
         ema_decay: float = 0.999,
@@ -54,6 +55,7 @@ class HierarchyModule(GenerativeModule):
         seed: int = 0,
         eval_seed: int = 0,
         channels_last: ChannelsLast = "auto",
+        scale: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         super().__init__(
             HierarchicalVAE(hierarchy, decoder, shape),
@@ -68,5 +70,6 @@ class HierarchyModule(GenerativeModule):
             seed,
             eval_seed,
             channels_last,
+            scale=scale,
         )
         self.keep_hyperparameters(currentframe())

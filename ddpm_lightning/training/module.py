@@ -1,6 +1,6 @@
 """The LightningModule: it composes a generative model from parts, trains it, averages it and measures its bound."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import currentframe
 from typing import Any, cast
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ddpm_lightning.data import Batch, levels_to_model
+from ddpm_lightning.data import Batch
 from ddpm_lightning.data.own import OwnBatches
+from ddpm_lightning.data.transforms import scale_of
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundMeans, BoundScores
 from ddpm_lightning.objectives import ElboEstimator, ElboTerms, Objective
-from ddpm_lightning.ops import Generators, image_generators, rand
+from ddpm_lightning.ops import Generators, expand_to, image_generators, rand
 from ddpm_lightning.process import (
     Decoder,
     DiffusionModel,
@@ -26,7 +27,13 @@ from ddpm_lightning.process import (
 )
 from ddpm_lightning.schedules import Schedule
 from ddpm_lightning.training.averaged import AveragedModule
-from ddpm_lightning.training.checks import check_bounds, check_classes, check_network, check_options, check_shapes
+from ddpm_lightning.training.checks import (
+    check_bounds,
+    check_conditions,
+    check_network,
+    check_options,
+    check_shapes,
+)
 from ddpm_lightning.training.memory_format import ChannelsLast
 from ddpm_lightning.training.optimization import OptimizerFactory, SchedulerFactory, make_optimizer, make_scheduler
 from ddpm_lightning.training.optimizers import MuonAdamW  # noqa: F401  # so that a configuration can write its name
@@ -56,7 +63,8 @@ class GenerativeModule(AveragedModule):
             few states, an objective that cannot train this model, a decay outside [0, 1).
     """
 
-    class_conditional = False
+    conditions: Sequence[str] = ()
+    """What the model is told of each row: ``label``, ``vector``, ``field``."""
     num_classes: int | None = None
     label_dropout = 0.0
 
@@ -67,7 +75,7 @@ class GenerativeModule(AveragedModule):
         validation_bounds: Sequence[ElboEstimator],
         test_bounds: Sequence[ElboEstimator],
         shape: Sequence[int],
-        levels: int,
+        levels: int | None,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: SchedulerFactory | None = None,
         ema_decay: float = 0.999,
@@ -75,14 +83,16 @@ class GenerativeModule(AveragedModule):
         eval_seed: int = 0,
         channels_last: ChannelsLast = "auto",
         compile: bool = False,
+        scale: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         check_options(model.decoder, levels, ema_decay)
         objective.check(model)
         super().__init__(model, ema_decay, channels_last, compile)
         self.shape, self.levels, self.objective = tuple(shape), levels, objective
+        self.scale = scale_of(levels, scale)
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
         self.seed, self.eval_seed = seed, eval_seed
-        self._own_batches = OwnBatches(self.shape, levels)
+        self._own_batches = OwnBatches(self.shape, levels or 0)
         self._generator: Generators = None
         self.bounds = {"val": list(validation_bounds), "test": list(test_bounds)}
         check_bounds(model, self.bounds)
@@ -94,8 +104,15 @@ class GenerativeModule(AveragedModule):
 
     @property
     def dims(self) -> int:
-        """Number of dimensions of an image, C*H*W."""
+        """Number of values of an image or field, C*H*W."""
         return int(np.prod(self.shape))
+
+    @property
+    def grey_levels(self) -> int:
+        """Number of grey levels; InputError for a model of fields, which has none."""
+        if self.levels is None:
+            raise InputError("this measures pictures of grey levels, and the model is one of fields")
+        return self.levels
 
     # ---------------------------------------------------------------- training
 
@@ -123,30 +140,40 @@ class GenerativeModule(AveragedModule):
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
         if isinstance(batch, Batch):
             return batch
-        return self._own_batches(batch, self.num_classes if self.class_conditional else None, self.trainer)
+        return self._own_batches(batch, self.num_classes if "label" in self.conditions else None, self.trainer)
 
     def _restart_own_batches(self) -> None:
         self._own_batches.restart()
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _restart_own_batches
 
-    def _condition(self, label: Tensor) -> dict[str, Tensor]:
-        return {"label": label} if self.class_conditional else {}
+    @property
+    def class_conditional(self) -> bool:
+        return "label" in self.conditions
+
+    def condition(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model is told of a batch, by name."""
+        known = {"label": batch.label, **batch.cond}
+        return {name: known[name] for name in self.conditions}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._generator = seed_batch(self.seed, self.trainer, self.device, batch_idx)
 
-    def _with_dropped(self, label: Tensor) -> Tensor:
-        """Each label ``[B]`` replaced by "no class" with probability ``label_dropout``; else nothing is drawn."""
+    def _with_dropped(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All conditions of a row replaced by none with probability ``label_dropout``; else nothing is drawn."""
         if self.label_dropout == 0:
-            return label
-        return torch.where(rand(label, self._generator) < self.label_dropout, cast(int, self.num_classes), label)
+            return cond
+        dropped = rand(next(iter(cond.values())), self._generator) < self.label_dropout
+        nothing = {"label": self.num_classes}
+        return {
+            name: torch.where(expand_to(dropped, value), cast(int, nothing.get(name, torch.nan)), value)
+            for name, value in cond.items()
+        }
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's mean over the batch, logged as ``train/loss`` every ``log_every_n_steps`` steps."""
-        x0 = levels_to_model(batch.image, self.levels)
-        label = self._with_dropped(batch.label)
-        loss = self.objective(self.model, x0, self._generator, **self._condition(label)).mean()
+        x0, cond = self.scale.to_model(batch.image), self._with_dropped(self.condition(batch))
+        loss = self.objective(self.model, x0, self._generator, **cond).mean()
         # logging costs as much as a step of a tiny network: only where the logger will write
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning's connectors set it
         if interval and (self.trainer.global_step + 1) % interval == 0:
@@ -172,9 +199,8 @@ class GenerativeModule(AveragedModule):
         return self._terms(estimator, batch).named()
 
     def _terms(self, estimator: ElboEstimator, batch: Batch) -> ElboTerms:
-        x0 = levels_to_model(batch.image, self.levels)
         generators = image_generators(self.eval_seed, batch.index)
-        return estimator(self.ema_model, x0, generators, **self._condition(batch.label))
+        return estimator(self.ema_model, self.scale.to_model(batch.image), generators, **self.condition(batch))
 
     def _means(self, stage: str) -> BoundMeans:
         return cast(BoundMeans, self.means[stage])
@@ -251,11 +277,11 @@ class DiffusionModule(GenerativeModule):
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers.
         class_conditional: give the network each image's class as ``label``.
         num_classes: number of classes in the data; a class-conditional model needs it.
-        label_dropout: probability that the network sees a training image of a class-conditional model without its class
-            (label ``num_classes``), in [0, 1): 0.1 or 0.2 for classifier-free guidance. Bounds are those of the
-            class-conditional model.
-        shape: (C, H, W) of the images.
-        levels: number of grey levels.
+        label_dropout: probability that the network sees a training row of a conditional model without its conditions
+            (label ``num_classes``, NaN in a vector or field), in [0, 1): 0.1 or 0.2 for classifier-free guidance.
+            Bounds are those of the conditional model.
+        shape: (C, *space) of the data.
+        levels: number of grey levels; None for fields.
         seed: seed of the training noise.
         eval_seed: seed of the noise in validation, test and predict.
         channels_last: let the channels of a pixel lie side by side in memory, which suits convolutions; "auto" does
@@ -263,6 +289,11 @@ class DiffusionModule(GenerativeModule):
         compile: let ``torch.compile`` fuse the network's operations in training. The first step takes minutes, and
             results differ by rounding. The averaged model is not compiled.
         encoder: m(x_0, t) of the forward process; None for the identity. Set ``clip_x0`` to false with another one.
+        scale: ``mean`` and ``std`` of each channel of fields; None for grey levels.
+        vector_conditional: give the network the data's condition ``vector``.
+        vector_size: numbers in it.
+        field_conditional: give the network the data's condition ``field``.
+        field_channels: channels of it.
 
     Raises:
         InputError: a network that does not take images of ``shape`` or does not return as many channels as the
@@ -285,8 +316,8 @@ class DiffusionModule(GenerativeModule):
         objective: Objective,
         validation_bounds: Sequence[ElboEstimator],
         test_bounds: Sequence[ElboEstimator],
-        shape: tuple[int, int, int],
-        levels: int,
+        shape: tuple[int, ...],
+        levels: int | None,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: SchedulerFactory | None = None,
         ema_decay: float = 0.999,
@@ -299,11 +330,19 @@ class DiffusionModule(GenerativeModule):
         channels_last: ChannelsLast = "auto",
         compile: bool = False,
         encoder: Encoder | None = None,
+        scale: Mapping[str, Sequence[float]] | None = None,
+        vector_conditional: bool = False,
+        vector_size: int | None = None,
+        field_conditional: bool = False,
+        field_channels: int | None = None,
     ) -> None:
-        check_classes(class_conditional, num_classes, label_dropout)
-        # num_classes itself stands for "no class"
-        last_label = (num_classes if label_dropout else num_classes - 1) if class_conditional and num_classes else None
-        check_network(network, variance, tuple(shape), last_label)
+        sizes = {"label": num_classes, "vector": vector_size, "field": field_channels}
+        flags = {"label": class_conditional, "vector": vector_conditional, "field": field_conditional}
+        conditions = [name for name, wanted in flags.items() if wanted]
+        check_conditions(conditions, sizes, label_dropout)
+        if clip_x0 and scale is not None:
+            raise InputError("--model.clip_x0 true clips x0 to [-1, 1], and fields go further: set it to false")
+        check_network(network, variance, tuple(shape), {name: sizes[name] or 0 for name in conditions}, label_dropout)
         model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0, encoder)
         check_shapes(model, tuple(shape))
         super().__init__(
@@ -320,6 +359,7 @@ class DiffusionModule(GenerativeModule):
             eval_seed,
             channels_last,
             compile,
+            scale,
         )
         self.keep_hyperparameters(currentframe())
-        self.class_conditional, self.num_classes, self.label_dropout = class_conditional, num_classes, label_dropout
+        self.conditions, self.num_classes, self.label_dropout = conditions, num_classes, label_dropout

@@ -39,9 +39,12 @@ _MEANING = (
     "parameterization",
     "conditioning",
     "class_conditional",
+    "vector_conditional",
+    "field_conditional",
     "num_classes",
     "shape",
     "levels",
+    "scale",
 )
 _FREE = {"dropout"}
 # switched on or off, an optimiser has other moments
