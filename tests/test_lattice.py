@@ -198,6 +198,7 @@ def test_phi4_does_not_depend_on_the_points(kappa: float, lam: float, monkeypatc
         (lambda: simulate_ising(4, 0.4, 1, seed=-1), "seed = -1"),
         (lambda: simulate_phi4(4, 1, 0.1, 0.1, 1, steps=0), "steps = 0"),
         (lambda: simulate_phi4(4, 1, 0.1, 0.1, 1, length=0.0), "length = 0"),
+        (lambda: simulate_phi4(8, 2, 0.1, 10.0, 25, updates=2, steps=8), "steps = 8"),
         (lambda: simulate_free_field(4, 1, 0.1, 0), "count = 0"),
         (lambda: energy(torch.ones(6, 1, 2), block=4), "block = 4"),
         (lambda: energy(torch.ones(6, 1, 2), block=6), "block = 6"),

@@ -17,6 +17,8 @@ from ddpm_lightning.lattice.sites import eigenvalues, site_sum
 
 __all__ = ["Chains", "simulate_free_field", "simulate_ising", "simulate_phi4"]
 
+_ENOUGH = 50  # trajectories, one of which a chain accepts unless something is wrong
+
 
 @dataclass(frozen=True, eq=False)
 class Chains:
@@ -93,27 +95,37 @@ def simulate_phi4(
         length: of a trajectory in its own time.
         steps: of a trajectory.
         seed: 0 or more.
+
+    Raises:
+        InputError: a chain never moved, so its samples mean nothing.
     """
     at_least(1, L=L, dim=dim, samples=samples, chains=chains, updates=updates, steps=steps)
     at_least(0, warm_up=warm_up)
     positive(length=length)
     generator, action = _generator(seed), Phi4Action(kappa, lam)
-    phi = torch.randn(chains, 1, *(L,) * dim, generator=generator)
-    recorder, accepted = _Recorder(phi, samples, updates), 0.0
+    # not wider: far out in the quartic wall leapfrog steps are unstable, and a chain would stay there
+    phi = 2 * torch.rand(chains, 1, *(L,) * dim, generator=generator) - 1
+    recorder, accepted = _Recorder(phi, samples, updates), torch.zeros(chains, dtype=torch.int64)
     with torch.no_grad():
         for number in range(warm_up + samples * updates):
-            phi, share = _trajectory(phi, action, length, steps, generator)
+            phi, accept = _trajectory(phi, action, length, steps, generator)
             phi = phi * _signs((chains, *(1,) * (phi.ndim - 1)), generator)
             if number >= warm_up:
-                accepted += share
+                accepted += accept
                 recorder.add(phi)
-    return recorder.chains(accepted / (samples * updates))
+    total = samples * updates
+    if total >= _ENOUGH and (stuck := int((accepted == 0).sum())):
+        raise InputError(
+            f"steps = {steps} of a trajectory of length {length:g} are too few: {stuck} of {chains} chains accepted"
+            f" none of {total} trajectories; give more steps or a shorter length"
+        )
+    return recorder.chains(accepted.double().mean().item() / total)
 
 
 def _trajectory(
     phi: Tensor, action: Action, length: float, steps: int, generator: torch.Generator
-) -> tuple[Tensor, float]:
-    """New fields, and the part of the chains that accepted theirs."""
+) -> tuple[Tensor, Tensor]:
+    """New fields, and which chains accepted theirs, bool ``[chains]``."""
     each = (len(phi), *(1,) * (phi.ndim - 1))
     step = length / steps * (0.8 + 0.4 * torch.rand(each, generator=generator))
     momentum = torch.randn(phi.shape, generator=generator)
@@ -125,7 +137,7 @@ def _trajectory(
         momentum.addcmul_(step, action.gradient(new), value=-0.5 if number == steps - 1 else -1.0)
     after = action(new) + 0.5 * site_sum(momentum.square())
     accept = torch.rand(len(phi), generator=generator, dtype=torch.float64) < torch.exp(before - after)
-    return torch.where(accept.reshape(each), new, phi), accept.double().mean().item()
+    return torch.where(accept.reshape(each), new, phi), accept
 
 
 def simulate_ising(
