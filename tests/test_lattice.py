@@ -38,7 +38,7 @@ from ddpm_lightning.lattice import (
 )
 
 CRITICAL = math.log(1 + math.sqrt(2)) / 2
-# computed with mpmath, by another hand, to 10 digits or more
+# computed apart from the package: Kaufman's formula, sums over modes, and quadrature with other points
 ORACLE: dict[str, list[dict[str, float]]] = json.loads((Path(__file__).parent / "data" / "lattice.json").read_text())
 EXACT: dict[str, tuple[Any, tuple[str, ...]]] = {
     "ising": (ising_exact, ("L", "beta")),
@@ -314,6 +314,16 @@ def test_phi4_samples_on_a_ring(N: int, kappa: float, lam: float) -> None:
     agree(susceptibility(phi, block=block), exact["susceptibility"])
     action = exact["entropy_nats_per_site"] - exact["logZ"] / N
     agree(mean_action(phi, Phi4Action(kappa, lam), block=block), action)
+
+
+@pytest.mark.parametrize(("kappa", "lam"), [(0.135, 0.1), (0.27, 0.022)])
+def test_phi4_on_the_smallest_square_is_a_ring(kappa: float, lam: float) -> None:
+    # its four sites have two neighbours each, by two bonds
+    chains = simulate_phi4(2, 2, kappa, lam, 50, chains=400, updates=2, warm_up=50, length=2.0, steps=10, seed=15)
+    phi, exact, block = chains.fields, phi4_ring_exact(4, 2 * kappa, lam), chains.block
+    agree(mean_square(phi, block=block), exact["phi2"])
+    agree(neighbour_product(phi, block=block), exact["nn"])
+    agree(susceptibility(phi, block=block), exact["susceptibility"])
 
 
 def test_a_coarse_trajectory_is_corrected_by_its_rejections() -> None:

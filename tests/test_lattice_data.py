@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_ddpm
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm_lightning.data import Ising, free_field_samples, lattice, phi4_samples
@@ -187,5 +188,6 @@ def test_the_configuration_trains_is_tested_and_samples(tmp_path: Path) -> None:
     assert "on Ising (64 training images)" in output
     saved = ["-c", f"{tmp_path}/run/config.yaml", *common, "--ckpt_path=last"]
     assert "bits/dim" in run_ddpm("test", *saved)
-    run_ddpm("sample", *saved, "--num_images=4")
-    assert (tmp_path / "run" / "samples.png").is_file()
+    run_ddpm("sample", *saved, "--n=4", f"--out={tmp_path}/samples")
+    drawn = load_file(tmp_path / "samples/samples.safetensors")["images"]
+    assert drawn.shape == (4, 1, 16, 16) and int(drawn.max()) <= 1
