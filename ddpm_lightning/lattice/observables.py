@@ -47,8 +47,6 @@ def specific_heat(phi: Tensor, beta: float, weights: Tensor | None = None, block
     positive(beta=beta)
     e = _bonds_per_site(phi)
     scale = beta**2 * _sites(phi)
-    # around a fixed value, or the difference would lose digits
-    e = e - e.mean()
     return jackknife(lambda m: scale * (m[..., 1] - m[..., 0].square()), _powers(e, 1, 2), weights, block)
 
 
