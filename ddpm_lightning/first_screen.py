@@ -38,7 +38,7 @@ _FIT: Options = [
     ("--ckpt_path last|best|FILE", "go on from a checkpoint"),
     ("--seed_everything N", "seed of the weights' start and of dropout"),
     ("", ""),
-    ("--data CLASS", "Digits, MNIST, or your own by its import path"),
+    ("--data CLASS", "Digits, MNIST, Ising, or your own by its import path"),
     ("--data.batch_size N", "images of a step, of all processes together"),
     ("--data.root FOLDER", "of MNIST: the folder that holds MNIST/raw"),
     ("", ""),

@@ -63,8 +63,9 @@ MEANT = {
 }
 # 0 switches these off, or is a count that may be none
 ZERO = {
-    "seed", "eval_seed", "split_seed", "memory_gb", "offset", "dropout", "blocks", "vlb_weight", "eta", "free_nats", "warmup", "carry",
+    "seed", "eval_seed", "offset", "dropout", "blocks", "vlb_weight", "eta", "free_nats", "warmup", "carry",
     "interpolate_to", "patience", "min_delta", "weight_decay", "discount", "guidance_scale", "jump", "correction",
+    "simulation_seed", "split_seed", "memory_gb",
 }  # fmt: skip
 
 

@@ -278,7 +278,7 @@ def test_a_guided_model_is_a_view(clip_x0: bool) -> None:
 def test_guidance_errors() -> None:
     base, x_t, t = ClassDenoiser(SCHEDULE), noise(2), torch.tensor(0.5)
     with pytest.raises(InputError, match=r"class-conditional model: train one with class_conditional = true"):
-        ClassifierFreeDenoiser(base, 2.0, None)
+        ClassifierFreeDenoiser(base, 2.0, None)(x_t, t, label=torch.zeros(2, dtype=torch.long))
     for denoiser in (ClassifierFreeDenoiser(base, 2.0, 2), ClassifierDenoiser(base, two_classes)):
         with pytest.raises(InputError, match="give label"):
             denoiser(x_t, t)

@@ -15,7 +15,7 @@ ROOT = Path(ddpm_lightning.__file__).parent
 PACKAGE = ROOT.name
 LAYERS = [
     ["errors", "ops", "distributions", "own_code"],
-    ["schedules", "networks"],
+    ["schedules", "networks", "lattice"],
     ["process"],
     ["objectives", "samplers", "metrics"],
     ["data", "checkpoints", "figures", "failures", "numbers", "command_line", "configuration", "progress"],

@@ -290,7 +290,7 @@ def test_batches_are_picked_on_the_device_of_the_images() -> None:
     for on_device in (True, "auto"):
         data = Elsewhere("meta", on_device=on_device)
         for batches in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
-            assert {column.device.type for column in first(batches)} == {"meta"}
+            assert {column.device.type for column in first(batches)[:3]} == {"meta"}
         assert data.split("train").images.device.type == "cpu"  # whoever looks at the split finds it where it was
     assert first(Elsewhere("meta", on_device=False).train_dataloader()).image.device.type == "cpu"
     on_cpu = Elsewhere("cpu")
@@ -308,7 +308,7 @@ def test_auto_looks_at_the_free_memory(monkeypatch: pytest.MonkeyPatch, free: in
     assert batches.split.pinned is pinned and moved == ([] if pinned else ["cuda"])
     batch, plain = first(batches), first(Digits().train_dataloader())
     assert moved == (["pinned"] * 3 if pinned else ["cuda"])
-    assert isinstance(batch, Batch) and all(torch.equal(a, b) for a, b in zip(batch, plain, strict=True))
+    assert isinstance(batch, Batch) and all(torch.equal(a, b) for a, b in zip(batch[:3], plain[:3], strict=True))
     moved.clear()
     Elsewhere("cuda", on_device=True).train_dataloader()
     assert moved == ["cuda"]

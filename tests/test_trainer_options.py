@@ -163,5 +163,6 @@ def test_every_overlay_runs_on_every_config(overlays: str, config: str, mnist_ro
         f"--run_dir={tmp_path}", *small, *brief, "--trainer.max_steps=2", "--trainer.limit_train_batches=2",
         "--trainer.check_val_every_n_epoch=1", "--data.batch_size=8", "--data.limit_val=2",
         *(own_data(f"{config}.yaml", tmp_path) or ([] if "digits" in config else [f"--data.root={mnist_root}"])),
+        *([f"--data.n_{split}=64" for split in ("train", "val", "test")] if config == "ising" else []),
     )  # fmt: skip
     assert "warn" not in output.lower(), output

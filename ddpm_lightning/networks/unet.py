@@ -1,20 +1,21 @@
-r"""A residual U-Net with optional self-attention and class conditioning.
+r"""A residual U-Net in one, two or three dimensions, with optional self-attention and conditions.
 
 The backbone of Ho et al. 2020 (arXiv 2006.11239, appendix B) with the scale-and-shift embedding of Nichol and
 Dhariwal 2021 (arXiv 2102.09672):
 
     block(h, e) = shortcut(h) + conv(dropout(silu((1 + scale(e)) norm(conv(silu(norm(h)))) + shift(e))))
 
-where e = MLP(sinusoids(time_scale t)) + class embedding. It is cheaper than the original in two places. Every block of
-the way down has one partner on the way up (not blocks + 1). A 1x1 convolution changes the channels before up-sampling,
-with which nearest-neighbour up-sampling commutes.
+where e = MLP(sinusoids(time_scale t)) + class embedding + MLP(vector). It is cheaper than the original in two places.
+Every block of the way down has one partner on the way up (not blocks + 1). A 1x1 convolution changes the channels
+before up-sampling, with which nearest-neighbour up-sampling commutes.
 
 On a CPU in bfloat16, keep the default memory format: channels_last makes the convolutions a fifth faster but
 GroupNorm seven to ten times slower (torch 2.14), which costs a quarter of the speed of a training step.
 """
 
-from collections.abc import Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ __all__ = ["UNet"]
 
 M = TypeVar("M", bound=nn.Module)
 
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
 
 class UNet(nn.Module):
-    """Residual U-Net: (x ``[B, C, H, W]``, t ``[B]``) to ``[B, out_channels, H, W]``. Its output is 0 at first.
+    """Residual U-Net: (x ``[B, C, *space]``, t ``[B]``) to ``[B, out_channels, *space]``. Its output is 0 at first.
 
     Level i works at 1 / 2**i of the full resolution with ``width * multipliers[i]`` channels. The last convolution
     of every residual branch and of the network starts at zero, so every block starts as its shortcut.
@@ -52,6 +55,13 @@ class UNet(nn.Module):
             (:class:`FourierFeatures`). They show the network noise that is far smaller than the image. A likelihood
             depends on this noise, samples do not. For L grey levels on [-1, 1] the frequency (L - 1) / 2 has the
             period of one level.
+        dims: dimensions of space, 1 to 3; None for 2, and on the command line for the data's.
+        padding: what convolutions see beyond the edge: "zeros", or "circular" for periodic lattices. With "circular"
+            the network commutes with shifts of its input by the total stride ``2 ** (len(multipliers) - 1)``, to
+            rounding.
+        vector_size: numbers in a condition ``vector``; None for none, and on the command line for the data's where the
+            model is told it.
+        field_channels: channels of a condition ``field``, which joins the input; None as for the vector.
     """
 
     def __init__(
@@ -67,9 +77,14 @@ class UNet(nn.Module):
         out_channels: int | None = None,
         time_scale: float = 1000.0,
         fourier: Sequence[float] = (),
+        dims: int | None = None,
+        padding: Literal["zeros", "circular"] = "zeros",
+        vector_size: int | None = None,
+        field_channels: int | None = None,
     ) -> None:
         super().__init__()
-        channels = 1 if channels is None else channels
+        channels, dims = 1 if channels is None else channels, 2 if dims is None else dims
+        self.dims, self.padding, self.vector_size, self.field_channels = dims, padding, vector_size, field_channels
         self.channels, self.out_channels, self.num_classes = channels, out_channels, num_classes
         self.width, self.multipliers, self.blocks = width, multipliers, blocks
         self.attention, self.heads, self.dropout = attention, heads, dropout
@@ -80,8 +95,10 @@ class UNet(nn.Module):
         levels = range(len(widths))
         embedding_width = 4 * width
 
+        conv = partial(_CONVOLUTIONS[dims], padding_mode=padding)
+
         def block(inputs: int, outputs: int, level: int) -> _Block:
-            return _Block(inputs, outputs, embedding_width, dropout, heads if level in attention else None)
+            return _Block(conv, inputs, outputs, embedding_width, dropout, heads if level in attention else None)
 
         self.sinusoids = SinusoidalEmbedding(embedding_width, scale=time_scale)
         self.time_mlp = nn.Sequential(
@@ -89,30 +106,51 @@ class UNet(nn.Module):
         )
         self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_width)
         self.features = FourierFeatures(fourier)
-        self.stem = nn.Conv2d(channels * self.features.copies, widths[0], 3, padding=1)
+        # a condition field and whether it is there
+        given = 0 if field_channels is None else field_channels + 1
+        self.stem = conv(channels * self.features.copies + given, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
             nn.ModuleList(block(widths[i], widths[i], i) for _ in range(counts[i])) for i in levels
         )
-        self.shrink = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1) for i in levels[:-1])
+        self.shrink = nn.ModuleList(conv(widths[i], widths[i + 1], 3, stride=2, padding=1) for i in levels[:-1])
         self.middle = nn.ModuleList([block(widths[-1], widths[-1], levels[-1])])
-        self.grow = nn.ModuleList(nn.Conv2d(widths[i + 1], widths[i], 1) for i in levels[:-1])
+        self.grow = nn.ModuleList(conv(widths[i + 1], widths[i], 1) for i in levels[:-1])
         self.up = nn.ModuleList(
             nn.ModuleList(block(2 * widths[i], widths[i], i) for _ in range(counts[i])) for i in levels
         )
         self.out_norm = _group_norm(widths[0])
-        self.out_conv = _zeroed(nn.Conv2d(widths[0], out_channels or channels, 3, padding=1))
+        self.out_conv = _zeroed(conv(widths[0], out_channels or channels, 3, padding=1))
+        self.vector_mlp: nn.Module | None = None
+        if vector_size is not None:
+            # the vector and whether it is there
+            self.vector_mlp = nn.Sequential(
+                nn.Linear(vector_size + 1, embedding_width), nn.SiLU(), nn.Linear(embedding_width, embedding_width)
+            )
 
-    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
-        """``[B, out_channels, H, W]`` in the dtype of ``x``, under autocast too.
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        label: Tensor | None = None,
+        vector: Tensor | None = None,
+        field: Tensor | None = None,
+    ) -> Tensor:
+        """``[B, out_channels, *space]`` in the dtype of ``x``, under autocast too.
 
         Args:
-            x: images ``[B, C, H, W]``; H and W are divisible by ``2 ** (len(multipliers) - 1)``.
+            x: images ``[B, C, *space]``; each size is divisible by ``2 ** (len(multipliers) - 1)``.
             t: one real number for each image, ``[B]``.
             label: classes ``[B]``, int64, in 0..num_classes; None (or ``num_classes``) is "no class".
+            vector: conditions ``[B, vector_size]``; None, or a row with NaN, is "no vector".
+            field: conditions ``[B, field_channels, *space]``; None, or a row with NaN, is "no field".
         """
-        self._check_inputs(x, t, label)
-        embedding: Tensor = silu(self._embed(x, t, label))
-        h: Tensor = self.stem(self.features(x))
+        self._check_inputs(x, t, label, vector, field)
+        embedding: Tensor = silu(self._embed(x, t, label, vector))
+        h = self.features(x)
+        if self.field_channels is not None:
+            h = torch.cat((h, _with_presence(field, (len(x), self.field_channels, *x.shape[2:]), x)), dim=1)
+        h = self.stem(h)
         skips: list[Tensor] = []
         for level, stage in enumerate(self.down):
             for block in cast(nn.ModuleList, stage):
@@ -130,12 +168,14 @@ class UNet(nn.Module):
         output: Tensor = self.out_conv(silu(self.out_norm(h)))
         return output.to(x.dtype)
 
-    def _embed(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    def _embed(self, x: Tensor, t: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:
         embedding: Tensor = self.time_mlp(self.sinusoids(t).to(x.dtype))
         if self.num_classes is not None and self.label_embedding is not None:
             if label is None:
                 label = torch.full_like(t, self.num_classes, dtype=torch.int64)
             embedding = embedding + self.label_embedding(label)
+        if self.vector_mlp is not None:
+            embedding = embedding + self.vector_mlp(_with_presence(vector, (len(x), self.vector_size or 0), x))
         return embedding
 
     def _check_arguments(self, counts: Sequence[int]) -> None:
@@ -158,19 +198,30 @@ class UNet(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not self.time_scale > 0:
             raise ValueError(f"time_scale must be positive, got {self.time_scale}")
-        for name, value in (("num_classes", self.num_classes), ("out_channels", self.out_channels)):
+        if self.dims not in _CONVOLUTIONS:
+            raise ValueError(f"dims must be 1, 2 or 3, got {self.dims}")
+        if self.padding not in ("zeros", "circular"):
+            raise ValueError(f"padding must be zeros or circular, got {self.padding}")
+        for name in ("num_classes", "out_channels", "vector_size", "field_channels"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be None or at least 1, got {value}")
 
-    def _check_inputs(self, x: Tensor, t: Tensor, label: Tensor | None) -> None:
+    def _check_inputs(
+        self, x: Tensor, t: Tensor, label: Tensor | None, vector: Tensor | None, field: Tensor | None
+    ) -> None:
         """Raise a ValueError for a wrong shape; no value is read, so a GPU is not waited for."""
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}")
-        divisor = 2 ** (len(self.multipliers) - 1)
-        if x.shape[2] % divisor or x.shape[3] % divisor:
+        if x.ndim != 2 + self.dims or x.shape[1] != self.channels:
+            space = ["L", "H, W", "D, H, W"][self.dims - 1]
             raise ValueError(
-                f"the image's size {x.shape[2]} x {x.shape[3]} is not divisible by {divisor}: pad the images, or give "
-                f"fewer multipliers (each one after the first halves the size)"
+                f"expected x of shape [B, {self.channels}, {space}], got {list(x.shape)}: the network has "
+                f"dims = {self.dims} and channels = {self.channels}"
+            )
+        divisor = 2 ** (len(self.multipliers) - 1)
+        if any(size % divisor for size in x.shape[2:]):
+            raise ValueError(
+                f"the image's size {' x '.join(map(str, x.shape[2:]))} is not divisible by {divisor}: pad the images, "
+                f"or give fewer multipliers (each one after the first halves the size)"
             )
         if t.shape != x.shape[:1]:
             raise ValueError(f"expected t of shape [{x.shape[0]}], one for each image, got {list(t.shape)}")
@@ -178,27 +229,45 @@ class UNet(nn.Module):
             raise ValueError("a label was given to an unconditional network: leave it out, or set num_classes")
         if label is not None and label.shape != t.shape:
             raise ValueError(f"expected label of shape [{x.shape[0]}], got {list(label.shape)}")
+        for name, value, size, rest, option in (
+            ("vector", vector, self.vector_size, (), "vector_size"),
+            ("field", field, self.field_channels, tuple(x.shape[2:]), "field_channels"),
+        ):
+            if value is None:
+                continue
+            if size is None:
+                raise ValueError(f"a {name} was given to a network without: leave it out, or set {option}")
+            if tuple(value.shape) != (len(x), size, *rest):
+                raise ValueError(f"expected {name} of shape {[len(x), size, *rest]}, got {list(value.shape)}")
 
 
 class _Block(nn.Module):
     """Residual block with scale-and-shift conditioning, then self-attention if ``heads`` is given.
 
-    ``forward(h [B, inputs, H, W], embedding [B, embedding]) -> [B, outputs, H, W]``
+    ``forward(h [B, inputs, *space], embedding [B, embedding]) -> [B, outputs, *space]``
     """
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, heads: int | None = None) -> None:
+    def __init__(
+        self,
+        conv: Callable[..., nn.Module],
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        dropout: float,
+        heads: int | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = _group_norm(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = conv(inputs, outputs, 3, padding=1)
         self.scale_shift = nn.Linear(embedding, 2 * outputs)
         self.norm2 = _group_norm(outputs)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        self.conv2 = _zeroed(conv(outputs, outputs, 3, padding=1))
+        self.shortcut = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
         self.attention = nn.Identity() if heads is None else _SelfAttention(outputs, heads)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.scale_shift(embedding)[(..., *(None,) * (h.ndim - 2))].chunk(2, dim=1)
         branch: Tensor = self.conv1(silu(self.norm1(h)))
         branch = silu(self.norm2(branch) * (1 + scale) + shift)
         branch = self.conv2(self.dropout(branch))
@@ -207,7 +276,7 @@ class _Block(nn.Module):
 
 
 class _SelfAttention(nn.Module):
-    """Residual multi-head self-attention over the H W pixels of each image, zero at first."""
+    """Residual multi-head self-attention over the pixels of each image, zero at first."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -221,6 +290,16 @@ class _SelfAttention(nn.Module):
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return h + self.out(mixed).transpose(1, 2).unflatten(2, h.shape[2:])
+
+
+def _with_presence(values: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A condition of that shape, and in one channel more 1; zeros for a row that has none."""
+    if values is None:
+        return like.new_zeros(shape[0], shape[1] + 1, *shape[2:])
+    known = values.flatten(1).isfinite().all(1).reshape(-1, *(1,) * (len(shape) - 1))
+    # where, not a product: NaN times 0 is NaN, in the gradient, too
+    values = torch.where(known, values, 0).to(like.dtype)
+    return torch.cat((values, known.to(like.dtype).expand(-1, 1, *shape[2:])), dim=1)
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -122,32 +122,35 @@ class ClassifierFreeDenoiser(Denoiser):
     sharper than the class and do not follow p(x_0) p(label | x_0)^scale.
 
     Each prediction costs two evaluations of the network, one at scales 1 and 0. The reverse variance is the variance of
-    the class. Calls need ``label`` ``[B]`` in 0..num_classes, where num_classes is "no class".
+    the class. Calls need ``label`` ``[B]`` in 0..num_classes, where num_classes is "no class", or another condition:
+    ``vector`` or ``field``. All that are given are guided together.
 
     Args:
-        denoiser: takes ``label`` ``[B]``, or None for no class; its network was trained with ``label_dropout``.
+        denoiser: takes the conditions, or None for none; its network was trained with ``label_dropout``.
         scale: weight of the class.
-        num_classes: number of classes of the network; None for an unconditional one, which is refused.
+        num_classes: number of classes of the network; None for one without classes, to which a label is refused.
     """
 
     def __init__(self, denoiser: Denoiser, scale: float, num_classes: int | None) -> None:
-        if num_classes is None:
-            raise InputError(
-                "classifier-free guidance needs a class-conditional model: train one with "
-                "class_conditional = true and label_dropout = 0.1"
-            )
         self.denoiser, self.schedule, self.scale, self.num_classes = denoiser, denoiser.schedule, scale, num_classes
 
-    def __call__(self, x_t: Tensor, t: Tensor, *, label: Tensor | None = None, **cond: Any) -> Prediction:
-        if label is None:
-            raise InputError("classifier-free guidance needs to know the class to draw: give label")
-        _check_label(label, len(x_t), self.num_classes)
+    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        if all(value is None for value in cond.values()):
+            raise InputError("classifier-free guidance needs to know the class to draw: give label, vector or field")
+        if cond.get("label") is not None:
+            if self.num_classes is None:
+                raise InputError(
+                    "classifier-free guidance needs a class-conditional model: train one with "
+                    "class_conditional = true and label_dropout = 0.1"
+                )
+            _check_label(cond["label"], len(x_t), self.num_classes)
+        nothing = dict.fromkeys(cond)
         if self.scale == 0:
-            return self.denoiser(x_t, t, label=None, **cond)
-        conditional = self.denoiser(x_t, t, label=label, **cond)
+            return self.denoiser(x_t, t, **nothing)
+        conditional = self.denoiser(x_t, t, **cond)
         if self.scale == 1:
             return conditional
-        unconditional = self.denoiser(x_t, t, label=None, **cond)
+        unconditional = self.denoiser(x_t, t, **nothing)
         # not torch.lerp, whose rounding depends on where in a batch a pixel lies
         x0, eps = (
             none + self.scale * (known - none)
