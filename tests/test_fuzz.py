@@ -58,6 +58,7 @@ MEANT = {
     "power": "0 is the simple loss, and negative powers weigh clean images more",
     "interpolation_columns": "compared with what else is asked for, where a request meets a model",
     "SampleRequest.steps": "compared with T, where a request meets a model",
+    "kappa": "of any sign: with a negative one neighbours differ",
     "eta": "0 is DDIM; values above 1 are refused",
     "guidance_scale": "0 is the model without classes, negative scales push away from the class",
 }
