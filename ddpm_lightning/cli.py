@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ddpm_lightning.callbacks.choice import choose_callbacks
 from ddpm_lightning.checkpoints.files import LAST
 from ddpm_lightning.command_line import own_error
-from ddpm_lightning.commands import run_command
+from ddpm_lightning.commands import COMMANDS, run_command
 from ddpm_lightning.configuration import PARSER_MODE, configuration_files
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
@@ -112,7 +112,8 @@ class DiffusionCLI(LightningCLI):
             parser_kwargs={
                 **parser_kwargs,
                 "description": "Train, evaluate and sample diffusion models. RUN is the folder of a run. There are "
-                "also: ddpm evaluate quality|ood|flow|forms|variance RUN, and ddpm export RUN.",
+                "also: ddpm evaluate quality|ood|flow|forms|variance RUN, ddpm reweight RUN, and "
+                "ddpm export RUN.",
                 # argparse's own usage is a page of 80 options before the one line of the error
                 **{name: {**parser_kwargs, "usage": f"ddpm {name} [RUN] [options]"} for name in self.subcommands()},
             },
@@ -325,7 +326,7 @@ def main(args: list[str] | None = None) -> None:
     find_own_modules()
     words = ["--help" if word == "--help_all" else word for word in words]
     try:
-        if words[:1] in (["evaluate"], ["export"]):
+        if words[:1] in (["evaluate"], *([name] for name in COMMANDS)):
             run_command(words[0], words[1:])
         else:
             DiffusionCLI(_of_a_run(words))

@@ -1,4 +1,4 @@
-"""``ddpm evaluate`` and ``ddpm export``: functions of a finished run, each with its docstring for a help text."""
+"""``ddpm evaluate``, ``export`` and others: functions of a finished run, each with its docstring for a help text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +10,12 @@ from ddpm_lightning.evaluation.flow import flow
 from ddpm_lightning.evaluation.forms import forms
 from ddpm_lightning.evaluation.ood import ood
 from ddpm_lightning.evaluation.quality import quality
+from ddpm_lightning.evaluation.reweighting import reweight
 from ddpm_lightning.evaluation.variance import variance
 from ddpm_lightning.export import export_onnx, export_program, save_model
 from ddpm_lightning.runs import Run
 
-__all__ = ["EVALUATIONS", "export", "run_command"]
+__all__ = ["COMMANDS", "EVALUATIONS", "export", "run_command"]
 
 Format = Literal["safetensors", "diffusers", "onnx", "torch_export"]
 SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "diffusers": "", "onnx": ".onnx", "torch_export": ".pt2"}
@@ -55,10 +56,13 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
     print(f"{to}: {path}")
 
 
+COMMANDS: dict[str, Callable[..., Any]] = {"reweight": reweight, "export": export}
+
+
 def run_command(name: str, args: list[str]) -> None:
-    """Run ``ddpm evaluate`` or ``ddpm export``, whichever ``name`` says, with the words after it."""
-    if name == "export":
-        call(export, args, "ddpm export")
+    """Run the command that ``name`` says with the words after it."""
+    if name in COMMANDS:
+        call(COMMANDS[name], args, f"ddpm {name}")
         return
     if args[0] not in EVALUATIONS:
         raise InputError(f"evaluate {args[0]}: there are {', '.join(EVALUATIONS)}")

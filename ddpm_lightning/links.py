@@ -23,7 +23,9 @@ def follow_data(model: Namespace, data: LightningDataModule) -> None:
     channels = data.shape[0]  # type: ignore[attr-defined]  # checked
     module, _, name = model.variance.class_path.rpartition(".")
     outputs = getattr(import_module(module), name).network_outputs
-    known = {"channels": channels, "dims": len(data.shape) - 1}  # type: ignore[attr-defined]  # checked
+    known = {"channels": channels}
+    if len(data.shape) != 3:  # type: ignore[attr-defined]  # for pictures it stays null, as in older checkpoints
+        known["dims"] = len(data.shape) - 1  # type: ignore[attr-defined]
     if outputs > 1:
         known["out_channels"] = outputs * channels
     if model.class_conditional:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,21 +20,53 @@ from ddpm_lightning.data.datamodule import ArrayDataModule, ImageDataModule, Spl
 from ddpm_lightning.data.untrusted import opened
 from ddpm_lightning.errors import InputError, at_least, positive
 from ddpm_lightning.lattice import (
+    Action,
     Chains,
+    Estimate,
     FreeFieldAction,
+    IsingAction,
     Phi4Action,
+    binder_cumulant,
+    energy,
+    free_field_exact,
+    ising_exact,
+    magnetisation,
+    mean_square,
+    neighbour_product,
+    phi4_ring_exact,
     simulate_free_field,
     simulate_ising,
     simulate_phi4,
+    susceptibility,
 )
 
-__all__ = ["FreeField", "Ising", "Phi4"]
+__all__ = ["FreeField", "Ising", "LatticeSystem", "Phi4"]
 
 _SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 # Not options: results of different runs are comparable only on the same data. A change of them, or of the simulators,
 # is a new version, whose files have other names.
 _VERSION = 1
 _CHAINS = 256
+
+
+@runtime_checkable
+class LatticeSystem(Protocol):
+    """What is known of the distribution of the data, and how its samples are looked at."""
+
+    couplings: list[float]
+    """The values of the parameter that the data may be conditioned on; one where they are not."""
+
+    def configurations(self, data: Tensor) -> Tensor:
+        """Data as they lie in a batch, as configurations ``[B, 1, *space]`` of the physical field."""
+
+    def action(self, coupling: float) -> Action:
+        """S, with p ~ exp(-S)."""
+
+    def exact(self, coupling: float) -> dict[str, float]:
+        """Known values by the names of :meth:`observables`, and ``log_Z``; empty where there are none."""
+
+    def observables(self, phi: Tensor, weights: Tensor | None = None, block: int = 1) -> dict[str, Estimate]:
+        """By name, of configurations, per site where they grow with the lattice."""
 
 
 class Ising(ImageDataModule):
@@ -76,6 +108,22 @@ class Ising(ImageDataModule):
         super().__init__({"train": n_train, "val": n_val, "test": n_test}, **kwargs)
         self.shape = (1, L, L)
         self.L, self.beta, self.root, self.simulation_seed = L, beta, root, simulation_seed
+
+        self.couplings = [beta]
+
+    def configurations(self, data: Tensor) -> Tensor:
+        """Spins -1 and 1, float32."""
+        return 2.0 * data.float() - 1
+
+    def action(self, coupling: float) -> IsingAction:
+        return IsingAction(coupling)
+
+    def exact(self, coupling: float) -> dict[str, float]:
+        known = ising_exact(self.L, coupling)
+        return {"energy": known["energy_per_spin"], "log_Z": known["logZ_per_spin"] * self.L**2}
+
+    def observables(self, phi: Tensor, weights: Tensor | None = None, block: int = 1) -> dict[str, Estimate]:
+        return {"energy": energy(phi, weights, block), **_magnetic(phi, weights, block)}
 
     def prepare_data(self) -> None:
         """Simulate the splits that are not there; InputError where they cannot be kept."""
@@ -145,6 +193,14 @@ class _LatticeFields(ArrayDataModule):
         images, cond = images[order], {name: values[order] for name, values in cond.items()}
         return Split(images, torch.zeros(count, dtype=torch.int64), cond=cond)
 
+    def configurations(self, data: Tensor) -> Tensor:
+        """As they are."""
+        return data
+
+    def observables(self, phi: Tensor, weights: Tensor | None = None, block: int = 1) -> dict[str, Estimate]:
+        square, neighbours = mean_square(phi, weights, block), neighbour_product(phi, weights, block)
+        return {"phi2": square, "nn": neighbours, **_magnetic(phi, weights, block)}
+
     def check(self, name: SplitName, split: Split) -> None:
         """Nothing: what is simulated here has the shape and the numbers that are stated."""
 
@@ -198,6 +254,16 @@ class Phi4(_LatticeFields):
         self._set(L, dim, kappa, root, simulation_seed)
         self.kappa, self.lam = kappa, lam
 
+    def action(self, coupling: float) -> Phi4Action:
+        return Phi4Action(coupling, self.lam)
+
+    def exact(self, coupling: float) -> dict[str, float]:
+        """Of a ring, by the transfer matrix; in more dimensions nothing is known."""
+        if self.dim > 1:
+            return {}
+        known = phi4_ring_exact(self.L, coupling, self.lam)
+        return {"log_Z": known["logZ"], **{name: known[name] for name in ("phi2", "nn", "susceptibility")}}
+
     def _samples(self, split: SplitName, coupling: float, count: int) -> Tensor:
         def simulate(seed: int) -> Chains:
             chains = min(_CHAINS, count)
@@ -242,11 +308,27 @@ class FreeField(_LatticeFields):
         self._set(L, dim, m2, root, simulation_seed)
         self.m2 = m2
 
+    def action(self, coupling: float) -> FreeFieldAction:
+        return FreeFieldAction(coupling)
+
+    def exact(self, coupling: float) -> dict[str, float]:
+        known = free_field_exact(self.L, self.dim, coupling)
+        values = {"log_Z": known["logZ"], "phi2": known["variance"], "nn": known["neighbour_covariance"]}
+        return {**values, "susceptibility": 1 / coupling, "Binder cumulant": 0.0}
+
     def _samples(self, split: SplitName, coupling: float, count: int) -> Tensor:
         def simulate(seed: int) -> Chains:
             return simulate_free_field(self.L, self.dim, coupling, count, seed=seed)
 
         return self._kept(split, f"free-m2_{float(coupling)!r}", count, simulate)
+
+
+def _magnetic(phi: Tensor, weights: Tensor | None, block: int) -> dict[str, Estimate]:
+    return {
+        "|m|": magnetisation(phi, weights, block),
+        "susceptibility": susceptibility(phi, weights, block),
+        "Binder cumulant": binder_cumulant(phi, weights, block),
+    }
 
 
 def _seed(seed: int, split: SplitName) -> int:

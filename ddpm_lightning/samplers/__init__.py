@@ -11,6 +11,7 @@ from ddpm_lightning.samplers.inpainting import (
     MomentMatchingSampler,
     ReplacementSampler,
 )
+from ddpm_lightning.samplers.paths import WeightedPaths, draw_paths, effective_sample_size, log_mean_weight
 from ddpm_lightning.samplers.probability_flow import (
     Divergence,
     ExactDivergence,
@@ -37,4 +38,8 @@ __all__ = [
     "ReplacementSampler",
     "Sampler",
     "State",
+    "WeightedPaths",
+    "draw_paths",
+    "effective_sample_size",
+    "log_mean_weight",
 ]
