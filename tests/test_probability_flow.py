@@ -156,7 +156,7 @@ def test_hutchinson_is_exact_for_independent_pixels(probes: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_image_s_density_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     model = elementwise_model()
-    x1, flow = start(model, (6, 1, 4, 4)).to(dtype), ProbabilityFlow(3, tolerance=30, max_steps=200)
+    x1, flow = start(model, (6, 1, 4, 4)).to(dtype), ProbabilityFlow(3, tolerance=14, max_steps=200)
 
     def run(order: list[int]) -> tuple[Tensor, ...]:
         generators: Generators = image_generators(4, order)
