@@ -17,7 +17,10 @@ so with the prior at t = 1 and the first state x_1
         \int_{\gamma_1}^{\gamma_T} \nabla_z \cdot (\tfrac12 a s v) \, d\gamma
 
 The rule of integration is Runge-Kutta's of order 4 on equal steps in gamma, in float64. How many steps are enough
-depends on the network and on the image: see :meth:`ProbabilityFlow.log_likelihood`, which finds out.
+depends on the network and on the image: see :meth:`ProbabilityFlow.log_likelihood`, which finds out. A network told the
+time can be rough in gamma between the states that it was trained on, and a clipped denoiser has kinks: there scipy's
+RK45 needed no fewer evaluations for the same error (docs/sampling.md). Besides, its steps are those of one image at a
+time, which is slow, or those of a batch, as torchdiffeq's are, and then an image's density depends on the others.
 """
 
 from collections.abc import Callable
