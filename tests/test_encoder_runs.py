@@ -64,9 +64,11 @@ def test_a_run_goes_on_bit_for_bit(run: Path) -> None:
 
 def test_a_run_is_evaluated_sampled_and_exported(run: Path, tmp_path: Path) -> None:
     folder = str(run / "whole")
-    forms = "[DenoisingElbo, ConsistencyElbo, TrajectoryElbo, ContinuousElbo]"
+    weighted = "{class_path: ImportanceWeightedElbo, init_args: {samples: 2}}"
+    forms = f"[DenoisingElbo, ConsistencyElbo, TrajectoryElbo, ContinuousElbo, {weighted}]"
     printed = run_ddpm("test", folder, "--data.limit_test=8", f"--model.test_bounds={forms}")
     assert "continuous   diffusion" in printed and "nan" not in printed
+    assert "iwae_2       jensen_gap" in printed and "one draw (iwae_2: 2) for each image" in printed
     run_ddpm("sample", folder, "--n=2", "--steps=3")
     file = tmp_path / "model.safetensors"
     run_ddpm("export", folder, "--to=safetensors", f"--out={file}")

@@ -12,7 +12,14 @@ from oracles import ScalarGaussianWorld, assert_mean, draw_data, linear_betas, o
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.objectives import ConsistencyElbo, ContinuousElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
+from ddpm_lightning.objectives import (
+    ConsistencyElbo,
+    ContinuousElbo,
+    DenoisingElbo,
+    ElboEstimator,
+    ImportanceWeightedElbo,
+    TrajectoryElbo,
+)
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import (
     CategoricalDecoder,
@@ -135,27 +142,103 @@ def test_the_plain_vae_has_no_consistency_term(T: int) -> None:
     assert (named["consistency"] == 0).all() == (T == 1)
 
 
-def test_with_the_exact_posterior_every_path_gives_log_p() -> None:
-    """Scalar states, so that the posterior of each step is a Gaussian of the encoder's form."""
-    model = linear_hierarchy([1, 1, 1, 1], seed=3)
+@torch.no_grad()
+def exact_encoder(model: HierarchicalVAE) -> torch.distributions.Normal:
+    """Give a hierarchy of scalar states its exact posterior, a Gaussian of the encoder's form; returns p(x_0)."""
     mean, var = torch.zeros(1).double(), torch.ones(1).double()
+    for level in reversed(model.levels):
+        a, b, v = level.down.weight[0], level.down.bias, level.log_var_down.exp()
+        below_mean, below_var = a * mean + b, a**2 * var + v
+        gain = a * var / below_var
+        level.up.weight.copy_(gain[None])
+        level.up.bias.copy_(mean - gain * below_mean)
+        level.log_var_up.copy_((var - gain * a * var).log())
+        mean, var = below_mean, below_var
+    return torch.distributions.Normal(mean, var.sqrt())
+
+
+def test_with_the_exact_posterior_every_path_gives_log_p() -> None:
+    model = linear_hierarchy([1, 1, 1, 1], seed=3)
+    p = exact_encoder(model)
     with torch.no_grad():
-        for level in reversed(model.levels):
-            a, b, v = level.down.weight[0], level.down.bias, level.log_var_down.exp()
-            below_mean, below_var = a * mean + b, a**2 * var + v
-            gain = a * var / below_var
-            level.up.weight.copy_(gain[None])
-            level.up.bias.copy_(mean - gain * below_mean)
-            level.log_var_up.copy_((var - gain * a * var).log())
-            mean, var = below_mean, below_var
         x0 = torch.linspace(-2, 2, 50).double()[:, None]
-        log_p = torch.distributions.Normal(mean, var.sqrt()).log_prob(x0)[:, 0]
+        log_p = p.log_prob(x0)[:, 0]
         torch.testing.assert_close(TrajectoryElbo()(model, x0).total, log_p, rtol=1e-10, atol=1e-10)
         assert_mean(ConsistencyElbo()(model, x0[:1].expand(20_000, 1)).total, float(log_p[0]))
+        terms = ImportanceWeightedElbo(5)(model, x0).named()
+        torch.testing.assert_close(terms["elbo"], log_p, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(terms["log_effective_paths"], torch.full_like(log_p, math.log(5)))
+
+
+# --- importance weights
+
+
+@torch.no_grad()
+def test_the_importance_weighted_bound_rises_to_log_p() -> None:
+    """Encoders wider than the posteriors and off their centres, so the weights have a variance."""
+    model = linear_hierarchy([1, 1, 1, 1], seed=3)
+    p = exact_encoder(model)
+    for level in model.levels:
+        level.log_var_up.add_(0.4)
+        level.up.bias.add_(0.3 * (0.5 * level.log_var_up).exp())
+    x0 = torch.full((4000, 1), 0.7).double()
+    log_p = float(p.log_prob(x0[0]))
+    ks = (1, 2, 5, 30)
+    draws = {k: ImportanceWeightedElbo(k)(model, x0, torch.Generator().manual_seed(k)).total for k in ks}
+    # E log w in closed form, and E w = p(x_0) for every K
+    assert_mean(draws[1], Joint(model, x0[0]).terms()["elbo"], max_se=0.02)
+    for total in draws.values():
+        assert total.dtype == torch.float64
+        assert_mean((total - log_p).exp(), 1.0, max_se=0.02)
+    gaps = [log_p - float(draws[k].mean()) for k in ks]
+    errors = [float(draws[k].std()) / math.sqrt(len(x0)) for k in ks]
+    for before, after, se in zip(gaps, gaps[1:], errors, strict=False):
+        assert before - after > 5 * se, gaps
+    # the gap is var(w) / (2 K p^2) to first order in 1/K (Burda et al. 2016; Domke & Sheldon 2018, 1808.09034)
+    variance = float((draws[1] - log_p).exp().var())
+    assert gaps[-1] == pytest.approx(variance / (2 * ks[-1]), rel=0.2, abs=4 * errors[-1])
+    assert gaps[-1] < 0.1 * gaps[0]
+
+
+@pytest.mark.parametrize("T", SIZES)
+def test_one_path_is_the_trajectory_form(T: int) -> None:
+    model = linear_hierarchy(SIZES[T], seed=T)
+    x0 = torch.randn(7, SIZES[T][0], generator=torch.Generator().manual_seed(0)).double()
+    ours = ImportanceWeightedElbo(1)(model, x0, image_generators(0, range(7)))
+    theirs = TrajectoryElbo()(model, x0, image_generators(0, range(7)))
+    assert torch.equal(ours.total, theirs.total) and torch.equal(ours.reconstruction, theirs.reconstruction)
+    assert ours.named()["log_effective_paths"].abs().max() < 1e-12
+
+
+def test_paths_are_independent_draws_and_the_terms_are_their_means() -> None:
+    diffusion = oracle_model(WORLD)
+    x0 = draw_data(WORLD, (6, 1, 4, 4), torch.Generator().manual_seed(0))
+    generators = image_generators(1, range(6))
+    paths = [TrajectoryElbo(T=4)(diffusion, x0, generators) for _ in range(3)]
+    estimator = ImportanceWeightedElbo(3, T=4)
+    terms = estimator(diffusion, x0, image_generators(1, range(6)))
+    totals = torch.stack([path.total for path in paths])
+    assert float(totals.std(0).min()) > 0.1
+    expected = totals.max(0).values + (totals - totals.max(0).values).exp().mean(0).log()
+    torch.testing.assert_close(terms.total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(terms.reconstruction, torch.stack([path.reconstruction for path in paths]).mean(0))
+    assert set(terms.named()) == set(estimator.term_kinds) and (terms.costs["jensen_gap"] < 0).all()
+    assert (estimator.name, estimator.evaluated(6)) == ("iwae_3", (4, 3))
+    # an image's bound does not depend on its batch
+    one = estimator(diffusion, x0[2:3], image_generators(1, [2]))
+    torch.testing.assert_close(one.total, terms.total[2:3], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_weights_far_beyond_floating_point_are_averaged() -> None:
+    model = HierarchicalVAE([LinearLevel(2)], PlainGaussian(levels=256), (2,)).double()
+    x0 = torch.tensor([[1e4, 1e4]]).double()
+    total = ImportanceWeightedElbo(4)(model, x0, torch.Generator().manual_seed(0)).total
+    assert total.isfinite().all() and float(total) < -1e6
 
 
 @pytest.mark.parametrize("decoder", [DiscretizedGaussian(16), CategoricalDecoder(16), PlainGaussian(16)])
-@pytest.mark.parametrize("estimator", [ConsistencyElbo(), TrajectoryElbo()])
+@pytest.mark.parametrize("estimator", [ConsistencyElbo(), TrajectoryElbo(), ImportanceWeightedElbo(3)])
 def test_the_decoders_of_a_diffusion_model_stand_at_the_bottom(decoder: Any, estimator: ElboEstimator) -> None:
     model = HierarchicalVAE([LinearLevel(5), LinearLevel(3)], decoder, (1, 2, 4))
     assert model.shapes == [(1, 2, 4), (5,), (3,)]
@@ -222,6 +305,7 @@ def test_the_entropy_in_closed_form_is_the_same_number_in_expectation(steps: int
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "T = 0": (lambda: HierarchicalVAE([], PlainGaussian(256), (2,)), "hierarchy = [] must hold one level at least"),
+    "samples": (lambda: ImportanceWeightedElbo(0), "samples = 0 must be 1 or more"),
     "size": (lambda: LinearLevel(0), "size = 0 must be 1 or more"),
     "denoising": (lambda: DenoisingElbo()(linear_hierarchy([2, 2], 0), torch.zeros(1, 2)), "the denoising form needs"),
     "continuous": (

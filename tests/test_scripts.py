@@ -181,13 +181,15 @@ def test_a_variance_that_cannot_be_measured(
 def test_the_flow_has_a_likelihood(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bits = {}
     for dequantization in ("decoder", "uniform"):
-        options = [f"--dequantization={dequantization}", "--images=12", "--batch_size=5", "--steps=8", "--check"]
+        options = [f"--dequantization={dequantization}", "--images=12", "--batch_size=5", "--steps=8", "--max_steps=40"]
         main(["evaluate", "flow", str(trained), f"--out={tmp_path}", *options])
         record = json.loads((tmp_path / "flow.json").read_text())
-        assert [row["evaluations"] for row in record["figures"]] == [32, 64] and record["images"] == 12
-        bits[dequantization] = record["figures"][1]["bits_per_dim"]
+        assert record["images"] == sum(record["steps"].values()) == 12 and set(record["steps"]) == {"35"}
+        assert 0 < record["numerical_error"] < 1 and record["se"] > 0
+        bits[dequantization] = record["bits_per_dim"]
         captured = capsys.readouterr().out
-        assert "16 steps, 64 evaluations" in captured and "twice the steps" in captured
+        assert f"standard error {record['se']:.4f} over 12 images, numerical error" in captured
+        assert ("WARNING" in captured) == (record["not_converged"] > 0) == (record["largest_error_nats"] > 0.1)
     # 20 steps of training: around the 4.09 bits of a uniform distribution over 17 levels
     assert all(1 < value < 6 for value in bits.values()), bits
     assert "--steps 0 must be 1 or more" in refused(capsys, "evaluate", "flow", str(trained), "--steps=0")
@@ -198,7 +200,7 @@ def test_results_lie_in_the_run_unless_told_otherwise(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(trained, target_is_directory=True)
-    main(["evaluate", "flow", "run", "--images=2", "--steps=1"])
+    main(["evaluate", "flow", "run", "--images=2", "--steps=1", "--max_steps=7"])
     assert sorted(path.name for path in (trained / "flow").iterdir()) == ["flow.json", "flow.txt"]
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -72,27 +72,33 @@ def bound_report(module: GenerativeModule, stage: Literal["val", "test"], precis
         f"{module.steps_trained} steps"
         + ("" if clipped is None else f", x0 {'clipped' if clipped else 'not clipped'}"),
         f"{facts['decoder']}{over}, {parts}; reverse steps evaluated: {evaluated}",
-        f"one draw for each image and step from eval_seed {module.eval_seed}; +- is the standard error over images",
+        f"{_draws_in_words(estimators)} for each image and step from eval_seed {module.eval_seed}; +- is the standard "
+        "error over images",
         f"precision {precision}, {facts['device']}; {versions}",
     ]
     if model.decoder.is_density:
         units = "the units of the data" if module.levels is None else "units of one grey level"
         constant = bits_per_dim(-module.scale.density_nats(module.shape), module.dims)
         head.append(f"A density of the model's values: add {constant:.5f} bits/dim for {units}.")
-    chains = {estimator.name: estimator.evaluated(model.T) for estimator in estimators}
+    chains = {estimator: estimator.evaluated(model.T) for estimator in estimators}
     with_bits = {form: {**terms, "bits_per_dim": terms["elbo"].in_bits(module.dims)} for form, terms in scores.items()}
     record = {
         "stage": stage,
         "images": images,
         **facts,
         "precision": precision,
-        "bounds": {name: {"T": T, "steps_evaluated": steps, "draws": 1} for name, (T, steps) in chains.items()},
+        "bounds": {e.name: {"T": T, "steps_evaluated": steps, "draws": e.draws} for e, (T, steps) in chains.items()},
         "figures": {
             form: {name: {"mean": score.mean, "se": score.se} for name, score in terms.items()}
             for form, terms in with_bits.items()
         },
     }
     return "\n".join([*head, "", bound_table(scores, module.dims)]), record
+
+
+def _draws_in_words(estimators: Iterable[ElboEstimator]) -> str:
+    more = "".join(f" ({e.name}: {e.draws})" for e in estimators if e.draws > 1)
+    return f"one draw{more}"
 
 
 def steps_in_words(estimator: ElboEstimator, own_T: int) -> str:

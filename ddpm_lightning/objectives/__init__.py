@@ -6,6 +6,7 @@ from ddpm_lightning.objectives.elbo import (
     DenoisingElbo,
     ElboEstimator,
     ElboTerms,
+    ImportanceWeightedElbo,
     TermKind,
     TrajectoryElbo,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "EquispacedTimes",
     "HybridObjective",
     "ImportanceTimes",
+    "ImportanceWeightedElbo",
     "LogitNormalTimes",
     "LogitNormalWeighting",
     "MinSNRWeighting",

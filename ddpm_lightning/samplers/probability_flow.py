@@ -16,9 +16,11 @@ so with the prior at t = 1 and the first state x_1
     \log p(x_1) = \log p(x_T) + D \log \frac{n_T}{n_1} +
         \int_{\gamma_1}^{\gamma_T} \nabla_z \cdot (\tfrac12 a s v) \, d\gamma
 
-The field is smooth in gamma and nearly vanishes towards low noise. So Runge-Kutta's rule of order 4 on equal steps in
-gamma, in float64, does what an adaptive solver would do. Every image takes the same number of evaluations, and the
-density of an image does not depend on its batch. Compare ``steps`` with twice as many to see the error that is left.
+The rule of integration is Runge-Kutta's of order 4 on equal steps in gamma, in float64. How many steps are enough
+depends on the network and on the image: see :meth:`ProbabilityFlow.log_likelihood`, which finds out. A network told the
+time can be rough in gamma between the states that it was trained on, and a clipped denoiser has kinks: there scipy's
+RK45 needed no fewer evaluations for the same error (docs/sampling.md). Besides, its steps are those of one image at a
+time, which is slow, or those of a batch, as torchdiffeq's are, and then an image's density depends on the others.
 """
 
 from collections.abc import Callable
@@ -28,13 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_lightning.errors import InputError, at_least
+from ddpm_lightning.errors import InputError, at_least, positive
 from ddpm_lightning.ops import Generators, as_times, expand_to, randn_like, sum_per_image
 from ddpm_lightning.process import DiffusionModel
 from ddpm_lightning.schedules import logsnr_grid
 
 __all__ = ["Divergence", "ExactDivergence", "FlowLikelihood", "HutchinsonDivergence", "ProbabilityFlow"]
 
+_STAGES = 4  # evaluations of the network in a step
 _Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(z, t) -> dz/d gamma ``[B, C, H, W]`` and its divergence ``[B]``."""
 
@@ -71,42 +74,51 @@ class HutchinsonDivergence(Divergence):
 
 @dataclass(frozen=True)
 class FlowLikelihood:
-    """The log density that the flow gives to states, float64 ``[B]`` nats, the states x_T at t = 1 to which the flow
-    leads, float64 ``[B, C, H, W]``, and the evaluations of the network for each state."""
+    """What the flow says of each state, with what it cost.
+
+    Attributes:
+        log_prob: the log density, float64 ``[B]`` nats.
+        x_T: the states at t = 1 to which the flow leads, float64 ``[B, C, H, W]``.
+        error: estimate of the numerical error of ``log_prob``, float64 ``[B]`` nats, not negative. It says nothing of
+            what random vectors do (:class:`HutchinsonDivergence`).
+        steps: steps of the solver behind the value, int64 ``[B]``.
+        evaluations: evaluations of the network for it and for its error, int64 ``[B]``.
+    """
 
     log_prob: Tensor
     x_T: Tensor
-    evaluations: int
+    error: Tensor
+    steps: Tensor
+    evaluations: Tensor
 
 
 class ProbabilityFlow:
     """The flow between the first state x_1 (time ``model.grid[1]``) and x_T, under the denoiser of the reverse process.
 
     A chain of one state has no path and is refused, and so is a model with a learned encoder or with a gamma for each
-    pixel. A clipped denoiser gives a field with kinks, which takes more
-    steps.
+    pixel.
 
     Args:
-        steps: steps of the solver, each of 4 evaluations of the network, at least 1.
+        steps: steps of the solver from end to end, each of 4 evaluations of the network, at least 1. A density begins
+            with as many.
+        tolerance: the numerical error of each image's log density, in nats, that is small enough; positive.
+        max_steps: steps of a density are doubled up to here, at least 4 ``steps`` + 3: an error needs two doublings.
     """
 
-    def __init__(self, steps: int = 50) -> None:
+    def __init__(self, steps: int = 50, tolerance: float = 0.1, max_steps: int = 4000) -> None:
         at_least(1, steps=steps)
-        self.steps = steps
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the network for one passage."""
-        return 4 * self.steps
+        positive("nats", tolerance=tolerance)
+        at_least(_finer(_finer(steps)), f"{steps} steps are doubled twice for an error", max_steps=max_steps)
+        self.steps, self.tolerance, self.max_steps = steps, tolerance, max_steps
 
     def encode(self, model: DiffusionModel, x1: Tensor, **cond: Any) -> Tensor:
-        """x_T of states ``x1`` ``[B, C, H, W]``, float64. For an image x_0, give alpha_1 x_0."""
-        z, _ = self._passage(model, x1, _still(_field(model, cond)), up=True)
+        """x_T of states ``x1`` ``[B, C, H, W]``, float64, by ``steps`` steps. For an image x_0, give alpha_1 x_0."""
+        z, _ = _passage(model, x1, _still(_field(model, cond)), self.steps, up=True)
         return z
 
     def decode(self, model: DiffusionModel, x_T: Tensor, **cond: Any) -> Tensor:
-        """x_1 of states ``x_T`` ``[B, C, H, W]``, float64: the inverse of :meth:`encode`."""
-        z, _ = self._passage(model, x_T, _still(_field(model, cond)), up=False)
+        """x_1 of states ``x_T`` ``[B, C, H, W]``, float64, by ``steps`` steps: the inverse of :meth:`encode`."""
+        z, _ = _passage(model, x_T, _still(_field(model, cond)), self.steps, up=False)
         return z
 
     @torch.no_grad()
@@ -121,13 +133,33 @@ class ProbabilityFlow:
     ) -> FlowLikelihood:
         """The density of the model's x_1 at given states, whose time is ``model.grid[1]``. No gradient passes.
 
-        ``generators`` draw the vectors of a random ``divergence``; None is :class:`ExactDivergence`.
+        The steps of an image are doubled until its ``error`` is ``tolerance`` or less, or until ``max_steps``: then the
+        error stays above the tolerance. The error is the change by the last doubling, or half the change by the one
+        before, if that is larger. It is an estimate, no bound. Halves, because the error falls as 1/steps where a
+        network is rough between the times that it was trained on, or a clipped denoiser has kinks; and two changes,
+        because a single small one may be luck. An image that is done leaves the batch, and has no part in the steps of
+        another. So a denoiser that holds a measurement of each image must be given one image at a time.
+
+        ``generators`` draw the vectors of a random ``divergence``, the same ones for any number of steps; None is
+        :class:`ExactDivergence`. ``cond`` are tensors ``[B, ...]``.
         """
         vectors = (ExactDivergence() if divergence is None else divergence).vectors(x1.double(), generators)
-        x_T, integral = self._passage(model, x1, _moving(_field(model, cond), vectors), up=True)
-        first, last = model.schedule.log_unit_var(model.grid[[1, -1]].to(x1.device))
-        units = 0.5 * x1[0].numel() * (last - first)
-        return FlowLikelihood(model.prior(x_T).log_prob(x_T) + units + integral, x_T, self.evaluations)
+        rows, steps = torch.arange(len(x1), device=x1.device), self.steps
+        log_prob, x_T = self._density(model, x1, vectors, cond, steps)
+        change = torch.full_like(log_prob, torch.inf)
+        error, taken = change.clone(), torch.full_like(rows, steps)
+        evaluations = _STAGES * taken
+        while len(rows) and _finer(steps) <= self.max_steps:
+            steps = _finer(steps)
+            own = vectors if vectors.shape[1] == 1 else vectors[:, rows]
+            found, ends = self._density(model, x1[rows], own, {name: c[rows] for name, c in cond.items()}, steps)
+            latest = (found - log_prob[rows]).abs()
+            error[rows] = torch.maximum(0.5 * change[rows], latest)
+            log_prob[rows], x_T[rows], change[rows], taken[rows] = found, ends, latest, steps
+            evaluations[rows] += _STAGES * steps
+            # NaN is not done
+            rows = rows[~(error[rows] <= self.tolerance)]
+        return FlowLikelihood(log_prob, x_T, error, taken, evaluations)
 
     def image_log_likelihood(
         self,
@@ -147,30 +179,46 @@ class ProbabilityFlow:
         of_state = self.log_likelihood(model, x1, divergence=divergence, generators=generators, **cond)
         return replace(of_state, log_prob=of_state.log_prob + x0[0].numel() * log_alpha)
 
-    def _passage(self, model: DiffusionModel, x: Tensor, slope: _Slope, *, up: bool) -> tuple[Tensor, Tensor]:
-        """The state at the other end, and the integral of the divergence over gamma, ``[B]``."""
-        schedule = model.schedule
-        if not model.has_plain_process:
-            raise InputError(
-                "the probability flow is that of a fixed encoder and one noise level for all pixels, and this model "
-                "learns more: evaluate its bound, or draw samples"
-            )
-        # the ends of each step and the middle between them
-        times = logsnr_grid(schedule, model.grid, 2 * self.steps + 1)[1:].to(x.device)
-        times = times if up else times.flip(0)
-        n_start, n_end = torch.exp(0.5 * schedule.log_unit_var(times[[0, -1]]))
-        gamma_start, gamma_end = schedule.gamma(times[[0, -1]])
-        h = (gamma_end - gamma_start) / self.steps
-        z = x.double() / n_start
-        integral = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for start, middle, end in zip(times[:-2:2], times[1:-1:2], times[2::2], strict=True):
-            slope_1, divergence_1 = slope(z, start)
-            slope_2, divergence_2 = slope(z + 0.5 * h * slope_1, middle)
-            slope_3, divergence_3 = slope(z + 0.5 * h * slope_2, middle)
-            slope_4, divergence_4 = slope(z + h * slope_3, end)
-            z = z + h / 6 * (slope_1 + 2 * slope_2 + 2 * slope_3 + slope_4)
-            integral = integral + h / 6 * (divergence_1 + 2 * divergence_2 + 2 * divergence_3 + divergence_4)
-        return n_end * z, integral
+    @staticmethod
+    def _density(
+        model: DiffusionModel, x1: Tensor, vectors: Tensor, cond: dict[str, Any], steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """The log density ``[B]`` and x_T."""
+        x_T, integral = _passage(model, x1, _moving(_field(model, cond), vectors), steps, up=True)
+        first, last = model.schedule.log_unit_var(model.grid[[1, -1]].to(x1.device))
+        units = 0.5 * x1[0].numel() * (last - first)
+        return model.prior(x_T).log_prob(x_T) + units + integral, x_T
+
+
+def _finer(steps: int) -> int:
+    # one more than twice as many: grids that share their nodes would agree on what has a period that fits the nodes
+    return 2 * steps + 1
+
+
+def _passage(model: DiffusionModel, x: Tensor, slope: _Slope, steps: int, *, up: bool) -> tuple[Tensor, Tensor]:
+    """The state at the other end, and the integral of the divergence over gamma, ``[B]``."""
+    schedule = model.schedule
+    if not model.has_plain_process:
+        raise InputError(
+            "the probability flow is that of a fixed encoder and one noise level for all pixels, and this model "
+            "learns more: evaluate its bound, or draw samples"
+        )
+    # the ends of each step and the middle between them
+    times = logsnr_grid(schedule, model.grid, 2 * steps + 1)[1:].to(x.device)
+    times = times if up else times.flip(0)
+    n_start, n_end = torch.exp(0.5 * schedule.log_unit_var(times[[0, -1]]))
+    gamma_start, gamma_end = schedule.gamma(times[[0, -1]])
+    h = (gamma_end - gamma_start) / steps
+    z = x.double() / n_start
+    integral = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for start, middle, end in zip(times[:-2:2], times[1:-1:2], times[2::2], strict=True):
+        slope_1, divergence_1 = slope(z, start)
+        slope_2, divergence_2 = slope(z + 0.5 * h * slope_1, middle)
+        slope_3, divergence_3 = slope(z + 0.5 * h * slope_2, middle)
+        slope_4, divergence_4 = slope(z + h * slope_3, end)
+        z = z + h / 6 * (slope_1 + 2 * slope_2 + 2 * slope_3 + slope_4)
+        integral = integral + h / 6 * (divergence_1 + 2 * divergence_2 + 2 * divergence_3 + divergence_4)
+    return n_end * z, integral
 
 
 def _field(model: DiffusionModel, cond: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:

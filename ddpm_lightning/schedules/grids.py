@@ -102,7 +102,11 @@ class StridedGrid(TimeGrid):
 
 
 class LogSNRGrid(TimeGrid):
-    """States at equal distances in log SNR: :func:`logsnr_grid`."""
+    """States at equal distances in log SNR: :func:`logsnr_grid`.
+
+    They lie between the states of the chain. Samples of a network that was told the time, and trained at those states
+    only, were no better with these times rounded to the nearest state, and better on StridedGrid (docs/sampling.md).
+    """
 
     def __call__(self, schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
         return logsnr_grid(schedule, grid, steps)
@@ -110,6 +114,8 @@ class LogSNRGrid(TimeGrid):
 
 class KarrasGrid(TimeGrid):
     """States at equal distances in (sigma/alpha)^(1/rho): :func:`karras_grid`.
+
+    As LogSNRGrid's, they lie between the states of the chain, with the same outcome.
 
     Args:
         rho: above 0; the larger, the more states at low noise.

@@ -18,7 +18,8 @@ class HierarchyModule(GenerativeModule):
         hierarchy: the levels, from the data upwards; each with its encoder and its decoder.
         decoder: p(x_0 | x_1), made for the data's grey levels.
         objective: the training loss: NegativeElbo.
-        validation_bounds: estimators of the bound to run in validation: ConsistencyElbo or TrajectoryElbo.
+        validation_bounds: estimators of the bound to run in validation: ConsistencyElbo, TrajectoryElbo or
+            ImportanceWeightedElbo.
         test_bounds: estimators of the bound to run in test and predict.
         shape: (C, *space) of the data.
         levels: number of grey levels; None for fields.

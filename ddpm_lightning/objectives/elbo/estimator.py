@@ -91,6 +91,8 @@ class ElboEstimator:
     """The form's name in logs and tables."""
     term_kinds: Mapping[str, TermKind]
     """The kind of each term, by the keys of :meth:`ElboTerms.named`, in the order in which a table shows them."""
+    draws: int = 1
+    """Draws from q for each image."""
     needs_posterior = False
     """True for a form of diffusion models only: it needs q(x_s | x_t, x_0)."""
 
