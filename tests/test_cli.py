@@ -19,13 +19,15 @@ from ddpm_lightning.cli import main
 from ddpm_lightning.configuration import read
 
 pytestmark = pytest.mark.cli
+# what a configuration leaves to the user
+OWN = {"images.yaml": ["--data.path=docs"]}
 OVERLAYS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if path.name != "base.yaml")
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_config_is_parsed_and_instantiated(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    cli = BuiltOnly(["fit", "-c", f"configs/{name}", f"--run_dir={tmp_path}"])
+    cli = BuiltOnly(["fit", "-c", f"configs/{name}", f"--run_dir={tmp_path}", *OWN.get(name, [])])
     assert cli.model.shape == cli.datamodule.shape
     assert cli.model.ema_model.decoder.levels == cli.datamodule.levels
     assert cli.config.fit.run_dir == str(tmp_path)

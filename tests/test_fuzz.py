@@ -43,6 +43,7 @@ NEEDED: dict[str, Any] = {
     "conditioning": GammaConditioning(), "shape": (1, 4, 4), "levels": 16, "channels": 1, "size": 8, "classes": 3,
     "sampler": DDIMSampler(), "gammas": [0.0], "eps_mse": [0.1], "scale": 2.0, "frequencies": (1.0,), "inputs": 1,
     "outputs": 2, "width": 8, "blocks": 1, "images": 1, "dim": 8,
+    "path": "docs",
 }  # fmt: skip
 VALUES: list[Any] = [-1, 0, None, math.nan, math.inf, -math.inf, 1e30, 1e-320, 2.5, 2**64, True]
 # numbers that mean something, however strange, by NAME or CLASS.NAME, with the reason
