@@ -41,9 +41,9 @@ class Images(ImageDataModule):
 
     Args:
         path: the folder.
-        size: height and width, ``[H, W]`` or one number for both. Pictures of another size are cropped centrally to
-            this aspect, as little as possible, and then resized (bicubic, with antialiasing; small ones grow). None:
-            all pictures must have one size.
+        size: height and width, ``[H, W]`` or one number for both. Pictures of another size are resized until they just
+            cover it (bicubic, with antialiasing; small ones grow), and what is too much is cut off, the same on both
+            sides. None: all pictures must have one size.
         channels: 1 makes all pictures grey (ITU-R 601), 3 makes them RGB. None: they are all grey, or all in colour.
         val_fraction: share of the pictures that is drawn for validation, in (0, 1).
         test_fraction: the same for test.
@@ -121,7 +121,7 @@ class Images(ImageDataModule):
         if not self._size and [*found[1:]] != size:
             raise InputError(
                 f"pictures differ in size (height x width): {self._first} has {size[0]} x {size[1]} pixels, {path} has "
-                f"{found[1]} x {found[2]}; to crop and resize all of them set --data.size, for example "
+                f"{found[1]} x {found[2]}; to resize and crop all of them set --data.size, for example "
                 f"--data.size={min(*size, *found[1:])}"
             )
         if not self.channels and found[0] != channels:
@@ -137,7 +137,7 @@ class Images(ImageDataModule):
         if free is not None and needed > free / 2:
             raise InputError(
                 f"{self._folder}: {count:,} pictures for {split} of {' x '.join(map(str, self.shape))} bytes take "
-                f" {needed / 1e9:,.1f} GB, more than half of the {free / 1e9:,.1f} GB of memory that are free: "
+                f"{needed / 1e9:,.1f} GB, more than half of the {free / 1e9:,.1f} GB of memory that are free: "
                 "choose a smaller --data.size, or give fewer pictures"
             )
 

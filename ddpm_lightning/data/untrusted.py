@@ -212,24 +212,25 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
 def shape_of(image: Image.Image) -> tuple[int, int, int]:
     """(channels, height, width) of a picture that :func:`opened_picture` opened, as it is seen: turned upright."""
     width, height = image.size
-    turned = image.format != "TIFF" and _orientation(image) >= 5  # PIL tells the size of a TIFF as it is seen
+    turned = _orientation(image) >= 5
     return (1 if image.mode in _GREY else 3), *((width, height) if turned else (height, width))
 
 
 def decode(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
     """The pixels of a picture that :func:`opened_picture` opened, uint8 ``[C, H, W]``.
 
-    A picture of another size than ``shape`` (C, H, W) loses the edges that are too much for its aspect, the same on
-    both sides, and the rest is resized: bicubic, with antialiasing. Colours become grey as ITU-R 601 weighs them.
+    A picture of another size than ``shape`` (C, H, W) is resized until it just covers this size, bicubic and with
+    antialiasing, and what is too much is cut off, the same on both sides. Colours become grey as ITU-R 601 weighs them.
 
     Raises:
         InputError: transparent pixels.
     """
     channels, height, width = shape
+    turn = _TURNS.get(_orientation(image))
     image.load()
     if _transparent(image):
         raise InputError(f"{path} {_TRANSPARENT}")
-    if image.format != "TIFF" and (turn := _TURNS.get(_orientation(image))) is not None:
+    if turn is not None:
         image = image.transpose(turn)
     # a palette in grey by way of its colours, as it would be without one
     image = image.convert(_mode(image)).convert("L" if channels == 1 else "RGB")
@@ -247,7 +248,9 @@ def _within(box: tuple[float, float, float, float], size: tuple[int, int]) -> tu
 
 
 def _orientation(image: Image.Image) -> int:
-    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    """Of a picture of which no more than the head was read; 1 where PIL turns the picture itself."""
+    # a PNG's own getexif would decode all of it
+    return 1 if image.format == "TIFF" else int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
 
 
 def _mode(image: Image.Image) -> str:
