@@ -410,11 +410,12 @@ def test_a_run_on_a_folder(channels: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("", "path"),
+        ("", "--data.path is missing: name the folder that holds the pictures"),
+        ("--data.path=", "--data.path is missing"),
         ("--data.path={0}/nowhere", "--data.path={0}/nowhere does not exist: give the folder"),
         ("--data.path={0} --data.size=0", "--data.size=0 must be a whole number >= 1"),
         ("--data.path={0} --data.size=[8]", "--data.size=[8] must be a whole number >= 1"),
-        ("--data.path={0} --data.channels=2", "channels"),
+        ("--data.path={0} --data.channels=2", "--data.channels=2 must be 1 (grey), 3 (RGB) or null"),
         ("--data.path={0} --data.val_fraction=2", "--data.val_fraction=2.0 must lie strictly between 0 and 1"),
         ("--data.path={0} --data.size=30", "30 x 30 is not divisible by 4"),
         ("--data.path={0}", "--data.batch_size=128 is larger than the training split: choose at most 16"),

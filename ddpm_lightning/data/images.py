@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -40,7 +40,7 @@ class Images(ImageDataModule):
     into another split; give ``test`` a folder to keep it.
 
     Args:
-        path: the folder.
+        path: the folder. It must be given.
         size: height and width, ``[H, W]`` or one number for both. Pictures of another size are resized until they just
             cover it (bicubic, with antialiasing; small ones grow), and what is too much is cut off, the same on both
             sides. None: all pictures must have one size.
@@ -53,9 +53,9 @@ class Images(ImageDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str = "",
         size: int | list[int] | None = None,
-        channels: Literal[1, 3] | None = None,
+        channels: int | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         **kwargs: Any,
@@ -67,6 +67,8 @@ class Images(ImageDataModule):
         for name, fraction in fractions.items():
             if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
                 raise InputError(f"--data.{name}_fraction={fraction!r} must lie strictly between 0 and 1")
+        if not path:
+            raise InputError("--data.path is missing: name the folder that holds the pictures")
         self.path, self.size, self.channels = path, size, channels
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self._folder = Path(path).expanduser().absolute()
