@@ -92,7 +92,7 @@ def made(cls: type, key: str, value: Any) -> None:
     path = f"{cls.__module__}.{cls.__qualname__}"
     check_numbers({"part": {"class_path": path, "init_args": {key: value}}})
     known = parameters_of(cls)
-    others = {name: NEEDED[name] for name, p in known.items() if p.default is Parameter.empty and name in NEEDED}
+    others = {name: NEEDED[name] for name, p in known.items() if p.default in (Parameter.empty, "") and name in NEEDED}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cls(**{**others, key: value})
