@@ -20,7 +20,7 @@ from ddpm_lightning.configuration import read
 
 pytestmark = pytest.mark.cli
 # what a configuration leaves to the user
-OWN = {"images.yaml": ["--data.path=docs"]}
+OWN = {"images.yaml": ["--data.path=docs", "--data.size=16"]}
 OVERLAYS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if path.name != "base.yaml")
 
 

@@ -34,7 +34,7 @@ SKIPPED = {
     "BetaChain", "DiffusionModel", "DiffusionLevel", "HierarchicalVAE", "ForwardProcess", "ReverseProcess",
     "ClassifierDenoiser", "ClassifierFreeDenoiser", "ClippedDenoiser", "DPSDenoiser", "MMPSDenoiser", "ProductDenoiser",
     "LinearMeasurement", "MaskOperator", "MatrixOperator", "LogFactor", "ImageDataModule", "EDMWeighting.mean",
-    "Decoder", "ElboEstimator",
+    "Decoder", "ElboEstimator", "OfficialData",
     "FlowLikelihood", "ReplacementSampler", "MomentMatchingSampler", "ExactDivergence", "HutchinsonDivergence",
 }  # fmt: skip
 # what else a class needs
