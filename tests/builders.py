@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from picture_files import pixels, save
 from torch import nn
 
 from ddpm_lightning.cli import DiffusionCLI, main
@@ -157,7 +158,13 @@ class Evil:
 
 
 def own_data(config: str, folder: Path) -> list[str]:
-    """Options of a configuration that is for data of the user's own: a small file, written into the folder."""
+    """Options of a configuration for data of the user's own or simulated ones: small files, written into the folder."""
+    if config in ("ising.yaml", "phi4.yaml", "free_field.yaml"):
+        return [f"--data.root={folder}", *(f"--data.n_{split}=64" for split in ("train", "val", "test"))]
+    if config == "images.yaml":
+        for seed in range(20):
+            save(folder / "photos" / f"{seed}.png", pixels(seed))
+        return [f"--data.path={folder}/photos"]
     if config != "fields.yaml":
         return []
     path = folder / "own.npy"

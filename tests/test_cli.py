@@ -19,6 +19,7 @@ from ddpm_lightning.cli import main
 from ddpm_lightning.configuration import read
 
 pytestmark = pytest.mark.cli
+# what a configuration leaves to the user
 OVERLAYS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if path.name != "base.yaml")
 
 

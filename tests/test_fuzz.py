@@ -37,7 +37,7 @@ SKIPPED = {
     "BetaChain", "DiffusionModel", "DiffusionLevel", "HierarchicalVAE", "ForwardProcess", "ReverseProcess",
     "ClassifierDenoiser", "ClassifierFreeDenoiser", "ClippedDenoiser", "DPSDenoiser", "MMPSDenoiser", "ProductDenoiser",
     "LinearMeasurement", "MaskOperator", "MatrixOperator", "LogFactor", "ImageDataModule", "EDMWeighting.mean",
-    "Decoder", "ElboEstimator",
+    "Decoder", "ElboEstimator", "OfficialData",
     "FlowLikelihood", "ReplacementSampler", "MomentMatchingSampler", "ExactDivergence", "HutchinsonDivergence",
 }  # fmt: skip
 _OWN = Path(tempfile.mkdtemp()) / "own.npy"
@@ -47,7 +47,7 @@ NEEDED: dict[str, Any] = {
     "schedule": LinearGamma(), "network": torch.nn.Identity(), "bound": ConsistencyElbo(), "times": UniformTimes(),
     "conditioning": GammaConditioning(), "shape": (1, 4, 4), "levels": 16, "channels": 1, "size": 8, "classes": 3,
     "sampler": DDIMSampler(), "gammas": [0.0], "eps_mse": [0.1], "scale": 2.0, "frequencies": (1.0,), "inputs": 1,
-    "outputs": 2, "width": 8, "blocks": 1, "images": 1, "dim": 8, "path": str(_OWN),
+    "outputs": 2, "width": 8, "blocks": 1, "images": 1, "dim": 8, "Fields.path": str(_OWN), "Images.path": "docs",
 }  # fmt: skip
 VALUES: list[Any] = [-1, 0, None, math.nan, math.inf, -math.inf, 1e30, 1e-320, 2.5, 2**64, True]
 # numbers that mean something, however strange, by NAME or CLASS.NAME, with the reason
@@ -98,7 +98,7 @@ def made(cls: type, key: str, value: Any) -> None:
     path = f"{cls.__module__}.{cls.__qualname__}"
     check_numbers({"part": {"class_path": path, "init_args": {key: value}}})
     known = parameters_of(cls)
-    others = {name: NEEDED[name] for name, p in known.items() if p.default is Parameter.empty and name in NEEDED}
+    others = {name: NEEDED[name] for name, p in known.items() if p.default in (Parameter.empty, "") and name in NEEDED}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cls(**{**others, key: value})

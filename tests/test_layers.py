@@ -33,6 +33,7 @@ WITHIN = {
     ("ops", "errors"),
     ("distributions", "ops"),
     ("distributions", "errors"),
+    ("data", "progress"),
     ("command_line", "failures"),
     ("command_line", "numbers"),
     ("numbers", "checkpoints"),

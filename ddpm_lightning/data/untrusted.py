@@ -17,20 +17,44 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import safe_open
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
 
-__all__ = ["opened", "read_array", "read_picture", "wrong_shape"]
+__all__ = [
+    "OWN_FORMATS",
+    "decode",
+    "opened",
+    "opened_picture",
+    "read_array",
+    "read_picture",
+    "shape_of",
+    "wrong_shape",
+]
+
+OWN_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+"""What pictures of the user's own may be."""
 
 Check = Callable[[tuple[int, ...], str], None]
 """Raises InputError for a shape, or a type of number (numpy's name), that is not wanted."""
 
 _MAX_NPY_HEADER = 10_000  # numpy's own limit
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF")  # others of PIL's run programs or libraries of their own
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF")  # of strangers: others of PIL's run programs or libraries of their own
 _GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA")
+_TRANSPARENT = "has transparent pixels, which have no colour: save it without transparency"
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
+# what turns a picture upright, by its EXIF orientation
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SAFETENSORS_TYPES = {"BOOL": "bool", "U8": "uint8"}
 
 
@@ -156,8 +180,7 @@ def read_picture(path: Path, shape: tuple[int, ...]) -> Tensor:
             image.load()
             if wrong := _misread(image, shape[0]):
                 raise InputError(f"{path} {wrong}")
-            values = np.array(image.convert("L" if image.mode in _GREY else "RGB"))
-    picture = torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)
+            picture = _pixels(image.convert(_mode(image)))
     if shape[0] == 1 and len(picture) == 3:
         if bool((picture != picture[:1]).any()):
             raise InputError(f"{path} is in colour: it must be grey")
@@ -165,24 +188,108 @@ def read_picture(path: Path, shape: tuple[int, ...]) -> Tensor:
     return picture
 
 
+@contextmanager
+def opened_picture(path: Path) -> Iterator[Image.Image]:
+    """A picture of the user's own, of whose header alone is read: 8 bits a channel, grey or in colour, one frame.
+
+    It may have any format of ``OWN_FORMATS``. Warnings of large pictures are the caller's to silence, who may have
+    several threads.
+
+    Raises:
+        InputError: no such file, no picture, 16 bits, several frames, inks (CMYK); what is done with the picture fails.
+    """
+    with opened(path) as file:
+        try:
+            image = Image.open(file, formats=OWN_FORMATS)
+        except Image.UnidentifiedImageError:
+            raise InputError(f"{path} cannot be read: it is no picture, or a damaged one") from None
+        with image:
+            if wrong := _misleading(image, file):
+                raise InputError(f"{path} {wrong}")
+            yield image
+
+
+def shape_of(image: Image.Image) -> tuple[int, int, int]:
+    """(channels, height, width) of a picture that :func:`opened_picture` opened, as it is seen: turned upright."""
+    width, height = image.size
+    turned = _orientation(image) >= 5
+    return (1 if image.mode in _GREY else 3), *((width, height) if turned else (height, width))
+
+
+def decode(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+    """The pixels of a picture that :func:`opened_picture` opened, uint8 ``[C, H, W]``.
+
+    A picture of another size than ``shape`` (C, H, W) is resized until it just covers this size, bicubic and with
+    antialiasing, and what is too much is cut off, the same on both sides. Colours become grey as ITU-R 601 weighs them.
+
+    Raises:
+        InputError: transparent pixels.
+    """
+    channels, height, width = shape
+    turn = _TURNS.get(_orientation(image))
+    image.load()
+    if _transparent(image):
+        raise InputError(f"{path} {_TRANSPARENT}")
+    if turn is not None:
+        image = image.transpose(turn)
+    # a palette in grey by way of its colours, as it would be without one
+    image = image.convert(_mode(image)).convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        scale = min(image.width / width, image.height / height)
+        left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+        box = (left, top, left + scale * width, top + scale * height)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=_within(box, image.size))
+    return _pixels(image)
+
+
+def _within(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box without what rounding puts outside the picture."""
+    return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[0])), min(box[3], float(size[1]))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Of a picture of which no more than the head was read; 1 where PIL turns the picture itself."""
+    # a PNG's own getexif would decode all of it
+    return 1 if image.format == "TIFF" else int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+
+
+def _mode(image: Image.Image) -> str:
+    return "L" if image.mode in _GREY else "RGB"
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    values = np.array(image)
+    return torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)
+
+
 def _misleading(image: Image.Image, file: IO[bytes]) -> str | None:
     """What a picture's header says that no array of 8 bits can."""
-    if getattr(image, "is_animated", False):
+    # a telephone's picture (MPO) has a small copy of itself as its second frame
+    if getattr(image, "is_animated", False) and image.format != "MPO":
         return "has several frames: give a picture of one"
-    position = file.tell()
-    file.seek(24)
-    bits = file.read(1)[0] if image.format == "PNG" else 8  # PIL cuts 16 bits of a colour to 8 and keeps quiet
-    file.seek(position)
+    bits = 8
+    if image.format == "PNG":  # PIL cuts 16 bits of a colour to 8 and keeps quiet
+        position = file.tell()
+        file.seek(24)
+        bits = file.read(1)[0]
+        file.seek(position)
+    elif image.format == "TIFF":
+        bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,)))  # type: ignore[attr-defined]  # a TIFF has it
     if bits > 8 or image.mode not in (*_GREY, *_COLOUR):
-        return f"has {'16 bits a channel' if bits > 8 else f'channels {image.mode}'}: save it with 8 bits, grey or RGB"
+        has = f"{bits} bits a channel" if bits > 8 else f"channels {image.mode}"
+        return f"has {has}: save it with 8 bits, grey or RGB"
     return None
+
+
+def _transparent(image: Image.Image) -> bool:
+    alpha = "A" in image.mode or "transparency" in image.info
+    return alpha and bool(np.array(image.convert("RGBA"))[..., 3].min() < 255)
 
 
 def _misread(image: Image.Image, channels: int) -> str | None:
     """What an array without alpha, of so many channels, would not tell."""
-    alpha = "A" in image.mode or "transparency" in image.info
-    if alpha and np.array(image.convert("RGBA"))[..., 3].min() < 255:
-        return "has transparent pixels, which have no colour: save it without transparency"
+    if _transparent(image):
+        return _TRANSPARENT
     if channels not in (1, 3):
         return f"is a picture: images of {channels} channels must come in a .safetensors or .npz file"
     if channels == 3 and image.mode in _GREY:

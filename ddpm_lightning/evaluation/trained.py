@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ddpm_lightning.data import MNIST, Batch
+from ddpm_lightning.data import Batch, OfficialData
 from ddpm_lightning.data.datamodule import ArrayDataModule
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.progress import tracked
@@ -22,7 +22,7 @@ class Trained:
     Args:
         run: folder of the run
         checkpoint: last, best or a file
-        data_root: folder that holds MNIST/raw, by default the one of the run's configuration
+        data_root: folder that holds MNIST/raw, or the like of other data, by default the one of the run's configuration
         seed: seed of the noise and of the choice of images
         batch_size: images at a time
         device: where to work, cpu or cuda
@@ -61,7 +61,7 @@ class Trained:
                 f"{type(data).__name__} gives its images in batches only, and this needs whole splits: derive it from "
                 "ddpm_lightning.data.ImageDataModule (ddpm test and ddpm predict do without)"
             )
-        if self.data_root is not None and isinstance(data, MNIST):
+        if self.data_root is not None and isinstance(data, OfficialData):
             data.root = self.data_root
         return data
 
