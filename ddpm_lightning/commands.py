@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from ddpm_lightning.command_line import call
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.evaluation.density import density
 from ddpm_lightning.evaluation.flow import flow
 from ddpm_lightning.evaluation.forms import forms
 from ddpm_lightning.evaluation.ood import ood
@@ -56,7 +57,7 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
     print(f"{to}: {path}")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"reweight": reweight, "export": export}
+COMMANDS: dict[str, Callable[..., Any]] = {"density": density, "reweight": reweight, "export": export}
 
 
 def run_command(name: str, args: list[str]) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "the bound of every test image, in image_terms.csv",
     "sample": "draw images into samples.safetensors and samples.png",
     "evaluate": "measure a run: quality, ood, flow, forms, variance",
+    "density": "log density of each row of a file, in density.csv",
     "reweight": "weigh samples to a target density: effective sample size, log Z, observables",
     "export": "write the model for use elsewhere: safetensors, diffusers, onnx, torch_export",
 }

@@ -61,7 +61,11 @@ class SampleGrid(Callback):
         if self._last_step == trainer.global_step:
             return  # this step's validation has drawn it
         self._last_step = trainer.global_step
-        draw = SampleRequest(self.sampler, self.steps, seed=self.seed, cap_steps=True).on(module)
+        data, names = getattr(trainer, "datamodule", None), [*module.conditions]
+        told = data.split("val").cond if isinstance(data, ArrayDataModule) else {}
+        # vectors and fields of validation rows; classes are taken in turn
+        cond = {name: told[name][: self.n] for name in names if name in told}
+        draw = SampleRequest(self.sampler, self.steps, seed=self.seed, cap_steps=True).on(module, cond)
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             images = draw(range(self.n))
         publish_picture(trainer, "samples", tile(images, module.levels), f"samples/step_{trainer.global_step:07d}.png")

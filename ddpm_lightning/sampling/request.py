@@ -1,6 +1,6 @@
 """A request: what to draw from a trained module. It is resolved once, and then draws."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
@@ -69,8 +69,9 @@ class SampleRequest:
     inpainting: Inpainting | None = None
     cap_steps: bool = False
 
-    def on(self, module: GenerativeModule) -> "Drawing | HierarchyDrawing":
-        """Check the request against a module, and resolve it.
+    def on(self, module: GenerativeModule, cond: Mapping[str, Tensor] | None = None) -> "Drawing | HierarchyDrawing":
+        """Check the request against a module, and resolve it. ``cond`` are vectors and fields that the images take in
+        turn, in the place of those that the request names.
 
         A module whose schedule is learned must have its weights already: they decide where the steps are.
 
@@ -80,7 +81,9 @@ class SampleRequest:
                 without two ends, or from a seed to itself, a sampler that the model's encoder rules out; of a
                 hierarchy, anything but a seed.
         """
-        return Drawing(self, module) if isinstance(module, DiffusionModule) else HierarchyDrawing(self, module)
+        if isinstance(module, DiffusionModule):
+            return Drawing(self, module, cond)
+        return HierarchyDrawing(self, module)
 
 
 class Drawing:
@@ -97,11 +100,13 @@ class Drawing:
         columns: images in a row between two seeds; 1 where there is one seed.
     """
 
-    def __init__(self, request: SampleRequest, module: DiffusionModule) -> None:
+    def __init__(
+        self, request: SampleRequest, module: DiffusionModule, cond: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.request, self.module = request, module
         self.sampler, self.grid = request.sampler or AncestralSampler(), request.grid or StridedGrid()
         self.labels = _labels(module, request.labels)
-        self._cond = _given(module, request)
+        self._cond = _given(module, request) if cond is None else cond
         self._model = _guided(module, request.guidance_scale)
         model, steps = module.ema_model, request.steps
         if request.cap_steps and steps is not None:

@@ -1,0 +1,125 @@
+"""The log density, or log probability, that a model gives to each row of a file."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_lightning.data import Batch
+from ddpm_lightning.data.stored import ArrayFile, StoredRows
+from ddpm_lightning.errors import InputError, at_least
+from ddpm_lightning.evaluation.bound import csv_text, mean_and_error, model_facts
+from ddpm_lightning.evaluation.trained import Trained
+from ddpm_lightning.ops import image_generators
+from ddpm_lightning.process import DiffusionModel
+from ddpm_lightning.samplers import ExactDivergence, HutchinsonDivergence, ProbabilityFlow
+
+__all__ = ["density"]
+
+
+def density(
+    trained: Trained,
+    data: str,
+    key: str | None = None,
+    label: str | None = None,
+    vector: str | None = None,
+    field: str | None = None,
+    flow: bool = False,
+    probes: int = 1,
+    tolerance: float = 0.1,
+    max_steps: int = 4000,
+) -> dict[str, Any]:
+    """Log density of each row of a file under a trained model, in nats and in the units of the file.
+
+    Two columns. The bound is a lower bound on log p, by the first of the run's test_bounds, from one draw. With --flow
+    there is also the density of the probability flow, another model with the same network, with its own numerical
+    error; of random signs (--probes 1 or more) it is an unbiased estimate. Pictures of grey levels have a bound on log
+    probabilities; their flow's density is one in units of a grey level. Writes density.csv, a line for each row, and
+    density.txt and density.json.
+
+    Args:
+        trained: the run
+        data: .npy, .npz, HDF5 or zarr file [N, C, *space], in the units of the training data
+        key: name of the array in it
+        label: name of the array of classes, for a model that is told them
+        vector: name of the array of vectors, likewise
+        field: name of the array of fields, likewise
+        flow: also the density of the probability flow
+        probes: random signs for each row, 0 for the exact divergence
+        tolerance: numerical error of the flow, in nats a row
+        max_steps: steps of the flow at most
+    """
+    at_least(0, probes=probes)
+    module, model = trained.module, trained.module.ema_model
+    if flow and not isinstance(model, DiffusionModel):
+        raise InputError(f"--flow is for diffusion models, and {trained.run} holds a {type(model).__name__}")
+    rows = _rows(trained, ArrayFile(data, "--data"), key, {"label": label, "vector": vector, "field": field})
+    constant = module.scale.density_nats(module.shape)
+    bound = module.bounds["test"][0]
+    found: dict[str, list[Tensor]] = {"bound_nats": []}
+    solver = ProbabilityFlow(tolerance=tolerance, max_steps=max_steps)
+    divergence = HutchinsonDivergence(probes) if probes else ExactDivergence()
+    for part in trained.batches(rows, "density"):
+        with torch.inference_mode():
+            nats = module.bound(bound, part)["elbo"]
+        found["bound_nats"].append((nats + (constant if model.decoder.is_density else 0.0)).cpu())
+        if flow and isinstance(model, DiffusionModel):
+            generators, cond = image_generators(trained.seed, part.index), module.condition(part)
+            x0 = module.scale.to_model(part.image)
+            of = solver.image_log_likelihood(model, x0, divergence=divergence, generators=generators, **cond)
+            columns = {"flow_nats": of.log_prob + constant, "flow_error_nats": of.error, "evaluations": of.evaluations}
+            for name, values in columns.items():
+                found.setdefault(name, []).append(values.cpu())
+    table = {name: torch.cat(parts).tolist() for name, parts in found.items()}
+    grey, count = module.levels is not None, len(rows.index)
+    units = "nats a row; " + ("of grey levels" if grey else "a density in the units of the data")
+    lines = [f"{count} rows of {data}; {units}"]
+    figures: dict[str, Any] = {}
+    for name, what in (("bound_nats", f"bound ({bound.name} form)"), ("flow_nats", "probability flow")):
+        if name in table:
+            mean, error = mean_and_error(torch.tensor(table[name], dtype=torch.float64))
+            figures[name] = {"mean": mean, "se": error}
+            lines.append(f"{what:<28} {mean:.4f} +- {error:.4f} (standard error over rows)")
+    if flow:
+        errors = torch.tensor(table["flow_error_nats"])
+        lines.append(f"{'numerical error of the flow':<28} {errors.mean():.4f} in the mean, {errors.max():.4f} at most")
+    if not grey:
+        lines.append(
+            f"of this the Jacobian of the standardisation is {constant:.4f}: the sum of -log std over all values"
+        )
+    record = {**model_facts(module), "data": data, "rows": count, "units": units, "figures": figures}
+    trained.report("density", "\n".join(lines), record, {"density.csv": csv_text({"row": [*range(count)], **table})})
+    return record
+
+
+def _rows(trained: Trained, file: ArrayFile, key: str | None, names: dict[str, str | None]) -> Batch:
+    """All rows of a file, with the conditions that the model is told."""
+    module = trained.module
+    array = file.array(key, "--key")
+    shape, grey = tuple(array.shape[1:]), module.levels is not None
+    if shape not in (module.shape, module.shape[1:] if module.shape[0] == 1 else module.shape):
+        raise InputError(f"--data {file.path}: has rows of shape {list(shape)}; the model's are {list(module.shape)}")
+    if (array.dtype.kind == "f") == grey:
+        wanted = "uint8 grey levels" if grey else "real numbers"
+        raise InputError(f"--data {file.path}: holds {array.dtype}, and the model is one of {wanted}")
+    index = np.arange(array.shape[0])
+    if len(index) < 2:
+        raise InputError(f"--data {file.path}: holds {len(index)} rows; give two or more")
+    if grey:
+        images = torch.from_numpy(array.read(index).astype(np.uint8)).reshape(-1, *module.shape)
+    else:
+        images = StoredRows(array, index, module.shape, str(file.path)).in_memory()
+    labels, cond = torch.zeros(len(index), dtype=torch.int64), {}
+    for name in module.conditions:
+        if names[name] is None:
+            raise InputError(f"this model is told a {name} of each row: name its array with --{name}")
+        values = file.array(names[name], f"--{name}")
+        if values.shape[:1] != array.shape[:1]:
+            raise InputError(f"--{name} {names[name]}: has {list(values.shape)} for {len(index)} rows")
+        if name == "label":
+            labels = torch.from_numpy(values.read(index).astype(np.int64))
+        else:
+            size = (module.hparams["vector_size"],) if name == "vector" else tuple(values.shape[1:])
+            cond[name] = StoredRows(values, index, size, f"{file.path}, {names[name]}")[:]
+    return Batch(images, labels, torch.from_numpy(index), cond)
