@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -82,14 +83,22 @@ def as_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def curves(rows: Rows, n: int) -> Tensor:
-    """Frechet distance against evaluations, and against the guidance scale with the accuracy."""
+def curves(rows: Rows, n: int, beside: dict[str, Rows]) -> Tensor:
+    """Frechet distance against evaluations, dashed for other runs, and against the guidance scale with the accuracy."""
     guided = [row for row in rows.values() if "scale" in row]
     figure = Figure(figsize=(12 if guided else 7, 4.6), dpi=110, layout="tight")
     left, *others = figure.subplots(1, 2 if guided else 1, squeeze=False)[0]
     for name in SAMPLERS:
         own = [row for row in rows.values() if row.get("sampler") == name and row["grid"] == "strided"]
-        left.loglog([row["evaluations"] for row in own], [row["frechet"] for row in own], "o-", ms=4, label=name)
+        (line,) = left.loglog(
+            [row["evaluations"] for row in own], [row["frechet"] for row in own], "o-", ms=4, label=name
+        )
+        for folder, others in beside.items():
+            other = [row for row in others.values() if row.get("sampler") == name and row["grid"] == "strided"]
+            places, values = ([row[key] for row in other] for key in ("evaluations", "frechet"))
+            left.loglog(
+                places, values, "s--", ms=3, color=line.get_color(), label=f"{name}, {folder}" if other else None
+            )
     left.axhline(rows["training images"]["frechet"], color="0.5", ls="--", label="training images")
     left.set(xlabel="network evaluations", ylabel="Frechet distance", title=f"{n} samples a point")
     left.legend(frameon=False, fontsize=8)
@@ -128,6 +137,7 @@ def main(
     guidance_steps: int = 20,
     precision: Literal["32", "bf16-mixed"] = "32",
     compile: bool = False,
+    beside: list[str] | None = None,
 ) -> None:
     """Draw and measure.
 
@@ -141,6 +151,7 @@ def main(
         guidance_steps: steps of guided samples
         precision: of the network
         compile: compile the network
+        beside: folders of this script's results on other runs, to be drawn beside these
     """
     costs = sorted(evaluations or [5, 10, 20, 50, 100, 300, 1000])
     at_least(10, n=n)
@@ -199,7 +210,8 @@ def main(
         for scale in [0.0, 1.0, 1.5, 2.0, 3.0, 5.0] if scales is None else scales:
             row = {"scale": scale, "evaluations": (1 if scale in (0, 1) else 2) * guidance_steps, "grid": "strided"}
             measure(f"guided, {scale:g}", draw(DPMSolverSampler(), guidance_steps, guidance_scale=scale), **row)
-    results.write("quality.png", curves(rows, n))
+    others = {Path(each).name: json.loads((Path(each) / "quality.json").read_text())["rows"] for each in beside or []}
+    results.write("quality.png", curves(rows, n, others))
     results.write("quality_samples.png", first_images(rows, images, module.grey_levels))
     print(as_table(rows))
 
