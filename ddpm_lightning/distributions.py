@@ -1,6 +1,7 @@
 r"""The one distribution that the whole chain is made of.
 
-For a diagonal Gaussian of mean :math:`\mu` and log variance :math:`\ell` over D = C*H*W dimensions, in nats:
+For a diagonal Gaussian of mean :math:`\mu` and log variance :math:`\ell` over D dimensions (values of an image), in
+nats:
 
 .. math::
 
@@ -27,8 +28,8 @@ class DiagonalGaussian:
     """Diagonal Gaussian over images.
 
     Attributes:
-        mean: ``[B, C, H, W]``.
-        log_var: natural logarithm of the variance, broadcastable to ``mean`` (``[B, 1, 1, 1]`` or ``[1, 1, 1, 1]``
+        mean: ``[B, C, *space]``.
+        log_var: natural logarithm of the variance, broadcastable to ``mean`` (``[B, 1, ...]`` or ``[1, 1, ...]``
             where one variance serves a whole image). Kept in float64 by the processes: differences of it are what
             the bound is made of.
     """
@@ -42,7 +43,7 @@ class DiagonalGaussian:
         return torch.exp(0.5 * self.log_var).to(self.mean.dtype)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log density of ``x`` ``[B, C, H, W]``: ``[B]`` nats, float64."""
+        """Log density of ``x`` ``[B, C, *space]``: ``[B]`` nats, float64."""
         square = (x - self.mean).square() * torch.exp(-self.log_var).to(x.dtype)
         return -0.5 * (sum_per_image(square) + sum_per_image_of(self.log_var + _LOG_2PI, x))
 
@@ -58,10 +59,10 @@ class DiagonalGaussian:
         return 0.5 * sum_per_image_of(self.log_var + (1 + _LOG_2PI), self.mean)
 
     def sample(self, generators: Generators = None) -> Tensor:
-        """One draw for each image: ``[B, C, H, W]``, dtype of ``mean``."""
+        """One draw for each image: ``[B, C, *space]``, dtype of ``mean``."""
         return self.mean + self.std * randn_like(self.mean, generators)
 
 
 def centred_like(x: Tensor, log_var: Tensor) -> DiagonalGaussian:
-    """N(0, exp(log_var) I) over tensors of the shape of ``x``; ``log_var`` is ``[]``, or ``[1, C, H, W]``."""
+    """N(0, exp(log_var) I) over tensors of the shape of ``x``; ``log_var`` is ``[]``, or ``[1, C, *space]``."""
     return DiagonalGaussian(torch.zeros_like(x), expand_to(log_var.to(x.device), x))

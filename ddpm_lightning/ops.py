@@ -1,14 +1,17 @@
 """Tensor helpers that every layer above uses: broadcasting, sums per image, and random draws.
 
 Shape rule of the whole package: a quantity that belongs to an image and a time (alpha_t, log_var, t, ...) has shape
-``[B]`` and is expanded with :func:`expand_to` to ``[B, 1, 1, 1]`` before it meets images ``[B, C, H, W]``. Nothing
+``[B]`` and is expanded with :func:`expand_to` to ``[B, 1, ...]`` before it meets images ``[B, C, *space]``. Nothing
 relies on trailing-dimension broadcasting, so B == W is not a special case.
+
+``*space`` stands for the axes of space: H, W for images, and L or D, H, W for fields of one or three dimensions. What
+is said of images and pixels holds for fields and their values, too.
 
 These arguments mean the same in all modules, and docstrings do not explain them again::
 
     model         the generative model, a process.DiffusionModel
-    x0            images [B, C, H, W] in model range [-1, 1]
-    x_t, x_s, x1  states of the forward process at times s < t, and its first state, [B, C, H, W]
+    x0            images [B, C, *space] in model range [-1, 1]
+    x_t, x_s, x1  states of the forward process at times s < t, and its first state, [B, C, *space]
     t, s          times [B], or [] for one time of the whole batch
     generators    source of all random draws, see Generators
     cond          conditions by name (label, ...), passed on to the network
@@ -86,9 +89,9 @@ def expand_to(values: Tensor, like: Tensor) -> Tensor:
 
 
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask for images ``like`` ``[B, C, H, W]``, on their device and broadcastable to them.
+    """A mask for images ``like`` ``[B, C, *space]``, on their device and broadcastable to them.
 
-    ``mask`` is bool, ``[C, H, W]`` for all images or ``[B, C, H, W]``. Any dimension may be 1.
+    ``mask`` is bool, ``[C, *space]`` for all images or ``[B, C, *space]``. Any dimension may be 1.
     """
     full = (1,) * (like.ndim - mask.ndim) + mask.shape
     fits = like.ndim - mask.ndim in (0, 1) and all(m in (1, n) for m, n in zip(full, like.shape, strict=True))

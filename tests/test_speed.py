@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_lightning.data import Batch, Digits
 from ddpm_lightning.data.batches import Split
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import SimpleUNet, UNet
 from ddpm_lightning.objectives import (
     ContinuousElbo,
@@ -36,7 +37,7 @@ from ddpm_lightning.process import CategoricalDecoder, GammaConditioning, Learne
 from ddpm_lightning.schedules import LearnedGamma, LinearGamma
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule
-from ddpm_lightning.training.memory_format import state_like_parameters, wants_channels_last
+from ddpm_lightning.training.memory_format import set_memory_format, state_like_parameters, wants_channels_last
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, fused=True)
 
@@ -168,6 +169,18 @@ def test_no_step_copies_to_a_gpu_or_waits_for_it(objective: Objective, parts: di
 def test_what_auto_means(option: Any, precision: str, device: str, without_norm: bool, with_norm: bool) -> None:
     for network, expected in ((SimpleUNet(), without_norm), (UNet(width=8), with_norm)):
         assert wants_channels_last(option, network, precision, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_three_dimensional_convolutions_keep_their_layout(dims: int) -> None:
+    """torch has channels_last for tensors of four dimensions only."""
+    network, cpu = UNet(width=8, dims=dims), torch.device("cpu")
+    assert wants_channels_last("auto", network, "32-true", cpu) is (dims != 3)
+    set_memory_format(network, wants_channels_last("auto", network, "32-true", cpu))
+    assert not wants_channels_last(False, network, "32-true", cpu)
+    if dims == 3:
+        with pytest.raises(InputError, match="--model.channels_last true is for images"):
+            wants_channels_last(True, network, "32-true", cpu)
 
 
 def is_channels_last(module: nn.Module) -> set[bool]:

@@ -30,7 +30,7 @@ def dequantized_log_prob(
     so a density uniform on the levels' bins, (levels delta)^-D, has log2(levels) bits/dim exactly.
 
     Args:
-        log_density: images ``[B, C, H, W]`` in model range, float64 -> ``[B]`` nats.
+        log_density: images ``[B, C, *space]`` in model range, float64 -> ``[B]`` nats.
         x0: images at grey levels.
         levels: number of grey levels, at least 2.
     """
@@ -56,7 +56,7 @@ def decoded_log_prob(
     and p(x_1) is q(x_1), every draw gives log P(x_0) itself. The decoder says what kind of bound this is: of grey
     levels, or of a density.
 
-    ``log_density`` maps states x_1 ``[B, C, H, W]`` to ``[B]`` nats, as ``ProbabilityFlow.log_likelihood`` does.
+    ``log_density`` maps states x_1 ``[B, C, *space]`` to ``[B]`` nats, as ``ProbabilityFlow.log_likelihood`` does.
     """
     x0 = x0.double()
     q = model.forward_process.marginal(x0, model.grid[1].to(x0.device))

@@ -10,11 +10,12 @@ _LABELS = ("label", "labels", "class_labels", "y", "classes")
 
 
 class AdaptedNetwork(nn.Module):
-    """A network of another library under the call of this package, (x ``[B, C, H, W]``, t ``[B]``, label) to a tensor.
+    """A network of another library under the call of this package, (x ``[B, C, *space]``, t ``[B]``, label) to a
+    tensor.
 
     The other network is called with x, ``time_scale`` t and, where there are classes, the class under the name that it
     has for them. It returns a tensor, a tuple whose first item is the tensor, or an object that has it as ``sample``,
-    as those of diffusers do.
+    as those of diffusers do. It is told of classes only, of no vector and no field.
 
     Args:
         network: the network, for example ``diffusers.UNet2DModel``.
@@ -37,8 +38,19 @@ class AdaptedNetwork(nn.Module):
         known = signature(network.forward).parameters
         self._label = label or next((name for name in _LABELS if name in known), None)
 
-    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        label: Tensor | None = None,
+        vector: Tensor | None = None,
+        field: Tensor | None = None,
+    ) -> Tensor:
         """See the class."""
+        for name, value, option in (("vector", vector, "vector_size"), ("field", field, "field_channels")):
+            if value is not None:
+                raise ValueError(f"AdaptedNetwork passes on labels only: leave {name} out, or use UNet({option}=...)")
         if label is None and self.num_classes is not None:
             label = torch.full_like(t, self.num_classes, dtype=torch.int64)
         cond: dict[str, Any] = {}

@@ -65,7 +65,7 @@ class FourierFeatures(nn.Module):
         self.copies = 1 + 2 * len(frequencies)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, copies C, H, W]``, in the dtype of ``x``."""
+        """``[B, C, *space]`` to ``[B, copies C, *space]``, in the dtype of ``x``."""
         # the phase is formed in float32 at least, autocast or not: bfloat16 would round the noise itself away
         fine = x.to(torch.promote_types(x.dtype, torch.float32))
         waves = [wave(2 * math.pi * f * fine).to(x.dtype) for f in self.frequencies for wave in (torch.sin, torch.cos)]

@@ -10,8 +10,8 @@ class SimpleUNet(nn.Module):
     of the time's MLP gives 128 features.
 
     The network has no down-sampling and no skip connection: it is a U-Net in name only. One output pixel sees 9 x 9
-    input pixels, so the network denoises local strokes but cannot draw global structure (a whole digit). It takes no
-    label.
+    input pixels, so the network denoises local strokes but cannot draw global structure (a whole digit). It takes
+    images only, no fields of one or three dimensions, and no condition.
 
     Args:
         channels: number of image channels C, both in and out, at least 1; None for 1, and on the command line for the
@@ -32,11 +32,27 @@ class SimpleUNet(nn.Module):
             nn.ConvTranspose2d(128, 64, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(64, channels, 3, padding=1)
         )
 
-    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        label: Tensor | None = None,
+        vector: Tensor | None = None,
+        field: Tensor | None = None,
+    ) -> Tensor:
         """Map images ``x`` ``[B, C, H, W]`` and times ``t`` ``[B]`` to ``[B, C, H, W]`` in the dtype of ``x``."""
         if label is not None:
             raise ValueError("SimpleUNet is unconditional: leave label out, or use UNet(num_classes=...)")
-        if x.ndim != 4 or x.shape[1] != self.channels:
+        for name, value, option in (("vector", vector, "vector_size"), ("field", field, "field_channels")):
+            if value is not None:
+                raise ValueError(f"SimpleUNet takes no condition: leave {name} out, or use UNet({option}=...)")
+        if x.ndim != 4:
+            raise ValueError(
+                f"SimpleUNet takes images [B, {self.channels}, H, W], got {list(x.shape)}: use "
+                "UNet(dims=...) for fields of one or three dimensions"
+            )
+        if x.shape[1] != self.channels:
             raise ValueError(f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}")
         if t.shape != x.shape[:1]:
             raise ValueError(f"expected t of shape [{x.shape[0]}], one for each image, got {list(t.shape)}")

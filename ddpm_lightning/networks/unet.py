@@ -298,7 +298,8 @@ def _with_presence(values: Tensor | None, shape: tuple[int, ...], like: Tensor) 
     """A condition of that shape, and in one channel more 1; zeros for a row that has none."""
     if values is None:
         return like.new_zeros(shape[0], shape[1] + 1, *shape[2:])
-    known = values.flatten(1).isfinite().all(1).reshape(-1, *(1,) * (len(shape) - 1))
+    # NaN only: an infinite number is a mistake, and no image without its condition is to hide it
+    known = ~values.flatten(1).isnan().any(1).reshape(-1, *(1,) * (len(shape) - 1))
     # where, not a product: NaN times 0 is NaN, in the gradient, too
     values = torch.where(known, values, 0).to(like.dtype)
     return torch.cat((values, known.to(like.dtype).expand(-1, 1, *shape[2:])), dim=1)

@@ -69,7 +69,7 @@ def state_bound(
     """Estimates of the lower bound on log p(x_n), float64 nats ``[paths, B]``. Their mean over paths has no bias.
 
     Args:
-        x_n: states of step n of the chain, ``[B, C, H, W]``, however they came about.
+        x_n: states of step n of the chain, ``[B, C, *space]``, however they came about.
         index: n in 0..T; 0 for data, whose bound is the ELBO.
         paths: number of paths from each state, at least 1, each with T - n evaluations of the network.
 
@@ -92,7 +92,7 @@ def state_bound(
 def _steps(
     model: DiffusionModel, x_n: Tensor, index: int, generators: Generators, cond: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The states after x_n: x_m ``[B, C, H, W]``, log q(x_m|x_{m-1}) and log p(x_{m-1}|x_m) ``[B]``, m = n+1..T."""
+    """The states after x_n: x_m ``[B, C, *space]``, log q(x_m|x_{m-1}) and log p(x_{m-1}|x_m) ``[B]``, m = n+1..T."""
     process, grid = model.forward_process, model.grid.to(x_n.device)
     before, s = x_n, grid[index]
     states = process.path(x_n, grid[index + 1 :], generators, start=grid[index] if index else None)

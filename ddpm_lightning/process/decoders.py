@@ -48,11 +48,11 @@ class Decoder:
         raise NotImplementedError
 
     def mode(self, gaussian: DiagonalGaussian) -> Tensor:
-        """The most probable image, ``[B, C, H, W]`` in model range."""
+        """The most probable image, ``[B, C, *space]`` in model range."""
         raise NotImplementedError
 
     def sample(self, gaussian: DiagonalGaussian, generators: Generators = None) -> Tensor:
-        """One draw of an image, ``[B, C, H, W]`` in model range."""
+        """One draw of an image, ``[B, C, *space]`` in model range."""
         raise NotImplementedError
 
 
@@ -66,7 +66,7 @@ class DiscretizedGaussian(Decoder):
     is_density = False
 
     def level_log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
-        """log P(level of x_0) for each pixel, ``[B, C, H, W]`` nats, float64."""
+        """log P(level of x_0) for each pixel, ``[B, C, *space]`` nats, float64."""
         # edges from the level's index, in float64: neighbouring bins then share an edge, whatever x0's dtype
         index = self._level_index(x0).double()
         centred = index * self.spacing - 1 - gaussian.mean
@@ -107,7 +107,7 @@ class CategoricalDecoder(Decoder):
     _images_at_once = 8
 
     def _logits(self, gaussian: DiagonalGaussian) -> Tensor:
-        """log density at each level less that at the nearest one, ``[B, C, H, W, levels]``."""
+        """log density at each level less that at the nearest one, ``[B, C, *space, levels]``."""
         mean = gaussian.mean
         nearest = self._level_index(mean)
         levels = torch.arange(self.levels, dtype=mean.dtype, device=mean.device)
@@ -117,7 +117,7 @@ class CategoricalDecoder(Decoder):
         return -0.5 * excess * torch.exp(-gaussian.log_var).to(mean.dtype)[..., None]
 
     def level_log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
-        """log P(level of x_0) for each pixel, ``[B, C, H, W]`` nats."""
+        """log P(level of x_0) for each pixel, ``[B, C, *space]`` nats."""
         index = self._level_index(x0).long()[..., None]
         logits = self._logits(gaussian)
         return (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)

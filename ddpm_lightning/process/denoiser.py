@@ -34,7 +34,7 @@ class NetworkDenoiser(Denoiser):
 
     Args:
         network: called as ``network(x, c, **cond)`` with the scalar c of ``conditioning``; returns
-            ``[B, outputs * C, H, W]``.
+            ``[B, outputs * C, *space]``.
         schedule: gives alpha_t and sigma_t.
         parameterization: meaning of the network's output (of its first C channels).
         conditioning: the scalar that the network is given for t.

@@ -25,11 +25,11 @@ class Encoder(nn.Module):
     """True where m(x_0, t) = x_0 at all times, so that the forward process is Markov."""
 
     def forward(self, schedule: Schedule, x0: Tensor, t: Tensor) -> Tensor:
-        """m(x_0, t), ``[B, C, H, W]``; x_0 itself at the time of the data, where gamma is -inf."""
+        """m(x_0, t), ``[B, C, *space]``; x_0 itself at the time of the data, where gamma is -inf."""
         raise NotImplementedError
 
     def rate(self, schedule: Schedule, x0: Tensor, t: Tensor) -> Tensor:
-        """d m(x_0, t) / dt, ``[B, C, H, W]``, for which gradients can be taken in turn."""
+        """d m(x_0, t) / dt, ``[B, C, *space]``, for which gradients can be taken in turn."""
         # forward-mode differentiation, of which the fused kernels of attention know nothing
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.script")  # torch's own
@@ -56,7 +56,7 @@ class NetworkEncoder(Encoder):
     part in sampling.
 
     Args:
-        network: called as ``network(x, c)`` with the scalar c of ``conditioning``; returns ``[B, C, H, W]``.
+        network: called as ``network(x, c)`` with the scalar c of ``conditioning``; returns ``[B, C, *space]``.
         conditioning: the scalar that the network is given for t; None for :class:`GammaConditioning`.
     """
 

@@ -46,7 +46,7 @@ class ForwardProcess:
         )
 
     def noised(self, x0: Tensor, t: Tensor, generators: Generators = None) -> tuple[Tensor, Tensor]:
-        """A draw x_t = alpha_t m(x_0, t) + sigma_t eps, and its standard normal eps: ``[B, C, H, W]`` both."""
+        """A draw x_t = alpha_t m(x_0, t) + sigma_t eps, and its standard normal eps: ``[B, C, *space]`` both."""
         eps = randn_like(x0, generators)
         marginal = self.marginal(x0, t)
         return marginal.mean + marginal.std * eps, eps
@@ -78,7 +78,7 @@ class ForwardProcess:
         return DiagonalGaussian(mean, expand_to(self.schedule.log_step_var(s, t), x_s))
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_s | x_t, x_0) if ``x0`` ``[B, C, H, W]`` stood for both m_t and m_s; x_0 itself where s is the
+        """Mean of q(x_s | x_t, x_0) if ``x0`` ``[B, C, *space]`` stood for both m_t and m_s; x_0 itself where s is the
         time of the data."""
         s, t = as_times(s, x_t), as_times(t, x_t)
         fraction = torch.exp(self.schedule.log_step_fraction(s, t))

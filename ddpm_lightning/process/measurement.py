@@ -1,10 +1,11 @@
 """Linear measurements of an image: y = A x_0 + noise."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import avg_pool1d, avg_pool2d, avg_pool3d, interpolate
 
 from ddpm_lightning.errors import InputError, at_least, positive
 from ddpm_lightning.ops import expand_mask, sum_per_image
@@ -18,16 +19,18 @@ __all__ = [
     "MatrixOperator",
 ]
 
+_AVERAGES: dict[int, Callable[[Tensor, int], Tensor]] = {3: avg_pool1d, 4: avg_pool2d, 5: avg_pool3d}
+
 
 class LinearOperator:
     """A. Subclasses define both methods; sum(A x * y) = sum(x * A^T y) for all x and y."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """A x for images ``[B, C, H, W]``: ``[B, ...]``."""
+        """A x for images ``[B, C, *space]``: ``[B, ...]``."""
         raise NotImplementedError
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y: ``[B, C, H, W]``."""
+        """A^T y: ``[B, C, *space]``."""
         raise NotImplementedError
 
 
@@ -55,25 +58,31 @@ class MaskOperator(LinearOperator):
 
 
 class AverageOperator(LinearOperator):
-    """Averages of squares of ``factor`` x ``factor`` pixels. H and W are multiples of ``factor`` (1 or more)."""
+    """Averages of blocks of ``factor`` pixels along each of the one to three axes of space, squares for images.
+
+    Each size of space is a multiple of ``factor`` (1 or more).
+    """
 
     def __init__(self, factor: int) -> None:
         at_least(1, "the side of the squares that are averaged", factor=factor)
         self.factor = factor
 
     def apply(self, x: Tensor) -> Tensor:
-        if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise InputError(f"factor = {self.factor} does not divide images of {x.shape[2]} x {x.shape[3]} pixels")
-        return avg_pool2d(x, self.factor)
+        if x.ndim not in _AVERAGES:
+            raise InputError(f"x of shape {list(x.shape)} must be [B, C, *space] with one to three axes of space")
+        space = x.shape[2:]
+        if any(size % self.factor for size in space):
+            raise InputError(f"factor = {self.factor} does not divide images of {' x '.join(map(str, space))} pixels")
+        return _AVERAGES[x.ndim](x, self.factor)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return interpolate(y, scale_factor=float(self.factor), mode="nearest") / self.factor**2
+        return interpolate(y, scale_factor=float(self.factor), mode="nearest") / self.factor ** (y.ndim - 2)
 
 
 class MatrixOperator(LinearOperator):
-    """Any A, as a matrix ``[M, C * H * W]`` for images of ``shape`` (C, H, W)."""
+    """Any A, as a matrix ``[M, N]`` for images of ``shape`` (C, *space) with N values."""
 
-    def __init__(self, matrix: Tensor, shape: tuple[int, int, int]) -> None:
+    def __init__(self, matrix: Tensor, shape: tuple[int, ...]) -> None:
         if matrix.ndim != 2 or matrix.shape[1] != math.prod(shape):
             raise InputError(f"matrix has shape {list(matrix.shape)}: give [M, {math.prod(shape)}] for images {shape}")
         self.matrix, self.shape = _kept(matrix), tuple(shape)

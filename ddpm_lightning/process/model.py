@@ -31,7 +31,7 @@ class DiffusionModel(GenerativeModel):
     """Everything that the objectives, the bound and the samplers need, and nothing of training.
 
     Args:
-        network: ``network(x, c, **cond) -> [B, C, H, W]``, or ``[B, 2 C, H, W]`` where ``variance`` is learned.
+        network: ``network(x, c, **cond) -> [B, C, *space]``, or ``[B, 2 C, *space]`` where ``variance`` is learned.
         schedule: the noise schedule, whose chain of T steps is the model.
         parameterization: meaning of the network's output.
         conditioning: the scalar that the network is given for t.

@@ -22,7 +22,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prediction:
-    """A denoiser's answer at (x_t, t), in the canonical form x_t = alpha_t x0 + sigma_t eps, ``[B, C, H, W]`` each."""
+    """A denoiser's answer at (x_t, t), in the canonical form x_t = alpha_t x0 + sigma_t eps: ``[B, C, *space]``."""
 
     x0: Tensor
     eps: Tensor
@@ -35,7 +35,7 @@ class Prediction:
         return Prediction(x0, (x_t - alpha_t * x0) / sigma_t, self.output, self.variance_output)
 
     def with_score_added(self, gradient: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> "Prediction":
-        """The same with ``gradient`` ``[B, C, H, W]`` added to the score -eps / sigma_t, and x0 to match."""
+        """The same with ``gradient`` ``[B, C, *space]`` added to the score -eps / sigma_t, and x0 to match."""
         x0 = self.x0 + sigma_t.square() / alpha_t * gradient
         return replace(self, x0=x0, eps=self.eps - sigma_t * gradient)
 
@@ -45,7 +45,7 @@ class Prediction:
 
 
 class Parameterization:
-    """Meaning of the network's output. ``alpha_t``, ``sigma_t`` are ``[B, 1, 1, 1]``, images ``[B, C, H, W]``."""
+    """Meaning of the network's output. ``alpha_t``, ``sigma_t`` are ``[B, 1, ...]``, images ``[B, C, *space]``."""
 
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
         """Canonical form of the network's ``output``."""

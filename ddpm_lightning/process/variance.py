@@ -17,7 +17,7 @@ __all__ = ["AnalyticVariance", "FixedLargeVariance", "FixedSmallVariance", "Lear
 class ReverseVariance:
     """log sigma_p^2 of the reverse step from t to s.
 
-    Both methods return float64: the shape of the times for one variance an image, ``[B, C, H, W]`` for one a pixel.
+    Both methods return float64: the shape of the times for one variance an image, ``[B, C, *space]`` for one a pixel.
     """
 
     network_outputs: int = 1

@@ -29,7 +29,7 @@ class Context:
 @dataclass(frozen=True)
 class MultistepState:
     """What a multistep sampler hands from one step to the next: the scalar time at which the last step began, and the
-    prediction ``[B, C, H, W]`` of x_0 there."""
+    prediction ``[B, C, *space]`` of x_0 there."""
 
     t: Tensor
     x0: Tensor
@@ -85,12 +85,12 @@ class Sampler:
         callback: Callable[[Tensor, Tensor], None] | None = None,
         **cond: Any,
     ) -> Tensor:
-        """Images ``[B, C, H, W]`` in model range, from x_T ~ p(x_T), the model's prior.
+        """Images ``[B, C, *space]`` in model range, from x_T ~ p(x_T), the model's prior.
 
         The last step is the decoder's mode at the first state of the grid, so an image is made of grey levels.
 
         Args:
-            x_T: ``[B, C, H, W]``, the start.
+            x_T: ``[B, C, *space]``, the start.
             grid: float64 ``[K + 1]``, increasing from the time of the data to 1, as ``strided_grid``, ``logsnr_grid``
                 and ``karras_grid`` make it; None for all T steps of the chain.
             callback: called with (x_s, s) after each step.

@@ -19,9 +19,9 @@ class InpaintingSampler(Sampler):
 
     Args:
         sampler: takes the steps.
-        known: images in model range, ``[B, C, H, W]``, or ``[1, C, H, W]`` for one for all; any finite value where
+        known: images in model range, ``[B, C, *space]``, or ``[1, C, *space]`` for one for all; any finite value where
             they are not known.
-        mask: bool, True where a pixel is known: ``[C or 1, H, W]`` for all images or ``[B or 1, C or 1, H, W]``.
+        mask: bool, True where a pixel is known: ``[C or 1, *space]`` for all images or ``[B or 1, C or 1, *space]``.
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor) -> None:

@@ -39,14 +39,14 @@ __all__ = ["Divergence", "ExactDivergence", "FlowLikelihood", "HutchinsonDiverge
 
 _STAGES = 4  # evaluations of the network in a step
 _Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(z, t) -> dz/d gamma ``[B, C, H, W]`` and its divergence ``[B]``."""
+"""(z, t) -> dz/d gamma ``[B, C, *space]`` and its divergence ``[B]``."""
 
 
 class Divergence:
     """The trace of the field's Jacobian, as sum_k e_k . J e_k with the vectors e_k of a subclass."""
 
     def vectors(self, z: Tensor, generators: Generators = None) -> Tensor:
-        """e_k, ``[K, B or 1, C, H, W]``, with sum_k e_k e_k^T = I in expectation; the same ones all along the path."""
+        """e_k, ``[K, B or 1, C, *space]``, with sum_k e_k e_k^T = I in expectation; the same all along the path."""
         raise NotImplementedError
 
 
@@ -78,7 +78,7 @@ class FlowLikelihood:
 
     Attributes:
         log_prob: the log density, float64 ``[B]`` nats.
-        x_T: the states at t = 1 to which the flow leads, float64 ``[B, C, H, W]``.
+        x_T: the states at t = 1 to which the flow leads, float64 ``[B, C, *space]``.
         error: estimate of the numerical error of ``log_prob``, float64 ``[B]`` nats, not negative. It says nothing of
             what random vectors do (:class:`HutchinsonDivergence`).
         steps: steps of the solver behind the value, int64 ``[B]``.
@@ -112,12 +112,12 @@ class ProbabilityFlow:
         self.steps, self.tolerance, self.max_steps = steps, tolerance, max_steps
 
     def encode(self, model: DiffusionModel, x1: Tensor, **cond: Any) -> Tensor:
-        """x_T of states ``x1`` ``[B, C, H, W]``, float64, by ``steps`` steps. For an image x_0, give alpha_1 x_0."""
+        """x_T of states ``x1`` ``[B, C, *space]``, float64, by ``steps`` steps. For an image x_0, give alpha_1 x_0."""
         z, _ = _passage(model, x1, _still(_field(model, cond)), self.steps, up=True)
         return z
 
     def decode(self, model: DiffusionModel, x_T: Tensor, **cond: Any) -> Tensor:
-        """x_1 of states ``x_T`` ``[B, C, H, W]``, float64, by ``steps`` steps: the inverse of :meth:`encode`."""
+        """x_1 of states ``x_T`` ``[B, C, *space]``, float64, by ``steps`` steps: the inverse of :meth:`encode`."""
         z, _ = _passage(model, x_T, _still(_field(model, cond)), self.steps, up=False)
         return z
 

@@ -36,8 +36,8 @@ class Schedule(nn.Module):
     """Base of all schedules. Subclasses define :meth:`gamma` and ``T``; everything else follows.
 
     Times ``t``, ``s`` are float64 tensors of any shape with values in [0, 1]; results have the same shape, float64.
-    Where pixels have a gamma of their own, times are ``[n]`` or ``[]``, and results ``[n, C, H, W]`` or
-    ``[1, C, H, W]``.
+    Where pixels have a gamma of their own, times are ``[n]`` or ``[]``, and results ``[n, C, *space]`` or
+    ``[1, C, *space]``.
     """
 
     T: int
@@ -50,7 +50,7 @@ class Schedule(nn.Module):
 
     @property
     def pixel_shape(self) -> tuple[int, ...] | None:
-        """(C, H, W) where each pixel has a gamma of its own; None for one gamma for an image."""
+        """(C, *space) where each pixel has a gamma of its own; None for one gamma for an image."""
         return None
 
     @property
@@ -111,7 +111,7 @@ class Schedule(nn.Module):
         return torch.exp(0.5 * self.log_sigma2(t))
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t of times ``[B]`` or ``[]`` as they meet images: ``[B, 1, 1, 1]``, or ``[B, C, H, W]``
+        """alpha_t and sigma_t of times ``[B]`` or ``[]`` as they meet images: ``[B, 1, ...]``, or ``[B, C, *space]``
         where pixels have a gamma of their own; dtype of ``like``."""
         return expand_to(self.alpha(t), like).to(like.dtype), expand_to(self.sigma(t), like).to(like.dtype)
 

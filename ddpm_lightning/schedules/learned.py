@@ -99,7 +99,7 @@ class PixelwiseGamma(LearnedGamma):
     not only on their ends, so the bound trains the shape too.
 
     Args:
-        shape: (C, H, W) of the images.
+        shape: (C, H, W) of the images, or (C, *space) of fields of one to three dimensions.
         gamma_min: -log SNR of the first state, at the start of training.
         gamma_max: -log SNR of the last state, at the start of training, above ``gamma_min``.
         T: number of states x_1, ..., x_T of the discrete chain, at least 2.
@@ -116,8 +116,11 @@ class PixelwiseGamma(LearnedGamma):
     ) -> None:
         # not LearnedGamma's, which would make weights for one pixel first
         ContinuousSchedule.__init__(self, gamma_min, gamma_max, T)
-        if len(shape) != 3 or min(shape) < 1:
-            raise InputError(f"shape = {list(shape)} must be (C, H, W) of the images, three whole numbers from 1")
+        if len(shape) not in (2, 3, 4) or min(shape) < 1:
+            raise InputError(
+                f"shape = {list(shape)} must be (C, H, W) of the images, three whole numbers from 1, or (C, L) or "
+                "(C, D, H, W) of fields"
+            )
         self.shape = tuple(shape)
         self._set_parameters(units, self.shape)
 
@@ -126,10 +129,13 @@ class PixelwiseGamma(LearnedGamma):
         return self.shape
 
     def gamma(self, t: Tensor) -> Tensor:
-        return super().gamma(t.reshape(-1, 1, 1, 1))
+        return super().gamma(self._times(t))
 
     def gamma_slope(self, t: Tensor) -> Tensor:
-        return super().gamma_slope(t.reshape(-1, 1, 1, 1))
+        return super().gamma_slope(self._times(t))
+
+    def _times(self, t: Tensor) -> Tensor:
+        return t.reshape(-1, *(1,) * len(self.shape))
 
     def held_interior(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -23,7 +23,7 @@ def _looked_up(name: str) -> Callable[[Any, Tensor], Tensor]:
 
 
 def _of_each(values: Tensor) -> tuple[Tensor, ...]:
-    """The values of each of K times, ``[K]`` -> ``[]``, ``[K, C, H, W]`` -> ``[1, C, H, W]``."""
+    """The values of each of K times, ``[K]`` -> ``[]``, ``[K, C, *space]`` -> ``[1, C, *space]``."""
     return values.unbind() if values.ndim == 1 else values.split(1)
 
 

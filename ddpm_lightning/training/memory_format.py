@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ddpm_lightning.errors import InputError
+
 __all__ = ["ChannelsLast", "set_memory_format", "state_like_parameters", "wants_channels_last"]
 
 ChannelsLast = bool | Literal["auto"]
@@ -17,9 +19,21 @@ def wants_channels_last(option: ChannelsLast, network: nn.Module, precision: str
     "auto" is what was measured to gain (docs/speed.md): on a CPU channels_last in float32 and half precision, but for
     networks with GroupNorm in half precision, where torch's GroupNorm loses in this format what convolutions gain
     (``networks/unet.py``). On a CUDA device, where nothing was measured, it is channels_last in half precision.
+    Networks with three-dimensional convolutions keep the default.
+
+    Raises:
+        InputError: ``True`` for a network with three-dimensional convolutions.
     """
+    # torch has this format for tensors of four dimensions only
+    has_volumes = any(parameter.ndim == 5 for parameter in network.parameters())
+    if option is True and has_volumes:
+        raise InputError(
+            "--model.channels_last true is for images, and this network convolves three-dimensional fields: use auto"
+        )
     if option != "auto":
         return option
+    if has_volumes:
+        return False
     is_half = precision.startswith(("bf16", "16"))
     if device.type == "cuda":
         return is_half
