@@ -49,7 +49,7 @@ class SimpleUNet(nn.Module):
                 raise ValueError(f"SimpleUNet takes no condition: leave {name} out, or use UNet({option}=...)")
         if x.ndim != 4:
             raise ValueError(
-                f"SimpleUNet takes images [B, {self.channels}, H, W], got {list(x.shape)}: use "
+                f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}: SimpleUNet takes images only; use "
                 "UNet(dims=...) for fields of one or three dimensions"
             )
         if x.shape[1] != self.channels:
