@@ -49,8 +49,8 @@ class SimpleUNet(nn.Module):
                 raise ValueError(f"SimpleUNet takes no condition: leave {name} out, or use UNet({option}=...)")
         if x.ndim != 4:
             raise ValueError(
-                f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}: SimpleUNet takes images only; use "
-                "UNet(dims=...) for fields of one or three dimensions"
+                f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}: SimpleUNet takes images "
+                "only; use UNet(dims=...) for fields of one or three dimensions"
             )
         if x.shape[1] != self.channels:
             raise ValueError(f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}")
