@@ -179,7 +179,7 @@ def test_three_dimensional_convolutions_keep_their_layout(dims: int) -> None:
     set_memory_format(network, wants_channels_last("auto", network, "32-true", cpu))
     assert not wants_channels_last(False, network, "32-true", cpu)
     if dims == 3:
-        with pytest.raises(InputError, match="--model.channels_last true is for images"):
+        with pytest.raises(InputError, match=r"--model\.channels_last true is for images"):
             wants_channels_last(True, network, "32-true", cpu)
 
 
