@@ -127,9 +127,8 @@ def test_conditions_reach_the_output_and_their_absence_too(dims: int) -> None:
         torch.testing.assert_close(mixed[1:3], none[1:3], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(mixed[[0, 3]], full[[0, 3]], rtol=1e-10, atol=1e-12)
         # no condition is not the condition 0
-        assert all(
-            float((a - b).detach().abs().max()) > 1e-3 for a, b in itertools.combinations((full, none, zeros), 2)
-        )
+        outputs = (full, none.detach(), zeros.detach())
+        assert all(float((a - b).abs().max()) > 1e-3 for a, b in itertools.combinations(outputs, 2))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -417,14 +416,23 @@ def test_averages_of_fields(shape: tuple[int, ...], size: tuple[int, ...]) -> No
         operator.apply(torch.zeros(3, 4))
 
 
-@pytest.mark.parametrize("name", ["vector", "field"])
-def test_guidance_goes_from_no_condition_to_the_condition(name: str) -> None:
-    model = model_of(2, vector_size=2, field_channels=1)
-    x, t = torch.randn(3, 2, 8, 12), torch.tensor(0.5).double()
-    value = torch.randn(3, 2) if name == "vector" else torch.randn(3, 1, 8, 12)
-    denoiser, cond = model.denoiser, {name: value}
+@pytest.mark.parametrize("names", [["label"], ["vector"], ["field"], ["label", "vector", "field"]], ids="+".join)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_guidance_goes_from_no_condition_to_the_condition(dims: int, names: list[str]) -> None:
+    model, space = model_of(dims, num_classes=2, vector_size=2, field_channels=1), SPACES[dims]
+    x, t = torch.randn(3, 2, *space), torch.tensor(0.5).double()
+    known = {"label": torch.tensor([0, 1, 1]), "vector": torch.randn(3, 2), "field": torch.randn(3, 1, *space)}
+    denoiser, cond = model.denoiser, {name: known[name] for name in names}
     with torch.no_grad():
         with_it, without = denoiser(x, t, **cond).eps, denoiser(x, t).eps
+        assert float((with_it - without).abs().max()) > 1e-3
         for scale, expected in ((0.0, without), (1.0, with_it), (3.0, without + 3 * (with_it - without))):
-            guided = ClassifierFreeDenoiser(denoiser, scale, num_classes=None)(x, t, **cond).eps
+            guided = ClassifierFreeDenoiser(denoiser, scale, num_classes=2)(x, t, **cond).eps
             torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cond", [{}, {"label": None}, {"vector": None, "field": None}])
+def test_guidance_without_a_condition_is_refused(cond: dict[str, None]) -> None:
+    model = model_of(1, vector_size=2, field_channels=1)
+    with pytest.raises(InputError, match="give label, vector or field"):
+        ClassifierFreeDenoiser(model.denoiser, 2.0, None)(torch.randn(3, 2, 24), torch.tensor(0.5), **cond)
