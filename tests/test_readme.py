@@ -55,10 +55,10 @@ def parsed_only(function: Callable[..., object]) -> Callable[..., object]:
 def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     subcommand, *arguments = shlex.split(command)[1:]
-    if subcommand in ("evaluate", "export"):
-        monkeypatch.setattr(commands, "export", parsed_only(commands.export))
-        for name, function in commands.EVALUATIONS.items():
-            monkeypatch.setitem(commands.EVALUATIONS, name, parsed_only(function))
+    if subcommand in ("evaluate", *commands.COMMANDS):
+        for functions in (commands.COMMANDS, commands.EVALUATIONS):
+            for name, function in functions.items():
+                monkeypatch.setitem(functions, name, parsed_only(function))
         return commands.run_command(subcommand, arguments)
     # a run stands for the configuration that it was started with
     config = "configs/mnist.yaml" if "runs/mnist" in command else "configs/digits.yaml"
@@ -70,7 +70,7 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 12 and {c.split()[1] for c in COMMANDS} == {
-        "fit", "validate", "test", "predict", "sample", "evaluate", "export"
+        "fit", "validate", "test", "predict", "sample", "evaluate", "export", "density", "reweight"
     }  # fmt: skip
 
 

@@ -83,8 +83,10 @@ class UNet(nn.Module):
         field_channels: int | None = None,
     ) -> None:
         super().__init__()
-        channels, dims = 1 if channels is None else channels, 2 if dims is None else dims
-        self.dims, self.padding, self.vector_size, self.field_channels = dims, padding, vector_size, field_channels
+        channels = 1 if channels is None else channels
+        # the argument itself: None in the checkpoints of pictures, those of older versions among them
+        self.dims, self._space_dims = dims, 2 if dims is None else dims
+        self.padding, self.vector_size, self.field_channels = padding, vector_size, field_channels
         self.channels, self.out_channels, self.num_classes = channels, out_channels, num_classes
         self.width, self.multipliers, self.blocks = width, multipliers, blocks
         self.attention, self.heads, self.dropout = attention, heads, dropout
@@ -95,7 +97,7 @@ class UNet(nn.Module):
         levels = range(len(widths))
         embedding_width = 4 * width
 
-        conv = partial(_CONVOLUTIONS[dims], padding_mode=padding)
+        conv = partial(_CONVOLUTIONS[self._space_dims], padding_mode=padding)
 
         def block(inputs: int, outputs: int, level: int) -> _Block:
             return _Block(conv, inputs, outputs, embedding_width, dropout, heads if level in attention else None)
@@ -198,7 +200,7 @@ class UNet(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not self.time_scale > 0:
             raise ValueError(f"time_scale must be positive, got {self.time_scale}")
-        if self.dims not in _CONVOLUTIONS:
+        if self._space_dims not in _CONVOLUTIONS:
             raise ValueError(f"dims must be 1, 2 or 3, got {self.dims}")
         if self.padding not in ("zeros", "circular"):
             raise ValueError(f"padding must be zeros or circular, got {self.padding}")
@@ -211,11 +213,11 @@ class UNet(nn.Module):
         self, x: Tensor, t: Tensor, label: Tensor | None, vector: Tensor | None, field: Tensor | None
     ) -> None:
         """Raise a ValueError for a wrong shape; no value is read, so a GPU is not waited for."""
-        if x.ndim != 2 + self.dims or x.shape[1] != self.channels:
-            space = ["L", "H, W", "D, H, W"][self.dims - 1]
+        if x.ndim != 2 + self._space_dims or x.shape[1] != self.channels:
+            space = ["L", "H, W", "D, H, W"][self._space_dims - 1]
             raise ValueError(
                 f"expected x of shape [B, {self.channels}, {space}], got {list(x.shape)}: the network has "
-                f"dims = {self.dims} and channels = {self.channels}"
+                f"dims = {self._space_dims} and channels = {self.channels}"
             )
         divisor = 2 ** (len(self.multipliers) - 1)
         if any(size % divisor for size in x.shape[2:]):
