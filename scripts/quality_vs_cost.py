@@ -93,8 +93,8 @@ def curves(rows: Rows, n: int, beside: dict[str, Rows]) -> Tensor:
         (line,) = left.loglog(
             [row["evaluations"] for row in own], [row["frechet"] for row in own], "o-", ms=4, label=name
         )
-        for folder, others in beside.items():
-            other = [row for row in others.values() if row.get("sampler") == name and row["grid"] == "strided"]
+        for folder, its_rows in beside.items():
+            other = [row for row in its_rows.values() if row.get("sampler") == name and row["grid"] == "strided"]
             places, values = ([row[key] for row in other] for key in ("evaluations", "frechet"))
             left.loglog(
                 places, values, "s--", ms=3, color=line.get_color(), label=f"{name}, {folder}" if other else None

@@ -163,7 +163,7 @@ def test_networks_without_conditions_say_so(name: str, option: str) -> None:
 def test_what_is_for_images_only_says_so() -> None:
     line = torch.zeros(2, 1, 28)
     with pytest.raises(
-        ValueError, match=r"expected x of shape \[B, 1, H, W\], got \[2, 1, 28\]: fields .* UNet\(dims="
+        ValueError, match=r"expected x of shape \[B, 1, H, W\], got \[2, 1, 28\]: SimpleUNet .* UNet\(dims="
     ):
         SimpleUNet()(line, torch.zeros(2))
     with pytest.raises(ValueError, match=r"expected floating-point images \[B, 1, 28, 28\]"):

@@ -47,9 +47,13 @@ class SimpleUNet(nn.Module):
         for name, value, option in (("vector", vector, "vector_size"), ("field", field, "field_channels")):
             if value is not None:
                 raise ValueError(f"SimpleUNet takes no condition: leave {name} out, or use UNet({option}=...)")
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            images_only = ": fields of one or three dimensions need UNet(dims=...)" if x.ndim in (3, 5) else ""
-            raise ValueError(f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}{images_only}")
+        if x.ndim != 4:
+            raise ValueError(
+                f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}: SimpleUNet takes images "
+                "only; use UNet(dims=...) for fields of one or three dimensions"
+            )
+        if x.shape[1] != self.channels:
+            raise ValueError(f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}")
         if t.shape != x.shape[:1]:
             raise ValueError(f"expected t of shape [{x.shape[0]}], one for each image, got {list(t.shape)}")
         time: Tensor = self.time_mlp(t.to(x.dtype)[:, None])
