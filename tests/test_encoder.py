@@ -435,7 +435,7 @@ def learned_model() -> DiffusionModel:
 
 X = torch.zeros(2, *SHAPE)
 REFUSED: dict[str, tuple[Any, str]] = {
-    "shape": (lambda: PixelwiseGamma([8, 8]), "shape = [8, 8] must be (C, H, W)"),
+    "shape": (lambda: PixelwiseGamma([8]), "shape = [8] must be (C, H, W)"),
     "no pixels": (lambda: PixelwiseGamma([1, 0, 8]), "shape = [1, 0, 8] must be (C, H, W)"),
     "no bound": (
         lambda: NoiseMSE(UniformTimes()).check(learned_model()),

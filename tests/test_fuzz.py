@@ -42,7 +42,7 @@ SKIPPED = {
 }  # fmt: skip
 _OWN = Path(tempfile.mkdtemp()) / "own.npy"
 np.save(_OWN, np.zeros((20, 1, 4, 4), np.float32))
-# what else a class needs
+# what else a class needs, by NAME or CLASS.NAME
 NEEDED: dict[str, Any] = {
     "schedule": LinearGamma(), "network": torch.nn.Identity(), "bound": ConsistencyElbo(), "times": UniformTimes(),
     "conditioning": GammaConditioning(), "shape": (1, 4, 4), "levels": 16, "channels": 1, "size": 8, "classes": 3,
@@ -98,7 +98,8 @@ def made(cls: type, key: str, value: Any) -> None:
     path = f"{cls.__module__}.{cls.__qualname__}"
     check_numbers({"part": {"class_path": path, "init_args": {key: value}}})
     known = parameters_of(cls)
-    others = {name: NEEDED[name] for name, p in known.items() if p.default in (Parameter.empty, "") and name in NEEDED}
+    wanted = [name for name, parameter in known.items() if parameter.default in (Parameter.empty, "")]
+    others = {n: NEEDED[place] for n in wanted for place in (n, f"{cls.__name__}.{n}") if place in NEEDED}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cls(**{**others, key: value})
