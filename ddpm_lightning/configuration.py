@@ -24,12 +24,20 @@ class ConfigurationError(InputError, yaml.YAMLError):
 
 
 def merge(base: Any, overlay: Any) -> Any:
-    """Overlay on base, key by key. A part of another class, like a list, replaces the base's as a whole."""
+    """Overlay on base, key by key. A part of another class, like a list, replaces the base's as a whole; ``NAME+``
+    appends to the base's list of that name."""
     if not (isinstance(base, dict) and isinstance(overlay, dict)):
         return overlay
     if "class_path" in overlay and overlay["class_path"] != base.get("class_path"):
         return overlay
-    return {**base, **{key: merge(base.get(key), value) for key, value in overlay.items()}}
+    merged = dict(base)
+    for key, value in overlay.items():
+        name = key.removesuffix("+") if isinstance(key, str) else key
+        if name != key and isinstance(base.get(name), list) and isinstance(value, list):
+            merged[name] = [*base[name], *value]
+        else:
+            merged[key] = merge(base.get(key), value)
+    return merged
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from ddpm_lightning.lattice import Spectrum
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import ForwardProcess
 from ddpm_lightning.schedules import Schedule
 
 __all__ = [
-    "CostCurve", "cost_curves", "drawn", "fields_in_grey", "forward_strip", "nearest_neighbours", "save_gif",
-    "save_png", "schedule_curves", "tile",
+    "CostCurve", "cost_curves", "drawn", "fields_in_grey", "forward_strip", "nearest_neighbours", "observable_curves",
+    "save_gif", "save_png", "schedule_curves", "tile",
 ]  # fmt: skip
 
 
@@ -164,6 +165,25 @@ def schedule_curves(schedules: Mapping[str, Schedule], points: int = 201) -> Ten
                     axes.fill_between(t.cpu(), of_pixels.amin(1), of_pixels.amax(1), alpha=0.2)
     left.set(xlabel="t", ylabel="gamma = -log SNR")
     right.set(xlabel="t", ylabel="d gamma / dt", ylim=(0, None))
+    left.legend(frameon=False)
+    return drawn(figure)
+
+
+def observable_curves(spectra: Mapping[str, Spectrum], magnetisation: Mapping[str, Tensor]) -> Tensor:
+    """Power spectra with their standard errors, and distributions of a magnetisation ``[n]``, of several sets of
+    configurations by name."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, spectrum in spectra.items():
+        k2, mean, se = (values.cpu().numpy() for values in (spectrum.k2, spectrum.mean, spectrum.se))
+        left.errorbar(k2, mean, se, fmt=".-", markersize=3, linewidth=0.8, label=name)
+    ends = torch.cat([values.cpu() for values in magnetisation.values()])
+    edges = torch.linspace(float(ends.min()), float(ends.max()) + 1e-9, 41, dtype=torch.float64)
+    for name, values in magnetisation.items():
+        counts, _ = torch.histogram(values.cpu().double(), edges, density=True)
+        right.stairs(counts.numpy(), edges.numpy(), label=name)
+    left.set(xlabel="squared lattice momentum", ylabel="power of a mode", yscale="log")
+    right.set(xlabel="magnetisation of a configuration", ylabel="density", ylim=(0, None))
     left.legend(frameon=False)
     return drawn(figure)
 

@@ -5,6 +5,7 @@ from ddpm_lightning.callbacks.diagnostics import CostByTime, GradientNorm, LossB
 from ddpm_lightning.callbacks.finders import BatchSizeTest, LearningRateTest
 from ddpm_lightning.callbacks.finite import StopOnNonFinite
 from ddpm_lightning.callbacks.hierarchy import LevelPictures
+from ddpm_lightning.callbacks.observables import LatticeObservables
 from ddpm_lightning.callbacks.pictures import ForwardStrip, SampleGrid, ScheduleCurves
 from ddpm_lightning.callbacks.progress import EpochLines, ImagesPerSecond
 from ddpm_lightning.callbacks.quality import SampleQuality
@@ -12,6 +13,6 @@ from ddpm_lightning.callbacks.reports import BoundTable, ImageTermsWriter
 
 __all__ = [
     "BatchSizeTest", "BoundTable", "CostByTime", "EpochLines", "ForwardStrip", "GradientNorm", "ImageTermsWriter",
-    "ImagesPerSecond", "LastCheckpoint", "LearningRateTest", "LevelPictures", "LossByTime", "RunOptions", "SampleGrid",
-    "SampleQuality", "ScheduleCurves", "StopOnNonFinite",
+    "ImagesPerSecond", "LastCheckpoint", "LatticeObservables", "LearningRateTest", "LevelPictures", "LossByTime",
+    "RunOptions", "SampleGrid", "SampleQuality", "ScheduleCurves", "StopOnNonFinite",
 ]  # fmt: skip

@@ -40,13 +40,24 @@ from ddpm_lightning.lattice import (
     susceptibility,
 )
 
-__all__ = ["FreeField", "Ising", "LatticeSystem", "Phi4"]
+__all__ = ["FreeField", "Ising", "LatticeSystem", "Phi4", "by_chain"]
 
 _SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 # Not options: results of different runs are comparable only on the same data. A change of them, or of the simulators,
 # is a new version, whose files have other names.
 _VERSION = 1
 _CHAINS = 256
+
+
+def by_chain(phi: Tensor) -> tuple[Tensor, int]:
+    """Configurations of a split, of one coupling, as one Markov chain after the other, and how many each has left.
+
+    This is the ``block`` of observables, for errors that know of the correlation within a chain. The last
+    configurations are left out where the chains are not of equal length.
+    """
+    chains = min(_CHAINS, len(phi))
+    block = len(phi) // chains
+    return phi[: chains * block].unflatten(0, (block, chains)).transpose(0, 1).flatten(0, 1), block
 
 
 @runtime_checkable
@@ -188,8 +199,8 @@ class _LatticeFields(ArrayDataModule):
         cond = {}
         if self.vector_size:
             cond["vector"] = torch.cat([torch.full((n, 1), coupling) for coupling, n in known])
-        # coupling by coupling they would come in validation batches of one coupling each
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        # the couplings in turn: one after the other they would come in validation batches of one coupling each
+        order = torch.cat([torch.arange(n) for _, n in known]).argsort(stable=True)
         images, cond = images[order], {name: values[order] for name, values in cond.items()}
         return Split(images, torch.zeros(count, dtype=torch.int64), cond=cond)
 

@@ -52,8 +52,7 @@ def reweight(
         T: states of the chain, by default the model's own
     """
     at_least(10, n=n)
-    module, data = trained.module, trained.data
-    system = data if isinstance(data, LatticeSystem) else None
+    module, system = trained.module, trained.system
     cond, coupling = _condition(trained, system, coupling)
     log_target = _log_target(system, target, coupling)
     model: GenerativeModel = module.ema_model if T is None else module.ema_model.with_steps(T)

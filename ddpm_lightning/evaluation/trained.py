@@ -7,6 +7,7 @@ from typing import Any
 
 from ddpm_lightning.data import Batch, OfficialData
 from ddpm_lightning.data.datamodule import ArrayDataModule
+from ddpm_lightning.data.lattice import LatticeSystem
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.progress import tracked
 from ddpm_lightning.runs import Run
@@ -64,6 +65,12 @@ class Trained:
         if self.data_root is not None and isinstance(data, OfficialData):
             data.root = self.data_root
         return data
+
+    @cached_property
+    def system(self) -> LatticeSystem | None:
+        """The data, where their distribution is known."""
+        data = Run(self.run).load_data()
+        return data if isinstance(data, LatticeSystem) else None
 
     def batches(self, images: Batch, what: str) -> Iterator[Batch]:
         """Images in batches on the device, with their progress."""

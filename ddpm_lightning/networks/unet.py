@@ -14,20 +14,18 @@ GroupNorm seven to ten times slower (torch 2.14), which costs a quarter of the s
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
+from ddpm_lightning.networks.convolutions import CONVOLUTIONS
 from ddpm_lightning.networks.embedding import FourierFeatures, SinusoidalEmbedding
 
 __all__ = ["UNet"]
 
 M = TypeVar("M", bound=nn.Module)
-
-_CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class UNet(nn.Module):
@@ -97,7 +95,7 @@ class UNet(nn.Module):
         levels = range(len(widths))
         embedding_width = 4 * width
 
-        conv = partial(_CONVOLUTIONS[self._space_dims], padding_mode=padding)
+        conv = CONVOLUTIONS[padding][self._space_dims]
 
         def block(inputs: int, outputs: int, level: int) -> _Block:
             return _Block(conv, inputs, outputs, embedding_width, dropout, heads if level in attention else None)
@@ -200,9 +198,9 @@ class UNet(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not self.time_scale > 0:
             raise ValueError(f"time_scale must be positive, got {self.time_scale}")
-        if self._space_dims not in _CONVOLUTIONS:
+        if self._space_dims not in (1, 2, 3):
             raise ValueError(f"dims must be 1, 2 or 3, got {self.dims}")
-        if self.padding not in ("zeros", "circular"):
+        if self.padding not in CONVOLUTIONS:
             raise ValueError(f"padding must be zeros or circular, got {self.padding}")
         for name in ("num_classes", "out_channels", "vector_size", "field_channels"):
             value = getattr(self, name)
