@@ -66,14 +66,12 @@ class LatticeSystem(Protocol):
 class SimulatedLattice(ArrayDataModule):
     """A lattice system that is simulated on first use and kept in the folder ``lattice`` of ``root``.
 
-    A subclass names its coupling and says what its action is and how it is simulated. The splits come from independent
-    seeds.
+    A subclass names its coupling, which it has before this class looks at it, and says what the action is and how it is
+    simulated. With a list of couplings the splits hold them in equal shares, and each configuration has its own as the
+    condition ``vector``. The splits come from independent seeds.
 
     Args:
         L: sites of a side, 2 or more.
-        dim: dimensions, 1 to 3.
-        coupling: one, or a list of several. With several, the splits hold them in equal shares, and each configuration
-            has its coupling as the condition ``vector``.
         n_train: number of training configurations.
         n_val: number of configurations for validation.
         n_test: number of configurations for tests.
@@ -86,14 +84,14 @@ class SimulatedLattice(ArrayDataModule):
     """
 
     parameter: str
-    """The name of the coupling among the arguments."""
+    """The name of the coupling."""
+    dim: int
+    """Dimensions, 1 to 3."""
     dtype: np.dtype[Any] = np.dtype(np.float32)
 
     def __init__(
         self,
-        L: int,
-        dim: int,
-        coupling: float | list[float],
+        L: int = 16,
         n_train: int = 20_000,
         n_val: int = 2_000,
         n_test: int = 10_000,
@@ -102,18 +100,19 @@ class SimulatedLattice(ArrayDataModule):
         **options: Any,
     ) -> None:
         at_least(2, L=L)
-        at_least(1, dim=dim, n_train=n_train, n_val=n_val, n_test=n_test)
+        at_least(1, n_train=n_train, n_val=n_val, n_test=n_test)
         at_least(0, simulation_seed=simulation_seed)
-        if dim > 3:
-            raise InputError(f"dim = {dim} must be 1, 2 or 3")
+        if not 1 <= self.dim <= 3:
+            raise InputError(f"dim = {self.dim} must be 1, 2 or 3")
+        coupling: float | list[float] = getattr(self, self.parameter)
         self.couplings = list(coupling) if isinstance(coupling, list) else [coupling]
         if not self.couplings:
             raise InputError(f"{self.parameter} = []: a list of couplings must hold one at least")
         for each in self.couplings:
             self.action(each)  # refuses what makes no sense
         super().__init__({"train": n_train, "val": n_val, "test": n_test}, **options)
-        self.L, self.dim, self.root, self.simulation_seed = L, dim, root, simulation_seed
-        self.shape = (1, *(L,) * dim)
+        self.L, self.root, self.simulation_seed = L, root, simulation_seed
+        self.shape = (1, *(L,) * self.dim)
         self.vector_size = 1 if isinstance(coupling, list) else None
 
     def action(self, coupling: float) -> Action:
@@ -163,13 +162,13 @@ class Ising(SimulatedLattice, ImageDataModule):
         options: n_train, root and the other arguments of :class:`SimulatedLattice`.
     """
 
-    parameter, dtype = "beta", np.dtype(np.uint8)
+    parameter, dim, dtype = "beta", 2, np.dtype(np.uint8)
     levels = 2
     num_classes = 1
 
     def __init__(self, L: int = 16, beta: float = 0.44, **options: Any) -> None:
-        super().__init__(L, 2, beta, **options)
         self.beta = beta
+        super().__init__(L, **options)
 
     def configurations(self, data: Tensor) -> Tensor:
         """Spins -1 and 1, float32."""
@@ -252,8 +251,8 @@ class Phi4(_Fields):
     def __init__(
         self, L: int = 16, dim: int = 2, kappa: float | list[float] = 0.27, lam: float = 0.022, **options: Any
     ) -> None:
-        self.kappa, self.lam = kappa, lam
-        super().__init__(L, dim, kappa, **options)
+        self.dim, self.kappa, self.lam = dim, kappa, lam
+        super().__init__(L, **options)
 
     def action(self, coupling: float) -> Phi4Action:
         return Phi4Action(coupling, self.lam)
@@ -286,8 +285,8 @@ class FreeField(_Fields):
     parameter = "m2"
 
     def __init__(self, L: int = 16, dim: int = 2, m2: float | list[float] = 0.25, **options: Any) -> None:
-        super().__init__(L, dim, m2, **options)
-        self.m2 = m2
+        self.dim, self.m2 = dim, m2
+        super().__init__(L, **options)
 
     def action(self, coupling: float) -> FreeFieldAction:
         return FreeFieldAction(coupling)
