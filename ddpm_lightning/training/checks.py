@@ -11,7 +11,7 @@ from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.own_code import failure_in_own_code
 from ddpm_lightning.process import Decoder, DiffusionModel, GenerativeModel, ReverseVariance
 
-__all__ = ["check_bounds", "check_conditions", "check_network", "check_options", "check_shapes"]
+__all__ = ["check_bounds", "check_network", "check_options", "check_part", "check_shapes"]
 
 
 _CALL = (
@@ -28,22 +28,11 @@ def check_options(decoder: Decoder, levels: int | None, ema_decay: float) -> Non
             f"the decoder is made for {decoder.levels} grey levels and the data have {levels}: "
             f"set --model.decoder.init_args.levels to {levels}, or leave it out and it follows the data"
         )
-    _check_part("ema_decay", ema_decay)
+    check_part("ema_decay", ema_decay)
 
 
-def check_conditions(conditions: Sequence[str], sizes: Mapping[str, int | None], label_dropout: float) -> None:
-    """Refuse, with an InputError, conditions that the data do not have, and a dropout without conditions."""
-    _check_part("label_dropout", label_dropout)
-    if "label" in conditions and sizes["label"] is None:
-        raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
-    for name in ("vector", "field"):
-        if name in conditions and sizes[name] is None:
-            raise InputError(f"--model.{name}_conditional true: the data have no {name}; name one with --data.{name}")
-    if label_dropout > 0 and not conditions:
-        raise InputError(f"--model.label_dropout {label_dropout:g} needs --model.class_conditional true")
-
-
-def _check_part(name: str, value: float) -> None:
+def check_part(name: str, value: float) -> None:
+    """Refuse, with an InputError, an option of the model that lies outside [0, 1)."""
     if not 0 <= value < 1:
         raise InputError(f"--model.{name} {value:g} must lie in [0, 1)")
 
