@@ -107,7 +107,7 @@ class SimulatedLattice(ArrayDataModule):
         coupling: float | list[float] = getattr(self, self.parameter)
         self.couplings = list(coupling) if isinstance(coupling, list) else [coupling]
         if not self.couplings:
-            raise InputError(f"{self.parameter} = []: a list of couplings must hold one at least")
+            raise InputError(f"--data.{self.parameter} []: a list of couplings must hold one at least")
         for each in self.couplings:
             self.action(each)  # refuses what makes no sense
         super().__init__({"train": n_train, "val": n_val, "test": n_test}, **options)
@@ -138,8 +138,10 @@ class SimulatedLattice(ArrayDataModule):
 
         def simulated() -> np.ndarray:
             # neighbours are samples of different chains, so the first so many of a split are independent, too
-            chains = self.simulate(coupling, count, int(seeds.generate_state(1)[0]))
-            return self._stored(chains.interleaved[:count]).numpy()
+            phi = self.simulate(coupling, count, int(seeds.generate_state(1)[0])).interleaved[:count]
+            if not bool(phi.isfinite().all() & phi.any()):
+                raise InputError(f"{self.parameter} = {coupling:g} leads to fields that float32 cannot hold")
+            return self._stored(phi).numpy()
 
         path = Path(self.root).expanduser() / "lattice" / name
         return torch.from_numpy(kept(path, (count, *self.shape), self.dtype, simulated))
@@ -265,7 +267,11 @@ class Phi4(_Fields):
         return {"log_Z": known["logZ"], **{name: known[name] for name in ("phi2", "nn", "susceptibility")}}
 
     def simulate(self, coupling: float, count: int, seed: int) -> Chains:
-        return simulate_phi4(self.L, self.dim, coupling, self.lam, **_chains(count), seed=seed)
+        try:
+            return simulate_phi4(self.L, self.dim, coupling, self.lam, **_chains(count), seed=seed)
+        except InputError:
+            why = "no trajectory of hybrid Monte Carlo is accepted"
+            raise InputError(f"kappa = {coupling:g} with lam = {self.lam:g} cannot be simulated: {why}") from None
 
     def file_name(self, coupling: float) -> str:
         return f"phi4-kappa{float(coupling)!r}-lam{float(self.lam)!r}-L{self.L}-dim{self.dim}"

@@ -75,8 +75,7 @@ def check_network(
         reason = failure_in_own_code(error) or what
         call = _CALL if isinstance(error, TypeError) and not isinstance(network, AdaptedNetwork) else ""
         raise InputError(
-            f"{name} cannot take the data's images of shape {list(shape)} "
-            f"(channels, height, width){labels}: {reason}{call}"
+            f"{name} cannot take the data's images of shape {list(shape)} ({_axes(shape)}){labels}: {reason}{call}"
         ) from error
     finally:
         network.train(training)
@@ -92,6 +91,10 @@ def check_network(
             f"under {type(variance).__name__} it must return {expected}; "
             f"set --model.network.init_args.out_channels {expected[0]} where it has that option{learned}"
         )
+
+
+def _axes(shape: Sequence[int]) -> str:
+    return ", ".join(("channels", *("depth", "height", "width")[4 - len(shape) :]))
 
 
 def check_shapes(model: DiffusionModel, shape: tuple[int, ...]) -> None:
@@ -111,7 +114,7 @@ def check_shapes(model: DiffusionModel, shape: tuple[int, ...]) -> None:
             found = model.encoder(model.schedule, x0, model.grid_on(device)[-1])
     except Exception as error:
         raise InputError(
-            f"--model.encoder {name} cannot take the data's images of shape {list(shape)} (channels, height, width): "
+            f"--model.encoder {name} cannot take the data's images of shape {list(shape)} ({_axes(shape)}): "
             f"{failure_in_own_code(error) or error}"
         ) from error
     finally:

@@ -27,9 +27,15 @@ def chosen_conditions(
     for name in [name for name, asked in wanted.items() if asked]:
         size = sizes[name]
         if size is None and name == "label":
-            raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
+            raise InputError(
+                "--model.class_conditional true: the data have no classes (num_classes is null); of fields name their "
+                "array with --data.label"
+            )
         if size is None:
-            raise InputError(f"--model.{name}_conditional true: the data have no {name}; name one with --data.{name}")
+            raise InputError(
+                f"--model.{name}_conditional true: the data have no {name}; name one with --data.{name}"
+                + (", or give a lattice system a list of couplings" if name == "vector" else "")
+            )
         chosen[name] = size
     if label_dropout > 0 and not chosen:
         raise InputError(f"--model.label_dropout {label_dropout:g} needs --model.class_conditional true")
