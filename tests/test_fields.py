@@ -337,6 +337,36 @@ def test_a_run_gives_samples_and_densities_in_the_units_of_the_file(
         assert words in refused(capsys, *given)
 
 
+def test_what_measures_a_run_of_fields_knows_its_condition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = ["--data.vector=t", "--model.vector_conditional=true", "--model.label_dropout=0.1"]
+    run = fit(tmp_path, written(tmp_path, "npz", t=T), *told)
+    main(["evaluate", "forms", str(run.folder), "--images=4", "--draws=2"])
+    assert "bits/dim for the units of the data" in capsys.readouterr().out
+    # draw k of the forms is the bound from eval_seed k
+    module, batch = run.load_module(), run.load_data().split("test").batch(torch.arange(4))  # type: ignore[attr-defined]
+    found = json.loads((run.folder / "forms" / "forms.json").read_text())[0]
+    draws = []
+    for module.eval_seed in (0, 1):
+        with torch.no_grad():
+            draws.append(module.bound(module.bounds["test"][0], batch)["elbo"].mean())
+    assert found["form"] == "denoising" and found["elbo_nats"] == pytest.approx(float(sum(draws) / 2), rel=1e-5)
+    main(["evaluate", "variance", str(run.folder), "--images=8", "--points=3"])
+    assert (run.folder / "variance" / "analytic.yaml").is_file()
+    main(["export", str(run.folder), "--to=safetensors", f"--out={tmp_path}/m.safetensors"])
+    scale = read(run.config_path)["data"]["init_args"]
+    printed = f"values of the data are std x + mean, mean {scale['mean']}, std {scale['std']}"
+    assert printed in capsys.readouterr().out
+    for command, words in (
+        ("evaluate quality RUN", "this measures pictures of grey levels, and the model is one of fields"),
+        ("evaluate ood RUN", "this measures pictures of grey levels, and the model is one of fields"),
+        ("evaluate flow RUN --dequantization uniform", "this measures pictures of grey levels"),
+        ("export RUN --to diffusers --out FOLDER", "know of classes only, and this model is told a vector"),
+    ):
+        names = {"RUN": str(run.folder), "FOLDER": f"{tmp_path}/diffusers"}
+        assert words in refused(capsys, *(names.get(word, word) for word in command.split()))
+    assert not (tmp_path / "diffusers").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
