@@ -268,10 +268,10 @@ BAD = {
     ),
     "large label": (
         lambda f: {"path": written(f, "npz", k=KINDS * 10**9), "label": "k"},
-        "--data.label k: holds 2000000000 and 50 rows; number the classes from 0, without gaps",
+        "--data.label k: holds 2000000000; classes are 0..49, numbered without gaps",
     ),
     "no numbers": (lambda f: {"path": written(f, "npz", t=np.zeros((50, 0))), "vector": "t"}, "--data.vector t: has"),
-    "val class": (two_files({"k": KINDS}, {"k": KINDS + 1}, label="k"), "k holds the class 3, and the last one of"),
+    "val class": (two_files({"k": KINDS}, {"k": KINDS + 1}, label="k"), "val.npz: holds 3; classes are 0..2, numbered"),
     "val vector": (two_files({"t": T}, {"t": np.ones((50, 2))}, vector="t"), "t has the size 2, and in --data.path"),
     "val field": (
         two_files({"m": VALUES}, {"m": VALUES[:, :1]}, field="m"),

@@ -153,7 +153,8 @@ class Fields(ArrayDataModule):
         labels = torch.zeros(len(rows), dtype=torch.int64)
         cond: dict[str, Tensor] = {}
         if "label" in arrays:
-            labels = torch.from_numpy(StoredRows(arrays["label"], rows, (), "").numbers().astype(np.int64))
+            named = f"--data.label {self.label}"
+            labels = StoredRows(arrays["label"], rows, (), named).classes(cast(int, self.num_classes) - 1)
         if "vector" in arrays:
             values = arrays["vector"]
             vector = StoredRows(values, rows, (cast(int, self.vector_size),), self._named(name, self.vector))
@@ -249,11 +250,8 @@ class Fields(ArrayDataModule):
                         f"--data.{split}_path {self.files[split]}: {getattr(self, name)} has the size {theirs}, and in "
                         f"--data.path {self.path} it is {mine}: give the same"
                     )
-            if self.num_classes is not None and (classes := self._classes(split)) > self.num_classes:
-                raise InputError(
-                    f"--data.{split}_path {self.files[split]}: {self.label} holds the class {classes - 1}, and the "
-                    f"last one of --data.path {self.path} is {self.num_classes - 1}: give the same classes"
-                )
+            if self.num_classes is not None:
+                self._classes(split, self.num_classes - 1)
 
     def _size(self, name: str, split: SplitName) -> int | None:
         """Numbers of a vector, channels of a field; None where the data have none."""
@@ -267,18 +265,9 @@ class Fields(ArrayDataModule):
             raise InputError(f"--data.{name} {getattr(self, name)}{file}: has the shape {list(shape)}; give {form}")
         return int(given[1])
 
-    def _classes(self, split: SplitName) -> int:
+    def _classes(self, split: SplitName, last: int | None = None) -> int:
+        """Number of classes; ``last`` is the last one that there may be, by default one for each row."""
         array = self._described(split)["label"]
-        if array.dtype.kind not in "iu" or len(array.shape) != 1:
-            raise InputError(
-                f"--data.label {self.label}: holds {array.dtype} {list(array.shape)}; classes are whole numbers [N]"
-            )
-        labels = StoredRows(array, np.arange(array.shape[0]), (), self._named(split, self.label)).numbers()
-        if labels.min() < 0:
-            raise InputError(f"--data.label {self.label}: holds {labels.min()}; classes are numbered from 0")
-        if split == "train" and labels.max() >= len(labels):
-            raise InputError(
-                f"--data.label {self.label}: holds {labels.max()} and {len(labels)} rows; number the classes from 0, "
-                "without gaps"
-            )
-        return int(labels.max()) + 1
+        file = "" if split == "train" else f" of {self.files[split]}"
+        rows = StoredRows(array, np.arange(array.shape[0]), (), f"--data.label {self.label}{file}")
+        return int(rows.classes(len(rows) - 1 if last is None else last).max()) + 1

@@ -278,10 +278,22 @@ class StoredRows:
             raise InputError(f"{self.name}, row {int(rows[bad])}: holds {what}; mend or leave out that row")
         return found
 
-    def numbers(self) -> np.ndarray:
-        """All rows in the file's own type."""
+    def classes(self, last: int) -> Tensor:
+        """All rows as classes, int64 ``[N]``.
+
+        Raises:
+            InputError: they are no whole numbers ``[N]``, or one is negative or above ``last``.
+        """
+        if self.array.dtype.kind not in "iu" or len(self.array.shape) != 1:
+            what = f"{self.array.dtype} {list(self.array.shape)}"
+            raise InputError(f"{self.name}: holds {what}; classes are whole numbers [N]")
         with _reading(self.name):
-            return self.array.read(self.rows)
+            found = self.array.read(self.rows)
+        if found.min() < 0:
+            raise InputError(f"{self.name}: holds {found.min()}; classes are numbered from 0")
+        if found.max() > last:
+            raise InputError(f"{self.name}: holds {found.max()}; classes are 0..{last}, numbered without gaps")
+        return torch.from_numpy(found.astype(np.int64))
 
     def in_memory(self) -> Tensor:
         """All rows."""
