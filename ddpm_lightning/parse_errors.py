@@ -38,8 +38,6 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
         option, reasons = f"{option}.{inner[1]}", inner[2]
     # of an argument of a part: what jsonargparse says of the whole part
     reasons = reasons.partition(" Expected a <class 'NoneType'> Given value type: <class 'jsonargparse._util.Nest")[0]
-    if wrong := re.match(r"Does not validate .*?Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", reasons):
-        return f"{option} {wrong[2]} cannot be read as {_types(wrong[1])}"
     if wrong := re.match(
         r"Expected an? (?:<class '(\w+)'>|typing.Literal\[(.*?)\])\.?.*?(?:Got|Given) value: (.*)", reasons
     ):
@@ -53,6 +51,8 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
         return f"{option} {wrong[1]}: there is no such class{_meant(wrong[1], _classes())}"
     if wrong := re.search(r"class_path '([^']+)':? ?(.*?)(?: Given value| Got value|$)", reasons):
         return f"{option} {wrong[1]}: {wrong[2] or reasons}"
+    if wrong := re.match(r"Does not validate .*?Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", reasons):
+        return f"{option} {wrong[2]} cannot be read as {_types(wrong[1])}"
     return f"{option}: {reasons}"
 
 
