@@ -20,6 +20,8 @@ __all__ = ["COMMANDS", "EVALUATIONS", "export", "run_command"]
 
 Format = Literal["safetensors", "diffusers", "onnx", "torch_export"]
 SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "diffusers": "", "onnx": ".onnx", "torch_export": ".pt2"}
+# the arguments of a module that say how large a condition is
+_SIZES = {"label": "num_classes", "vector": "vector_size", "field": "field_channels"}
 EVALUATIONS: dict[str, Callable[..., Any]] = {each.__name__: each for each in (quality, ood, flow, forms, variance)}
 
 
@@ -28,10 +30,11 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
 
     safetensors   one file, weights and parts: ddpm_lightning.export.load_model(FILE) is the DiffusionModel again
     diffusers     a folder: import ddpm_lightning.export.diffusers, then DDPMPipeline.from_pretrained(FOLDER)
-    onnx          the network alone, inputs x, t (and label), for any batch size
+    onnx          the network alone, inputs x, t (and label, vector, field), for any batch size
     torch_export  the same as a .pt2 of torch.export
 
-    The last two know nothing of the schedule: t is the scalar that the model's conditioning gives its network.
+    The last two know nothing of the schedule: t is the scalar that the model's conditioning gives its network. A model
+    of fields has standardised values: those of the data are std x + mean, and both are printed.
 
     Args:
         run: folder of the run
@@ -43,18 +46,26 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last") -> None:
     if path.suffix != SUFFIXES[to]:
         raise InputError(f"--out {out}: the name of {to} ends in {SUFFIXES[to] or 'no suffix: it is a folder'}")
     module = Run(run).load_diffusion(checkpoint)
-    classes = module.num_classes if module.class_conditional else None
+    sizes = {name: module.hparams[_SIZES[name]] for name in module.conditions}
+    scale = module.hparams.get("scale")
     if to == "safetensors":
-        save_model(module.ema_model, path)
+        save_model(module.ema_model, path, scale)
     elif to != "diffusers":
         write = export_onnx if to == "onnx" else export_program
-        write(module.ema_model, path, module.shape, classes)
+        write(module.ema_model, path, module.shape, **{_SIZES[name]: size for name, size in sizes.items()})
     else:
+        reason = "draw pictures, and this is a model of fields" if module.levels is None else ""
+        for name in [name for name in sizes if name != "label"]:
+            reason = f"know of classes only, and this model is told a {name} of each image"
+        if reason:
+            raise InputError(f"--to diffusers: its pipelines {reason}; export to safetensors, onnx or torch_export")
         from ddpm_lightning.export.diffusers import to_pipeline
 
         pipeline: Any = to_pipeline(module.ema_model, module.shape)
         pipeline.save_pretrained(path)
     print(f"{to}: {path}")
+    if scale is not None:
+        print(f"standardised: values of the data are std x + mean, mean {scale['mean']}, std {scale['std']}")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"density": density, "reweight": reweight, "export": export}

@@ -17,6 +17,7 @@ TRACEBACK = "DDPM_TRACEBACK"
 """Where this variable is set and not empty, the traceback is shown at once."""
 
 _PACKAGE = Path(__file__).parent
+_NO_MEMORY = ("not enough memory", "can't allocate memory")  # what torch says of a CPU's
 
 
 def end(error: BaseException, program: str, folder: Path | None = None) -> int:
@@ -41,8 +42,8 @@ def end(error: BaseException, program: str, folder: Path | None = None) -> int:
         sentence, status = str(error), 2
     elif isinstance(error, RunError):
         sentence, status = str(error), 1
-    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
-        sentence = "the memory is full: try a smaller batch_size, eval_batch_size, or network"
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        sentence = "the memory is full: try a smaller batch_size, eval_batch_size, network, or smaller data"
         sentence, status = f"{sentence} ({_in_a_line(error)}); {_written(error, folder)}", 1
     else:
         sentence, status = f"{_in_a_line(error)} ({_place(error)}); {_written(error, folder)}", 1

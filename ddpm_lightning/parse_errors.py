@@ -36,8 +36,12 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
     option, reasons = f"--{found[1]}", text[found.end() :].strip()
     while inner := re.search(r'Parser key "([^"]+)": ?(.*)', reasons):
         option, reasons = f"{option}.{inner[1]}", inner[2]
-    if wrong := re.match(r"Expected a <class '(\w+)'>.*?(?:Got|Given) value: (.*)", reasons):
-        return f"{option} {wrong[2]} cannot be read as {wrong[1]}"
+    # of an argument of a part: what jsonargparse says of the whole part
+    reasons = reasons.partition(" Expected a <class 'NoneType'> Given value type: <class 'jsonargparse._util.Nest")[0]
+    if wrong := re.match(
+        r"Expected an? (?:<class '(\w+)'>|typing.Literal\[(.*?)\])\.?.*?(?:Got|Given) value: (.*)", reasons
+    ):
+        return f"{option} {wrong[3]} cannot be read as {wrong[1] or _types(wrong[2])}"
     if wrong := re.search(r"Option '([^']+)' is not accepted", reasons):
         part = re.search(r"class_path '([^']+)'", reasons)
         return f"{option}.{wrong[1]}: {_arguments(part[1] if part else '', wrong[1])}"
@@ -47,7 +51,15 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
         return f"{option} {wrong[1]}: there is no such class{_meant(wrong[1], _classes())}"
     if wrong := re.search(r"class_path '([^']+)':? ?(.*?)(?: Given value| Got value|$)", reasons):
         return f"{option} {wrong[1]}: {wrong[2] or reasons}"
+    if wrong := re.match(r"Does not validate .*?Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", reasons):
+        return f"{option} {wrong[2]} cannot be read as {_types(wrong[1])}"
     return f"{option}: {reasons}"
+
+
+def _types(listed: str) -> str:
+    """``<class 'float'>, list[float]`` in words."""
+    names = re.sub(r"<class '([\w.]+)'>", r"\1", listed).replace("NoneType", "null").replace("'", "")
+    return " or ".join(names.split(", "))
 
 
 def _meant(word: str, known: Iterable[str]) -> str:

@@ -171,7 +171,7 @@ def main(
     rows: Rows = record["rows"]
     images = load_file(images_path) if images_path.is_file() else {}
 
-    test, (_, classifier) = data.split("test"), named_classifier(module, None)
+    test, (_, classifier) = data.split("test"), named_classifier(module, None, data)
     real = test.batch(torch.arange(len(test)))
     comparisons = [
         Comparison(module, classifier, labelled_batches(real, 500), only=["frechet", "classes"]),

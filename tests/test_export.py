@@ -197,6 +197,55 @@ def test_graphs_give_what_the_network_gives(name: str, tmp_path: Path) -> None:
     assert float(expected.std()) > 0.1
 
 
+CONDITIONS: dict[str, dict[str, int]] = {
+    "vector": {"vector_size": 2},
+    "field": {"field_channels": 3},
+    "all": {"num_classes": 3, "vector_size": 2, "field_channels": 1},
+    "none": {},
+}
+
+
+def told(name: str, count: int) -> dict[str, Tensor]:
+    """Conditions of ``count`` images."""
+    generator, sizes = torch.Generator().manual_seed(2), CONDITIONS[name]
+    found = {}
+    if "num_classes" in sizes:
+        found["label"] = torch.arange(count) % 4
+    if "vector_size" in sizes:
+        found["vector"] = torch.randn(count, sizes["vector_size"], generator=generator)
+    if "field_channels" in sizes:
+        found["field"] = torch.randn(count, sizes["field_channels"], 8, generator=generator)
+    return found
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_model_of_lines_takes_its_conditions_with_it(name: str, tmp_path: Path) -> None:
+    """One dimension of space, vectors and fields: the file, the program and the ONNX graph answer as the model does."""
+    onnx = pytest.importorskip("onnxruntime", reason="pip install 'ddpm-lightning[export]'")
+    pytest.importorskip("onnxscript", reason="pip install 'ddpm-lightning[export]'")
+    network = unet(channels=2, dims=1, padding="circular", **CONDITIONS[name])
+    parts = (LinearGamma(-5.0, 5.0), VParameterization(), GammaConditioning(), FixedLargeVariance(), PlainGaussian())
+    model = DiffusionModel(network, *parts, clip_x0=False).eval()
+    save_model(model, tmp_path / "model.safetensors", {"mean": [1.0, 2.0], "std": [3.0, 4.0]})
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["scale"]) == {"mean": [1.0, 2.0], "std": [3.0, 4.0]}
+    again = load_model(tmp_path / "model.safetensors")
+    export_program(model, tmp_path / "network.pt2", (2, 8), **CONDITIONS[name])
+    export_onnx(model, tmp_path / "network.onnx", (2, 8), **CONDITIONS[name])
+    program = torch.export.load(tmp_path / "network.pt2").module()
+    session = onnx.InferenceSession(tmp_path / "network.onnx")
+    for count in (1, 5):
+        x, t, cond = torch.randn(count, 2, 8), torch.linspace(0.1, 0.9, count), told(name, count)
+        with torch.no_grad():
+            expected = network(x, t, **cond)
+            assert torch.equal(again.network(x, t, **cond), expected)
+            torch.testing.assert_close(program(x, t, *cond.values()), expected, rtol=1e-5, atol=1e-6)
+            assert not cond or not torch.allclose(network(x, t), expected, atol=1e-3)
+        given = {key: value.numpy() for key, value in {"x": x, "t": t, **cond}.items()}
+        (output,) = session.run(["output"], given)
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-4, atol=1e-5)
+
+
 # --- diffusers
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from builders import refused
+from builders import Evil, refused
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -144,6 +144,72 @@ def other_shape(folder: Path) -> dict[str, Any]:
     return {"path": written(folder, "npy"), "val_path": str(folder / "val.npy")}
 
 
+def changed(kind: str, change: Any, **more: Any) -> Any:
+    """The values in a file whose bytes are changed."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        path = Path(written(folder, kind))
+        path.write_bytes(change(path.read_bytes()))
+        return {"path": str(path), **more}
+
+    return make
+
+
+def spoilt(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + b"\xff" * 40 + content[middle + 40 :]
+
+
+def encrypted(content: bytes) -> bytes:
+    """Its flags say so, in the member's own header and in the directory."""
+    flags = bytearray(content)
+    flags[6] |= 1
+    flags[content.rindex(b"PK\x01\x02") + 8] |= 1
+    return bytes(flags)
+
+
+def pipe(name: str) -> Any:
+    def make(folder: Path) -> dict[str, Any]:
+        os.mkfifo(folder / name)
+        return {"path": str(folder / name)}
+
+    return make
+
+
+def pickled(folder: Path) -> dict[str, Any]:
+    np.save(folder / "bad.npy", np.array([Evil(f"touch {folder}/executed")] * 9), allow_pickle=True)
+    return {"path": str(folder / "bad.npy")}
+
+
+def hdf5(write: Any, **more: Any) -> Any:
+    def make(folder: Path) -> dict[str, Any]:
+        with h5py.File(folder / "bad.h5", "w") as file:
+            write(file)
+        return {"path": str(folder / "bad.h5"), **more}
+
+    return make
+
+
+def zarr_without(folder: Path, chunk: bytes | None) -> dict[str, Any]:
+    """No metadata, or other bytes in the place of each chunk."""
+    zarr.save(str(folder / "bad.zarr"), VALUES)
+    for path in [each for each in (folder / "bad.zarr").rglob("*") if each.is_file()]:
+        if chunk is None and path.name == "zarr.json":
+            path.unlink()
+        elif chunk is not None and path.name != "zarr.json":
+            path.write_bytes(chunk)
+    return {"path": str(folder / "bad.zarr")}
+
+
+def two_files(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray], **more: str) -> Any:
+    def make(folder: Path) -> dict[str, Any]:
+        np.savez(folder / "mine.npz", fields=VALUES, **mine)
+        np.savez(folder / "val.npz", fields=VALUES, **theirs)
+        return {"path": str(folder / "mine.npz"), "val_path": str(folder / "val.npz"), **more}
+
+    return make
+
+
 BAD = {
     "missing": (lambda _: {"path": "/no/such.npy"}, "--data.path /no/such.npy: there is no such file"),
     "kind": (text, "give a .npy, .npz, .h5, .hdf5 or .zarr file"),
@@ -171,6 +237,47 @@ BAD = {
     "std": (lambda f: {"path": written(f, "npy"), "std": [1.0]}, "--data.std has 1 numbers for 2 channels"),
     "zero": (lambda f: {"path": written(f, "npy"), "mean": [0.0, 0.0], "std": [1.0, 0.0]}, "must be a positive number"),
     "fraction": (lambda f: {"path": written(f, "npy"), "val_fraction": 1.0}, "--data.val_fraction 1 must lie between"),
+    "fractions": (
+        lambda f: {"path": written(f, "npy"), "val_fraction": 0.5, "test_fraction": 0.5},
+        "which take the rest, 25 and 25; give more, or lower --data.val_fraction",
+    ),
+    "no path": (lambda _: {}, "--data.path is missing: name the file"),
+    "folder": (lambda f: {"path": str((f / "a.npy").mkdir() or f / "a.npy")}, "a.npy is no regular file"),
+    "pipe": (pipe("a.npy"), "a.npy is no regular file"),
+    "h5 pipe": (pipe("a.h5"), "a.h5 is no regular file"),
+    "zarr file": (lambda f: {"path": str((f / "a.zarr").touch() or f / "a.zarr")}, "a.zarr is no folder"),
+    "cut npy": (changed("npy", lambda b: b[:-9]), "is cut short: it holds 9,591 bytes of 9,600"),
+    "npy of 5 GB": (changed("npy", lambda b: b.replace(b"(50, 2,", b"(50000000, 2,")), "is cut short: it holds"),
+    "half a header": (changed("npy", lambda b: b[:40]), "cannot be read: EOF: reading array header"),
+    "empty": (changed("npy", lambda _: b""), "it does not begin as a .npy array does"),
+    "version": (changed("npy", lambda b: b[:6] + b"\x09" + b[7:]), "it is of version 9.0 of .npy, which nobody knows"),
+    "npz called npy": (changed("npy", lambda b: b"PK" + b[2:]), "it does not begin as a .npy array does"),
+    "spoilt npz": (changed("compressed npz", spoilt), "cannot be read: "),
+    "encrypted": (changed("npz", encrypted), "is encrypted"),
+    "pickled": (pickled, "holds object and no real numbers"),
+    "big": (saved(np.concatenate([VALUES[:7].astype(float), np.full((2, 2, 4, 6), 1e300)])), "row 7: holds a number"),
+    "group": (hdf5(lambda file: file.create_group("fields"), key="fields"), "--data.key fields: "),
+    "no arrays": (hdf5(lambda file: file.create_group("fields")), "holds no array: give another file"),
+    "null": (hdf5(lambda file: file.create_dataset("fields", data=h5py.Empty("f4"))), "cannot be read: it is empty"),
+    "scalar": (hdf5(lambda file: file.create_dataset("fields", data=1.0)), "holds an array of shape []"),
+    "no zarr": (lambda f: zarr_without(f, None), "bad.zarr cannot be read: No group found"),
+    "spoilt zarr": (lambda f: zarr_without(f, b"junk"), "bad.zarr cannot be read: "),
+    "key of one": (
+        lambda f: {"path": (zarr.save(str(f / "a.zarr"), VALUES), str(f / "a.zarr"))[1], "key": "x"},
+        "holds one array without a name",
+    ),
+    "large label": (
+        lambda f: {"path": written(f, "npz", k=KINDS * 10**9), "label": "k"},
+        "--data.label k: holds 2000000000; classes are 0..49, numbered without gaps",
+    ),
+    "no numbers": (lambda f: {"path": written(f, "npz", t=np.zeros((50, 0))), "vector": "t"}, "--data.vector t: has"),
+    "val class": (two_files({"k": KINDS}, {"k": KINDS + 1}, label="k"), "val.npz: holds 3; classes are 0..2, numbered"),
+    "val vector": (two_files({"t": T}, {"t": np.ones((50, 2))}, vector="t"), "t has the size 2, and in --data.path"),
+    "val field": (
+        two_files({"m": VALUES}, {"m": VALUES[:, :1]}, field="m"),
+        "val.npz: m has the size 1, and in --data.path",
+    ),
+    "val space": (two_files({"m": VALUES}, {"m": VALUES[..., :2]}, field="m"), "val.npz: has the shape [50, 2, 4, 2]"),
 }  # fmt: skip
 
 
@@ -183,6 +290,16 @@ def test_bad_files_are_refused_in_one_sentence(case: str, tmp_path: Path) -> Non
         for name in ("train", "val", "test"):
             data.split(name)  # type: ignore[arg-type]
     assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_channel_that_never_changes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = VALUES.copy()
+    values[:, 1] = 0.1  # no whole number of binary digits: its standard deviation is not 0 to rounding
+    np.save(tmp_path / "a.npy", values)
+    scale = Fields(str(tmp_path / "a.npy")).scale
+    assert (scale["mean"][1], scale["std"][1]) == (float(np.float32(0.1)), 1.0)
+    assert capsys.readouterr().err == f"{tmp_path}/a.npy: channel 1 never changes, and gets std 1\n"
 
 
 SMALL = ["--model.network.width=8", "--model.network.blocks=1", "--model.schedule.T=6", "--trainer.max_steps=3"]
@@ -220,6 +337,36 @@ def test_a_run_gives_samples_and_densities_in_the_units_of_the_file(
         assert words in refused(capsys, *given)
 
 
+def test_what_measures_a_run_of_fields_knows_its_condition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = ["--data.vector=t", "--model.vector_conditional=true", "--model.label_dropout=0.1"]
+    run = fit(tmp_path, written(tmp_path, "npz", t=T), *told)
+    main(["evaluate", "forms", str(run.folder), "--images=4", "--draws=2"])
+    assert "bits/dim for the units of the data" in capsys.readouterr().out
+    # draw k of the forms is the bound from eval_seed k
+    module, batch = run.load_module(), run.load_data().split("test").batch(torch.arange(4))  # type: ignore[attr-defined]
+    found = json.loads((run.folder / "forms" / "forms.json").read_text())[0]
+    draws = []
+    for module.eval_seed in (0, 1):
+        with torch.no_grad():
+            draws.append(module.bound(module.bounds["test"][0], batch)["elbo"].mean())
+    assert found["form"] == "denoising" and found["elbo_nats"] == pytest.approx(float(sum(draws) / 2), rel=1e-5)
+    main(["evaluate", "variance", str(run.folder), "--images=8", "--points=3"])
+    assert (run.folder / "variance" / "analytic.yaml").is_file()
+    main(["export", str(run.folder), "--to=safetensors", f"--out={tmp_path}/m.safetensors"])
+    scale = read(run.config_path)["data"]["init_args"]
+    printed = f"values of the data are std x + mean, mean {scale['mean']}, std {scale['std']}"
+    assert printed in capsys.readouterr().out
+    for command, words in (
+        ("evaluate quality RUN", "this measures pictures of grey levels, and the model is one of fields"),
+        ("evaluate ood RUN", "this measures pictures of grey levels, and the model is one of fields"),
+        ("evaluate flow RUN --dequantization uniform", "this measures pictures of grey levels"),
+        ("export RUN --to diffusers --out FOLDER", "know of classes only, and this model is told a vector"),
+    ):
+        names = {"RUN": str(run.folder), "FOLDER": f"{tmp_path}/diffusers"}
+        assert words in refused(capsys, *(names.get(word, word) for word in command.split()))
+    assert not (tmp_path / "diffusers").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -230,6 +377,10 @@ def test_a_run_gives_samples_and_densities_in_the_units_of_the_file(
         ),
         (["--model.vector_conditional=true"], "the data have no vector; name one with --data.vector"),
         (["--model.network.multipliers=[1,1,1,1]"], "is not divisible by 8"),
+        (["--model.class_conditional=true"], "the data have no classes (num_classes is null); of fields name their"),
+        (["--data.std=one"], "--data.std one cannot be read as list[float] or null"),
+        (["--data.split_seed=0.5"], "--data.split_seed 0.5 cannot be read as int"),
+        (["--model.network.padding=periodic"], "--model.network.padding periodic cannot be read as zeros or circular"),
     ],
 )
 def test_what_does_not_fit_fields_is_refused(

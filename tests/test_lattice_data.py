@@ -187,7 +187,13 @@ def test_fields_name_what_is_wrong(tmp_path: Path) -> None:
     for call, name in (
         (lambda: train_of(Phi4(lam=-1.0, **root)), "lam = -1"),
         (lambda: Phi4(n_train=0, **root), "n_train = 0"),
-        (lambda: Phi4(kappa=[], **root), "a list of couplings must hold one"),
+        (lambda: Phi4(kappa=[], **root), r"--data.kappa \[\]: a list of couplings must hold one"),
+        (lambda: FreeField(m2=[], **root), r"--data.m2 \[\]: a list"),
+        (lambda: FreeField(m2=[0.5, -1.0], **root), "m2 = -1"),
+        (lambda: Phi4(kappa=1e300, **root), r"kappa = 1e\+300 must be finite"),
+        (lambda: train_of(Phi4(L=4, kappa=1e10, n_train=4, **root)), r"kappa = 1e\+10 with lam .* cannot be simulated"),
+        (lambda: train_of(FreeField(L=4, m2=1e-300, n_train=4, **root)), "m2 = 1e-300 leads to fields that float32"),
+        (lambda: train_of(FreeField(L=4, m2=1e300, n_train=4, **root)), r"m2 = 1e\+300 leads to fields that float32"),
         (lambda: FreeField(dim=4, **root), "dim = 4 must be 1, 2 or 3"),
         (lambda: train_of(FreeField(m2=0.0, **root)), "m2 = 0"),
     ):

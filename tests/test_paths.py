@@ -116,9 +116,40 @@ def wrong(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def failing(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("on\ntwo lines")
+
+
+def partly_nan(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(torch.arange(len(x)) == 3, torch.nan, x.flatten(1).sum(1))
+
+
+def complex_numbers(x: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(x), dtype=torch.complex64)
+
+
+def erased(x: torch.Tensor) -> torch.Tensor:
+    return x.zero_().flatten(1).sum(1)
+
+
+def test_a_function_of_ones_own_changes_no_sample(run: Path) -> None:
+    found = []
+    for options in ([], ["--observable=test_paths.erased"]):
+        main(["reweight", str(run), "--n=20", "--coupling=1", *options])
+        found.append(json.loads((run / "reweight" / "reweight.json").read_text())["model"]["phi2"])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--coupling=-1"], "--coupling -1: m2 = -1 must be positive"),
+        (["--coupling=1", "--target=test_paths.failing"], "line 1"),
+        (["--coupling=1", "--observable=test_paths.failing"], "RuntimeError: on two lines"),
+        (["--coupling=1", "--target=test_paths.partly_nan"], "returned NaN or infinity for 1 of 20 samples"),
+        (["--coupling=1", "--observable=test_paths.partly_nan"], "returned NaN or infinity for 1 of 20 samples"),
+        (["--coupling=1", "--observable=test_paths.complex_numbers"], "returned complex numbers: return real ones"),
+        (["--coupling=1", "--device=gpu"], "--device gpu cannot be used"),
         ([], "is told a coupling: give --coupling"),
         (["--coupling=1", "--target=no.such"], "--target no.such cannot be imported"),
         (["--coupling=1", "--target=math.pi"], "--target math.pi is no function"),

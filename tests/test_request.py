@@ -1,8 +1,10 @@
 """A sampling request: what it resolves to on a module, and that it does so once."""
 
+import math
 import textwrap
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.networks import UNet
 from ddpm_lightning.objectives import ContinuousNegativeElbo, StratifiedTimes
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import GammaConditioning
@@ -91,6 +94,57 @@ def test_a_cap_serves_short_chains() -> None:
     assert [SampleRequest(steps=steps, cap_steps=True).on(module).steps for steps in (50, 4, None)] == [10, 4, 10]
     with pytest.raises(InputError, match="steps = 50 must lie between 1 and the chain's T = 10"):
         SampleRequest(steps=50).on(module)
+
+
+NUMBERS = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("values", [[[math.nan]], [[math.inf]], [[1e300]], [[0.0], [math.nan]], [], [[]], [[0.0, 1.0]]])
+def test_vectors_that_are_none(values: list[list[float]]) -> None:
+    module = told("vector")
+    assert SampleRequest(vectors=[[0.5]], steps=2).on(module)([0, 1]).shape == (2, 1, 8, 8)
+    with pytest.raises(InputError, match=r"--vectors \[.*: give"):
+        SampleRequest(vectors=values).on(module)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.where(NUMBERS == 1, np.nan, NUMBERS), "row 0: holds NaN or infinity"),
+        (np.where(NUMBERS == 1, 1e300, NUMBERS.astype(float)), "row 0: holds a number that float32 cannot hold"),
+        (NUMBERS[:0], r"has shape \[0, 1, 8, 8\]; give one field or more"),
+        (NUMBERS[..., :4], r"has shape \[1, 1, 8, 4\]"),
+        (np.float32(1), r"has shape \[\]"),
+        (NUMBERS.astype(complex), "holds complex128 and no real numbers"),
+        ({"a": NUMBERS, "b": NUMBERS}, "holds the arrays a, b: call the one that is meant fields"),
+        (b"\x93NUMPY", "cannot be read"),
+        (None, "cut short"),
+    ],
+)
+def test_fields_that_are_none(values: Any, words: str, tmp_path: Path) -> None:
+    module, path = told("field"), tmp_path / ("a.npz" if isinstance(values, dict) else "a.npy")
+    for good in (NUMBERS, NUMBERS[0]):
+        np.save(path.with_name("good.npy"), good)
+        request = SampleRequest(fields=str(path.with_name("good.npy")), steps=2)
+        assert request.on(module)([0, 1]).shape == (2, 1, 8, 8)
+    if isinstance(values, dict):
+        np.savez(path, **values)
+    elif isinstance(values, bytes):
+        path.write_bytes(values)
+    else:
+        np.save(path, NUMBERS if values is None else values)
+    if values is None:
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=words) as error:
+        SampleRequest(fields=str(path)).on(module)
+    assert str(path) in str(error.value)
+
+
+def told(name: str) -> DiffusionModule:
+    """A module that is told a vector of one number, or a field of one channel."""
+    size = {"vector": "vector_size", "field": "field_channels"}[name]
+    network = UNet(1, width=8, multipliers=(1, 2), blocks=1, **{size: 1})  # type: ignore[arg-type]
+    return build(network=network, **{f"{name}_conditional": True, size: 1})
 
 
 def test_the_callback_sees_every_state() -> None:

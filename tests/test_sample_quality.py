@@ -13,12 +13,13 @@ from conftest import ROOT, run_ddpm_pair
 
 from ddpm_lightning.callbacks import SampleQuality
 from ddpm_lightning.cli import main
-from ddpm_lightning.data import Digits, levels_to_model
+from ddpm_lightning.data import MNIST, Digits, FashionMNIST, levels_to_model
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.evaluation.quality import Comparison, neighbours_of, points_of
+from ddpm_lightning.evaluation.quality import Comparison, named_classifier, neighbours_of, points_of
 from ddpm_lightning.figures import nearest_neighbours, tile
 from ddpm_lightning.metrics import ClassifierFeatures, FrechetDistance, QualityMetrics, load_classifier
 from ddpm_lightning.networks import UNet
+from ddpm_lightning.process import DiscretizedGaussian
 from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler
 from ddpm_lightning.sampling import SampleRequest
@@ -107,6 +108,24 @@ def test_a_classifier_of_ones_own_and_an_unconditional_model(tmp_path: Path) -> 
     assert "accuracy" not in quality.measured["samples"] and "accuracy" in quality.measured["training images"]
     # 50 steps are cut to the 10 that the chain has
     assert "DDIMSampler, 10 steps" in (tmp_path / "quality-test.txt").read_text()
+
+
+def test_features_of_other_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = build(), build(shape=(1, 28, 28), levels=256, decoder=DiscretizedGaussian(256))
+    for module, data, words in (
+        (small, Digits(), ""),
+        (large, MNIST(download=False), ""),
+        (large, FashionMNIST(download=False), "mnist was trained on other images than these of FashionMNIST"),
+    ):
+        name, _ = named_classifier(module, None, data)
+        told = capsys.readouterr().err
+        assert (words in told and "scripts/train_classifier.py" in told) if words else not told
+        named_classifier(module, name, data)  # asked for by its name
+        assert not capsys.readouterr().err
+    trainer(tmp_path).test(small, Digits(limit_test=8), verbose=False)
+    small.trainer.datamodule = FashionMNIST(download=False)
+    named_classifier(small, None)
+    assert "digits was trained on other images than these of FashionMNIST" in capsys.readouterr().err
 
 
 @pytest.mark.cli

@@ -1,5 +1,6 @@
 """Real-valued fields on grids of one to three dimensions, from a user's own file."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -28,7 +29,7 @@ class Fields(ArrayDataModule):
     samples come back in the units of the file.
 
     Args:
-        path: the file.
+        path: the file. It must be given.
         key: name of the array in it; None for the only one, or the one called fields, x, images or data.
         channel_axis: false for a file ``[N, *space]`` without channels.
         val_path: a file of validation fields of the same form; None sets rows of ``path`` aside.
@@ -53,7 +54,7 @@ class Fields(ArrayDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str = "",
         key: str | None = None,
         channel_axis: bool = True,
         val_path: str | None = None,
@@ -69,6 +70,8 @@ class Fields(ArrayDataModule):
         memory_gb: float = 2.0,
         **options: Any,
     ) -> None:
+        if not path:
+            raise InputError("--data.path is missing: name the file that holds the fields")
         self.path, self.key, self.channel_axis = path, key, channel_axis
         self.files = {"train": path, "val": val_path or path, "test": test_path or path}
         self.label, self.vector, self.field, self.memory_gb = label, vector, field, memory_gb
@@ -119,6 +122,7 @@ class Fields(ArrayDataModule):
         train = self._stored("train")
         chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:_MEASURED])
         counts, means, squares = 0, np.zeros(self.shape[0]), np.zeros(self.shape[0])
+        low, high = np.full(self.shape[0], np.inf), np.full(self.shape[0], -np.inf)
         whole = self._split("train").images if self._fits(train) else train
         for start in range(0, len(chosen), _AT_ONCE):
             part = whole[torch.from_numpy(chosen[start : start + _AT_ONCE])].double().transpose(0, 1).flatten(1).numpy()
@@ -127,8 +131,13 @@ class Fields(ArrayDataModule):
             squares += part.var(1) * part.shape[1] + (mean - means) ** 2 * counts * part.shape[1] / count
             means += (mean - means) * part.shape[1] / count
             counts = count
-        std = np.sqrt(squares / counts)
-        return means.tolist(), np.where(std > 0, std, 1.0).tolist()
+            low, high = np.minimum(low, part.min(1)), np.maximum(high, part.max(1))
+        # by its ends: rounding gives a channel that never changes some standard deviation
+        constant = low == high
+        if constant.any():
+            channels = ", ".join(map(str, np.flatnonzero(constant)))
+            print(f"{self.path}: channel {channels} never changes, and gets std 1", file=sys.stderr, flush=True)
+        return np.where(constant, low, means).tolist(), np.where(constant, 1.0, np.sqrt(squares / counts)).tolist()
 
     # ---------------------------------------------------------------- splits
 
@@ -144,10 +153,12 @@ class Fields(ArrayDataModule):
         labels = torch.zeros(len(rows), dtype=torch.int64)
         cond: dict[str, Tensor] = {}
         if "label" in arrays:
-            labels = torch.from_numpy(arrays["label"].read(rows).astype(np.int64))
+            named = f"--data.label {self.label}"
+            labels = StoredRows(arrays["label"], rows, (), named).classes(cast(int, self.num_classes) - 1)
         if "vector" in arrays:
             values = arrays["vector"]
-            cond["vector"] = StoredRows(values, rows, (self.vector_size or 1,), self._named(name, self.vector))[:]
+            vector = StoredRows(values, rows, (cast(int, self.vector_size),), self._named(name, self.vector))
+            cond["vector"] = vector.in_memory()
         if "field" in arrays:
             values = arrays["field"]
             shape = (cast(int, self.field_channels), *self.shape[1:])
@@ -175,10 +186,17 @@ class Fields(ArrayDataModule):
         return array.must_load or stored.nbytes <= 1e9 * self.memory_gb
 
     def _divided(self, count: int, shares: dict[str, float], seed: int) -> dict[SplitName, np.ndarray]:
-        order = np.random.default_rng(seed).permutation(count)
         sizes = {name: round(share * count) or int(share > 0) for name, share in shares.items()}
         if count - sum(sizes.values()) < 1:
-            raise InputError(f"--data.path {self.path} holds {count} fields: too few for training, validation and test")
+            raise InputError(
+                f"--data.path {self.path} holds {count} fields: too few for training, validation and test, which take "
+                f"the rest, {sizes['val']} and {sizes['test']}; give more, or lower --data.val_fraction and "
+                "--data.test_fraction"
+            )
+        try:
+            order = np.random.default_rng(seed).permutation(count)
+        except MemoryError:
+            raise InputError(f"--data.path {self.path} claims {count} fields, whose order alone fills memory") from None
         ends = np.cumsum([sizes["val"], sizes["test"]])
         val, test, train = np.split(order, ends)
         return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
@@ -220,30 +238,36 @@ class Fields(ArrayDataModule):
         return row
 
     def _check_conditions(self) -> None:
-        arrays = self._described("train")
-        self.num_classes, self.vector_size, self.field_channels = None, None, None
-        if "vector" in arrays:
-            shape = arrays["vector"].shape
-            if len(shape) > 2:
-                raise InputError(f"--data.vector {self.vector}: has the shape {list(shape)}; give [N, K]")
-            self.vector_size = shape[1] if len(shape) == 2 else 1
-        if "field" in arrays:
-            shape = arrays["field"].shape
-            if len(shape) != len(self.shape) + 1 or tuple(shape[2:]) != self.shape[1:]:
-                raise InputError(
-                    f"--data.field {self.field}: has the shape {list(shape)}; give [N, C, *{list(self.shape[1:])}]"
-                )
-            self.field_channels = shape[1]
-        if "label" in arrays:
-            self.num_classes = max(self._classes(name) for name in ("train", "val", "test"))
+        self.num_classes = self._classes("train") if self.label else None
+        self.vector_size, self.field_channels = self._size("vector", "train"), self._size("field", "train")
+        later: tuple[SplitName, ...] = ("val", "test")
+        for split in later:
+            if self.files[split] == self.path:
+                continue
+            for name, mine in (("vector", self.vector_size), ("field", self.field_channels)):
+                if (theirs := self._size(name, split)) != mine:
+                    raise InputError(
+                        f"--data.{split}_path {self.files[split]}: {getattr(self, name)} has the size {theirs}, and in "
+                        f"--data.path {self.path} it is {mine}: give the same"
+                    )
+            if self.num_classes is not None:
+                self._classes(split, self.num_classes - 1)
 
-    def _classes(self, split: str) -> int:
+    def _size(self, name: str, split: SplitName) -> int | None:
+        """Numbers of a vector, channels of a field; None where the data have none."""
+        if getattr(self, name) is None:
+            return None
+        shape = tuple(self._described(split)[name].shape)
+        space, form = ((), "[N, K] or [N]") if name == "vector" else (self.shape[1:], f"[N, C, *{[*self.shape[1:]]}]")
+        given = (*shape, 1) if name == "vector" and len(shape) == 1 else shape
+        if len(given) != 2 + len(space) or given[2:] != space or given[1] < 1:
+            file = "" if split == "train" else f" of {self.files[split]}"
+            raise InputError(f"--data.{name} {getattr(self, name)}{file}: has the shape {list(shape)}; give {form}")
+        return int(given[1])
+
+    def _classes(self, split: SplitName, last: int | None = None) -> int:
+        """Number of classes; ``last`` is the last one that there may be, by default one for each row."""
         array = self._described(split)["label"]
-        if array.dtype.kind not in "iu" or len(array.shape) != 1:
-            raise InputError(
-                f"--data.label {self.label}: holds {array.dtype} {list(array.shape)}; classes are whole numbers [N]"
-            )
-        labels = array.read(np.arange(array.shape[0]))
-        if labels.min() < 0:
-            raise InputError(f"--data.label {self.label}: holds {labels.min()}; classes are numbered from 0")
-        return int(labels.max()) + 1
+        file = "" if split == "train" else f" of {self.files[split]}"
+        rows = StoredRows(array, np.arange(array.shape[0]), (), f"--data.label {self.label}{file}")
+        return int(rows.classes(len(rows) - 1 if last is None else last).max()) + 1

@@ -1,12 +1,6 @@
 """Lattice systems as data: simulated on first use, and kept in a file."""
 
-import hashlib
-import io
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.data.batches import Split
+from ddpm_lightning.data.cache import kept
 from ddpm_lightning.data.datamodule import ArrayDataModule, ImageDataModule, SplitName
-from ddpm_lightning.data.untrusted import opened
-from ddpm_lightning.errors import InputError, at_least, positive
+from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.lattice import (
     Action,
     Chains,
@@ -40,7 +34,7 @@ from ddpm_lightning.lattice import (
     susceptibility,
 )
 
-__all__ = ["FreeField", "Ising", "LatticeSystem", "Phi4", "by_chain"]
+__all__ = ["FreeField", "Ising", "LatticeSystem", "Phi4", "SimulatedLattice", "by_chain"]
 
 _SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 # Not options: results of different runs are comparable only on the same data. A change of them, or of the simulators,
@@ -80,47 +74,114 @@ class LatticeSystem(Protocol):
         """By name, of configurations, per site where they grow with the lattice."""
 
 
-class Ising(ImageDataModule):
-    """The Ising model on an L x L torus: one channel, two grey levels, 0 for spin -1 and 1 for spin 1, one class.
+class SimulatedLattice(ArrayDataModule):
+    """A lattice system that is simulated on first use and kept in the folder ``lattice`` of ``root``.
 
-    The entropy of these data is exact, ``ising_exact(L, beta)["bits_per_spin"]``: what a model's bits/dim lie above it
-    is the divergence of the data from the model. The splits come from independent seeds. A split is simulated once by a
-    cluster algorithm (20,000 configurations of 16 x 16 take about 10 seconds of a CPU core) and kept in the folder
-    ``lattice`` of ``root``.
+    A subclass names its coupling, which it has before this class looks at it, and says what the action is and how it is
+    simulated. With a list of couplings the splits hold them in equal shares, and each configuration has its own as the
+    condition ``vector``. The splits come from independent seeds.
 
     Args:
         L: sites of a side, 2 or more.
-        beta: inverse temperature, positive; the critical one of a large lattice is ln(1 + sqrt 2) / 2 = 0.4407.
         n_train: number of training configurations.
         n_val: number of configurations for validation.
         n_test: number of configurations for tests.
         root: folder for the simulated configurations.
-        simulation_seed: another one is another draw of all three splits. ``seed`` is the order of the training images.
+        simulation_seed: another one is another draw of all three splits. ``seed`` is the order of the training data.
+        options: as of :class:`~ddpm_lightning.data.datamodule.ArrayDataModule`.
+
+    Raises:
+        InputError: couplings that have no distribution, or another argument outside of its range.
     """
 
-    levels = 2
-    num_classes = 1
+    parameter: str
+    """The name of the coupling."""
+    dim: int
+    """Dimensions, 1 to 3."""
+    dtype: np.dtype[Any] = np.dtype(np.float32)
 
     def __init__(
         self,
         L: int = 16,
-        beta: float = 0.44,
         n_train: int = 20_000,
         n_val: int = 2_000,
         n_test: int = 10_000,
         root: str = "data",
         simulation_seed: int = 0,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
         at_least(2, L=L)
-        positive(beta=beta)
         at_least(1, n_train=n_train, n_val=n_val, n_test=n_test)
         at_least(0, simulation_seed=simulation_seed)
-        super().__init__({"train": n_train, "val": n_val, "test": n_test}, **kwargs)
-        self.shape = (1, L, L)
-        self.L, self.beta, self.root, self.simulation_seed = L, beta, root, simulation_seed
+        if not 1 <= self.dim <= 3:
+            raise InputError(f"dim = {self.dim} must be 1, 2 or 3")
+        coupling: float | list[float] = getattr(self, self.parameter)
+        self.couplings = list(coupling) if isinstance(coupling, list) else [coupling]
+        if not self.couplings:
+            raise InputError(f"--data.{self.parameter} []: a list of couplings must hold one at least")
+        for each in self.couplings:
+            self.action(each)  # refuses what makes no sense
+        super().__init__({"train": n_train, "val": n_val, "test": n_test}, **options)
+        self.L, self.root, self.simulation_seed = L, root, simulation_seed
+        self.shape = (1, *(L,) * self.dim)
+        self.vector_size = 1 if isinstance(coupling, list) else None
 
-        self.couplings = [beta]
+    def action(self, coupling: float) -> Action:
+        raise NotImplementedError
+
+    def simulate(self, coupling: float, count: int, seed: int) -> Chains:
+        """``count`` configurations or more, in chains of equal length."""
+        raise NotImplementedError
+
+    def file_name(self, coupling: float) -> str:
+        """The beginning of a file's name: all that the distribution depends on."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        """Simulate the splits that are not there; InputError where they cannot be kept."""
+        for name in _SPLITS:
+            self.split(name)
+
+    def _kept(self, split: SplitName, coupling: float, count: int) -> Tensor:
+        name = f"{self.file_name(coupling)}-{split}-n{count}-seed{self.simulation_seed}-v{_VERSION}.npy"
+        # hashed, so that no split of one seed is one of another seed
+        seeds = np.random.SeedSequence(self.simulation_seed, spawn_key=(_SPLITS.index(split),))
+
+        def simulated() -> np.ndarray:
+            # neighbours are samples of different chains, so the first so many of a split are independent, too
+            phi = self.simulate(coupling, count, int(seeds.generate_state(1)[0])).interleaved[:count]
+            if not bool(phi.isfinite().all() & phi.any()):
+                raise InputError(f"{self.parameter} = {coupling:g} leads to fields that float32 cannot hold")
+            return self._stored(phi).numpy()
+
+        path = Path(self.root).expanduser() / "lattice" / name
+        return torch.from_numpy(kept(path, (count, *self.shape), self.dtype, simulated))
+
+    def _stored(self, phi: Tensor) -> Tensor:
+        """Configurations as they lie in the file."""
+        return phi
+
+
+class Ising(SimulatedLattice, ImageDataModule):
+    """The Ising model on an L x L torus: one channel, two grey levels, 0 for spin -1 and 1 for spin 1, one class.
+
+    The entropy of these data is exact, ``ising_exact(L, beta)["bits_per_spin"]``: what a model's bits/dim lie above it
+    is the divergence of the data from the model. The splits are simulated by a cluster algorithm (20,000 configurations
+    of 16 x 16 take about 10 seconds of a CPU core).
+
+    Args:
+        L: sites of a side, 2 or more.
+        beta: inverse temperature, positive; the critical one of a large lattice is ln(1 + sqrt 2) / 2 = 0.4407.
+        options: n_train, root and the other arguments of :class:`SimulatedLattice`.
+    """
+
+    parameter, dim, dtype = "beta", 2, np.dtype(np.uint8)
+    levels = 2
+    num_classes = 1
+
+    def __init__(self, L: int = 16, beta: float = 0.44, **options: Any) -> None:
+        self.beta = beta
+        super().__init__(L, **options)
 
     def configurations(self, data: Tensor) -> Tensor:
         """Spins -1 and 1, float32."""
@@ -136,66 +197,36 @@ class Ising(ImageDataModule):
     def observables(self, phi: Tensor, weights: Tensor | None = None, block: int = 1) -> dict[str, Estimate]:
         return {"energy": energy(phi, weights, block), **_magnetic(phi, weights, block)}
 
-    def prepare_data(self) -> None:
-        """Simulate the splits that are not there; InputError where they cannot be kept."""
-        for split in _SPLITS:
-            self._levels(split)
-
     def load(self, split: SplitName) -> Split:
-        images = self._levels(split)
+        images = self._kept(split, self.beta, self.sizes[split])
         return Split(images, torch.zeros(len(images), dtype=torch.int64))
 
-    def _levels(self, split: SplitName) -> Tensor:
-        count = self.sizes[split]
-        name = f"ising-L{self.L}-beta{float(self.beta)!r}-{split}-n{count}-seed{self.simulation_seed}"
+    def simulate(self, coupling: float, count: int, seed: int) -> Chains:
+        return simulate_ising(self.L, coupling, **_chains(count), seed=seed)
 
-        def simulated() -> np.ndarray:
-            chains = min(_CHAINS, count)
-            seed = _seed(self.simulation_seed, split)
-            return _first(simulate_ising(self.L, self.beta, -(-count // chains), chains=chains, seed=seed), count)
+    def file_name(self, coupling: float) -> str:
+        return f"ising-L{self.L}-beta{float(coupling)!r}"
 
-        return _cached(
-            self.root, name, (count, *self.shape), np.dtype(np.uint8), lambda: (simulated() > 0).astype(np.uint8)
-        )
+    def _stored(self, phi: Tensor) -> Tensor:
+        return (phi > 0).byte()
 
 
-class _LatticeFields(ArrayDataModule):
-    """Real fields on a periodic lattice of ``dim`` dimensions with ``L`` sites a side, for one coupling or several.
-
-    With several, the splits hold them in equal shares, and each row has its coupling as the condition ``vector``.
-    """
+class _Fields(SimulatedLattice):
+    """Real fields, for one coupling or several."""
 
     levels = None
     num_classes = None
-
-    def _set(self, L: int, dim: int, coupling: float | list[float], root: str, simulation_seed: int) -> None:
-        at_least(2, L=L)
-        at_least(1, dim=dim)
-        at_least(0, simulation_seed=simulation_seed)
-        if dim > 3:
-            raise InputError(f"dim = {dim} must be 1, 2 or 3")
-        self.couplings = list(coupling) if isinstance(coupling, list) else [coupling]
-        if not self.couplings:
-            raise InputError("a list of couplings must hold one at least")
-        self.L, self.dim, self.root, self.simulation_seed = L, dim, root, simulation_seed
-        self.shape = (1, *(L,) * dim)
-        self.vector_size = 1 if isinstance(coupling, list) else None
 
     @cached_property
     def scale(self) -> Mapping[str, Sequence[float]]:  # type: ignore[override]  # measured on first use
         """Mean 0, by symmetry, and the standard deviation of a site in the training split."""
         return {"mean": [0.0], "std": [float(self.split("train").images.double().square().mean().sqrt())]}
 
-    def prepare_data(self) -> None:
-        """Simulate the splits that are not there; InputError where they cannot be kept."""
-        for name in _SPLITS:
-            self.split(name)
-
     def load(self, split: SplitName) -> Split:
         count, parts = self.sizes[split], len(self.couplings)
         counts = [count // parts + (k < count % parts) for k in range(parts)]
         known = [(coupling, n) for coupling, n in zip(self.couplings, counts, strict=True) if n]
-        images = torch.cat([self._samples(split, coupling, n) for coupling, n in known])
+        images = torch.cat([self._kept(split, coupling, n) for coupling, n in known])
         cond = {}
         if self.vector_size:
             cond["vector"] = torch.cat([torch.full((n, 1), coupling) for coupling, n in known])
@@ -215,55 +246,26 @@ class _LatticeFields(ArrayDataModule):
     def check(self, name: SplitName, split: Split) -> None:
         """Nothing: what is simulated here has the shape and the numbers that are stated."""
 
-    def _samples(self, split: SplitName, coupling: float, count: int) -> Tensor:
-        raise NotImplementedError
 
-    def _kept(self, split: SplitName, name: str, count: int, simulate: Callable[[int], Chains]) -> Tensor:
-        """Configurations of a split, simulated by ``simulate(seed)`` unless a file holds them."""
-        name = f"{name}-L{self.L}-dim{self.dim}-{split}-n{count}-seed{self.simulation_seed}"
-        seed = _seed(self.simulation_seed, split)
-        return _cached(
-            self.root, name, (count, *self.shape), np.dtype(np.float32), lambda: _first(simulate(seed), count)
-        )
-
-
-class Phi4(_LatticeFields):
+class Phi4(_Fields):
     r"""The :math:`\phi^4` theory on a periodic lattice (:class:`~ddpm_lightning.lattice.Phi4Action`), by hybrid Monte
-    Carlo, simulated once and kept in the folder ``lattice`` of ``root``. The default is the case of Wang, Aarts and
-    Zhou 2023 (arXiv 2309.17082).
+    Carlo. The default is the case of Wang, Aarts and Zhou 2023 (arXiv 2309.17082).
 
     Args:
-        L: sites of a side.
+        L: sites of a side, 2 or more.
         dim: dimensions, 1 to 3.
         kappa: hopping parameter, or several: then it is the condition ``vector`` of each configuration.
-        lam: coupling, 0 or more.
-        n_train: number of training configurations.
-        n_val: number of configurations for validation.
-        n_test: number of configurations for tests.
-        root: folder for the simulated configurations.
-        simulation_seed: another one is another draw of all three splits.
-        options: as of :class:`~ddpm_lightning.data.datamodule.ArrayDataModule`.
+        lam: coupling, positive.
+        options: n_train, root and the other arguments of :class:`SimulatedLattice`.
     """
 
+    parameter = "kappa"
+
     def __init__(
-        self,
-        L: int = 16,
-        dim: int = 2,
-        kappa: float | list[float] = 0.27,
-        lam: float = 0.022,
-        n_train: int = 20_000,
-        n_val: int = 2_000,
-        n_test: int = 10_000,
-        root: str = "data",
-        simulation_seed: int = 0,
-        **options: Any,
+        self, L: int = 16, dim: int = 2, kappa: float | list[float] = 0.27, lam: float = 0.022, **options: Any
     ) -> None:
-        for each in kappa if isinstance(kappa, list) else [kappa]:
-            Phi4Action(each, lam)  # refuses what makes no sense
-        at_least(1, n_train=n_train, n_val=n_val, n_test=n_test)
-        super().__init__({"train": n_train, "val": n_val, "test": n_test}, **options)
-        self._set(L, dim, kappa, root, simulation_seed)
-        self.kappa, self.lam = kappa, lam
+        self.dim, self.kappa, self.lam = dim, kappa, lam
+        super().__init__(L, **options)
 
     def action(self, coupling: float) -> Phi4Action:
         return Phi4Action(coupling, self.lam)
@@ -275,49 +277,33 @@ class Phi4(_LatticeFields):
         known = phi4_ring_exact(self.L, coupling, self.lam)
         return {"log_Z": known["logZ"], **{name: known[name] for name in ("phi2", "nn", "susceptibility")}}
 
-    def _samples(self, split: SplitName, coupling: float, count: int) -> Tensor:
-        def simulate(seed: int) -> Chains:
-            chains = min(_CHAINS, count)
-            return simulate_phi4(self.L, self.dim, coupling, self.lam, -(-count // chains), chains=chains, seed=seed)
+    def simulate(self, coupling: float, count: int, seed: int) -> Chains:
+        try:
+            return simulate_phi4(self.L, self.dim, coupling, self.lam, **_chains(count), seed=seed)
+        except InputError:
+            why = "no trajectory of hybrid Monte Carlo is accepted"
+            raise InputError(f"kappa = {coupling:g} with lam = {self.lam:g} cannot be simulated: {why}") from None
 
-        name = f"phi4-kappa{float(coupling)!r}-lam{float(self.lam)!r}"
-        return self._kept(split, name, count, simulate)
+    def file_name(self, coupling: float) -> str:
+        return f"phi4-kappa{float(coupling)!r}-lam{float(self.lam)!r}-L{self.L}-dim{self.dim}"
 
 
-class FreeField(_LatticeFields):
+class FreeField(_Fields):
     r"""The free scalar field on a periodic lattice (:class:`~ddpm_lightning.lattice.FreeFieldAction`): independent
-    configurations, drawn exactly, once, and kept in the folder ``lattice`` of ``root``. Its density is known.
+    configurations, drawn exactly. Its density is known.
 
     Args:
-        L: sites of a side.
+        L: sites of a side, 2 or more.
         dim: dimensions, 1 to 3.
         m2: squared mass, positive, or several: then it is the condition ``vector`` of each configuration.
-        n_train: number of training configurations.
-        n_val: number of configurations for validation.
-        n_test: number of configurations for tests.
-        root: folder for the configurations.
-        simulation_seed: another one is another draw of all three splits.
-        options: as of :class:`~ddpm_lightning.data.datamodule.ArrayDataModule`.
+        options: n_train, root and the other arguments of :class:`SimulatedLattice`.
     """
 
-    def __init__(
-        self,
-        L: int = 16,
-        dim: int = 2,
-        m2: float | list[float] = 0.25,
-        n_train: int = 20_000,
-        n_val: int = 2_000,
-        n_test: int = 10_000,
-        root: str = "data",
-        simulation_seed: int = 0,
-        **options: Any,
-    ) -> None:
-        for each in m2 if isinstance(m2, list) else [m2]:
-            FreeFieldAction(each)  # refuses what makes no sense
-        at_least(1, n_train=n_train, n_val=n_val, n_test=n_test)
-        super().__init__({"train": n_train, "val": n_val, "test": n_test}, **options)
-        self._set(L, dim, m2, root, simulation_seed)
-        self.m2 = m2
+    parameter = "m2"
+
+    def __init__(self, L: int = 16, dim: int = 2, m2: float | list[float] = 0.25, **options: Any) -> None:
+        self.dim, self.m2 = dim, m2
+        super().__init__(L, **options)
 
     def action(self, coupling: float) -> FreeFieldAction:
         return FreeFieldAction(coupling)
@@ -327,11 +313,17 @@ class FreeField(_LatticeFields):
         values = {"log_Z": known["logZ"], "phi2": known["variance"], "nn": known["neighbour_covariance"]}
         return {**values, "susceptibility": 1 / coupling, "Binder cumulant": 0.0}
 
-    def _samples(self, split: SplitName, coupling: float, count: int) -> Tensor:
-        def simulate(seed: int) -> Chains:
-            return simulate_free_field(self.L, self.dim, coupling, count, seed=seed)
+    def simulate(self, coupling: float, count: int, seed: int) -> Chains:
+        return simulate_free_field(self.L, self.dim, coupling, count, seed=seed)
 
-        return self._kept(split, f"free-m2_{float(coupling)!r}", count, simulate)
+    def file_name(self, coupling: float) -> str:
+        return f"free-m2_{float(coupling)!r}-L{self.L}-dim{self.dim}"
+
+
+def _chains(count: int) -> dict[str, int]:
+    """So many chains, and samples of each, for ``count`` samples or a few more."""
+    chains = min(_CHAINS, count)
+    return {"samples": -(-count // chains), "chains": chains}
 
 
 def _magnetic(phi: Tensor, weights: Tensor | None, block: int) -> dict[str, Estimate]:
@@ -340,76 +332,3 @@ def _magnetic(phi: Tensor, weights: Tensor | None, block: int) -> dict[str, Esti
         "susceptibility": susceptibility(phi, weights, block),
         "Binder cumulant": binder_cumulant(phi, weights, block),
     }
-
-
-def _seed(seed: int, split: SplitName) -> int:
-    """Independent seeds: hashed, so that no split of one seed is one of another seed."""
-    at_least(0, simulation_seed=seed)
-    if split not in _SPLITS:
-        raise InputError(f"split = {split!r} must be one of {', '.join(_SPLITS)}")
-    return int(np.random.SeedSequence(seed, spawn_key=(_SPLITS.index(split),)).generate_state(1)[0])
-
-
-def _first(chains: Chains, count: int) -> np.ndarray:
-    """Neighbours are samples of different chains, so the first so many of a split are independent, too."""
-    return chains.interleaved[:count].numpy()
-
-
-def _cached(
-    root: str, name: str, shape: tuple[int, ...], dtype: np.dtype, simulate: Callable[[], np.ndarray]
-) -> Tensor:
-    """The array of a file, made and written first where there is none or a damaged one."""
-    path = (Path(root).expanduser() / "lattice" / f"{name}-v{_VERSION}.npy").resolve()
-    values = _read(path, shape, dtype)
-    if values is None:
-        print(f"simulating {shape[0]:,} configurations: {path}", file=sys.stderr, flush=True)
-        values = np.ascontiguousarray(simulate(), dtype)
-        _write(path, values)
-    return torch.from_numpy(values)
-
-
-def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    start = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(start, description)
-    return start.getvalue()
-
-
-def _read(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
-    """None for a file that is not there, of another length, or not as it was written.
-
-    A checksum follows the array; numpy.load does not see it."""
-    header = _header(shape, dtype)
-    size = len(header) + int(np.prod(shape)) * dtype.itemsize
-    if not path.exists():
-        return None
-    with opened(path) as file:
-        if os.fstat(file.fileno()).st_size != size + hashlib.sha256().digest_size:
-            return None
-        content = bytearray(file.read())
-    if content[: len(header)] != header or hashlib.sha256(memoryview(content)[:size]).digest() != content[size:]:
-        return None
-    return np.frombuffer(content, dtype, int(np.prod(shape)), len(header)).reshape(shape)
-
-
-def _write(path: Path, values: np.ndarray) -> None:
-    """The whole file or none, whoever else writes it."""
-    content = _header(values.shape, values.dtype) + values.tobytes()
-    part = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", delete=False) as file:
-            part = Path(file.name)
-            file.write(content + hashlib.sha256(content).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o644)  # a temporary file is its owner's alone
-        os.replace(part, path)
-    except OSError as error:
-        if part is not None:
-            with suppress(OSError):
-                part.unlink()
-        raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): set --data.root to a folder with room that can be"
-            " written to"
-        ) from None

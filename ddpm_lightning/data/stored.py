@@ -1,7 +1,8 @@
 """Arrays in files, read row by row: .npy, .npz, HDF5 and zarr."""
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from ddpm_lightning.errors import InputError
 __all__ = ["ArrayFile", "StoredRows"]
 
 _HDF5 = (".h5", ".hdf5", ".hdf", ".he5")
+_USUAL = ("fields", "x", "images", "data")
 
 
 class ArrayFile:
@@ -33,49 +35,50 @@ class ArrayFile:
         self.path, self.option = Path(path).expanduser(), option
         if not self.path.exists():
             raise InputError(f"{option} {path}: there is no such file ({self.path.absolute()})")
-        kind = self.path.suffix.lower()
+        kinds = {".npy": self._npy, ".npz": self._npz, ".zarr": self._zarr, **dict.fromkeys(_HDF5, self._hdf5)}
+        self._kind = self.path.suffix.lower()
+        if self._kind not in kinds:
+            raise InputError(f"{option} {path}: give a .npy, .npz, .h5, .hdf5 or .zarr file")
+        # to open a pipe is to wait for what never comes
+        if not (self.path.is_dir() if self._kind == ".zarr" else self.path.is_file()):
+            raise InputError(f"{option} {path} is no {'folder' if self._kind == '.zarr' else 'regular file'}")
+        self._open = kinds[self._kind]
         try:
-            if kind == ".npy":
-                self._open = self._npy
-            elif kind == ".npz":
-                self._open = self._npz
-            elif kind in _HDF5:
-                self._open = self._hdf5
-            elif kind == ".zarr":
-                self._open = self._zarr
-            else:
-                raise InputError(f"{option} {path}: give a .npy, .npz, .h5, .hdf5 or .zarr file")
-            self.names = self._open(None)
+            with _reading(f"{option} {path}"):
+                self.names: list[str] = self._open(None)
         except ImportError as error:
             raise InputError(f'{option} {path} needs {error.name}: pip install "ddpm-lightning[fields]"') from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{option} {path} cannot be read: {str(error).splitlines()[0]}") from None
 
-    def array(self, name: str | None, option: str) -> "_Array":
+    def array(self, name: str | None, option: str | None) -> "_Array":
         """The array of a name; None for the only one, or the one called ``x``, ``fields`` or ``images``.
+
+        Args:
+            name: of the array.
+            option: the option that gives the name, for what is said of a bad one; None where there is none.
 
         Raises:
             InputError: there is none of that name, or several where none is named; objects instead of numbers.
         """
         if name is None:
-            usual = [each for each in ("fields", "x", "images", "data") if each in self.names]
+            usual = [each for each in _USUAL if each in self.names]
             if len(self.names) != 1 and not usual:
-                raise InputError(f"{self.option} {self.path} holds {self._listed()}: choose one with {option}")
+                choose = f"choose one with {option}" if option else f"call the one that is meant {_USUAL[0]}"
+                choose = choose if self.names else "give another file"
+                raise InputError(f"{self.option} {self.path} holds {self._listed()}: {choose}")
             name = self.names[0] if len(self.names) == 1 else usual[0]
-        elif self.path.suffix == ".npy":
+        elif self._kind == ".npy":
             raise InputError(f"{option} {name}: a .npy file holds one array without a name; use .npz, HDF5 or zarr")
         elif name not in self.names:
             raise InputError(f"{option} {name}: {self.path} holds {self._listed()}")
-        try:
-            found = self._open(name)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise InputError(f"{self.path}, {name}: cannot be read: {str(error).splitlines()[0]}") from None
-        array: _Array = found
+        with _reading(f"{self.path}, {name or 'its array'}:"):
+            array: _Array = self._open(name)
         if array.dtype.kind not in "fiub":
             raise InputError(f"{self.path}, {name or 'its array'}: holds {array.dtype} and no real numbers")
         return array
 
     def _listed(self) -> str:
+        if self.names == [""]:
+            return "one array without a name"
         return f"the arrays {', '.join(self.names)}" if self.names else "no array"
 
     def _npy(self, name: str | None) -> Any:
@@ -86,7 +89,9 @@ class ArrayFile:
             return [""]
         if fortran or dtype.hasobject:
             return _Array(lambda: np.load(self.path, allow_pickle=False), shape, dtype, must_load=True)
-        return _Array(lambda: _RawRows(self.path, start, dtype, shape), shape, dtype)
+        found = _Array(lambda: _RawRows(self.path, start, dtype, shape), shape, dtype)
+        _check_length(found, self.path.stat().st_size - start)
+        return found
 
     def _npz(self, name: str | None) -> Any:
         with zipfile.ZipFile(self.path) as archive:
@@ -110,7 +115,9 @@ class ArrayFile:
             raw.seek(member.header_offset + 26)
             lengths = np.frombuffer(raw.read(4), "<u2")
         start = member.header_offset + 30 + int(lengths.sum()) + header
-        return _Array(lambda: _RawRows(self.path, start, dtype, shape), shape, dtype)
+        found = _Array(lambda: _RawRows(self.path, start, dtype, shape), shape, dtype)
+        _check_length(found, member.file_size - header)
+        return found
 
     def _hdf5(self, name: str | None) -> Any:
         import h5py  # type: ignore[import-untyped]
@@ -122,6 +129,8 @@ class ArrayFile:
             return names
         with h5py.File(self.path) as file:
             shape, dtype = file[name].shape, file[name].dtype
+        if shape is None:
+            raise ValueError("it is empty")
         return _Array(lambda: _Closing(h5py.File(self.path), name), shape, dtype, sorted_only=True)
 
     def _zarr(self, name: str | None) -> Any:
@@ -136,10 +145,33 @@ class ArrayFile:
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and type of a .npy file, which is left at its first number."""
-    version = np.lib.format.read_magic(file)
+    try:
+        version = np.lib.format.read_magic(file)
+    except ValueError:
+        raise ValueError("it does not begin as a .npy array does") from None
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"it is of version {version[0]}.{version[1]} of .npy, which nobody knows")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     found: tuple[tuple[int, ...], bool, np.dtype] = read(file)
     return found
+
+
+def _check_length(array: "_Array", there: int) -> None:
+    """Before anything of the size that a damaged file claims is asked for."""
+    if array.nbytes > there and min(array.shape, default=1) >= 0:
+        raise ValueError(f"it is cut short: it holds {there:,} bytes of {array.nbytes:,}")
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """InputError for whatever a reader of files says of a damaged one; they raise whatever they run into."""
+    try:
+        yield
+    except (InputError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise InputError(f"{what} cannot be read: {' '.join(reason.split())[:200]}") from None
 
 
 class _RawRows:
@@ -154,7 +186,7 @@ class _RawRows:
         if isinstance(rows, slice):
             rows = np.arange(self.shape[0])[rows]
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        buffer = found.reshape(len(rows), -1).view(np.uint8)
+        buffer = found.reshape(len(rows), int(np.prod(self.shape[1:]))).view(np.uint8)
         with self.path.open("rb") as file:
             for row, place in zip(rows.tolist(), buffer, strict=True):
                 file.seek(self.start + row * buffer.shape[1])
@@ -228,23 +260,46 @@ class StoredRows:
         """The rows of a slice or of int64 ``[n]``, read from the file.
 
         Raises:
-            InputError: one holds NaN or infinity, or the file can no longer be read.
+            InputError: one holds NaN, infinity or a number that is infinite as float32; the file can no longer be read;
+                its rows are of another size.
         """
         rows = self.rows[chosen.cpu().numpy() if isinstance(chosen, Tensor) else chosen]
-        try:
+        with _reading(self.name):
             values = self.array.read(rows)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{self.name} cannot be read: {str(error).splitlines()[0]}") from None
-        found = torch.from_numpy(values.astype(np.float32, copy=False)).reshape(len(rows), *self.row_shape)
+        if np.prod(values.shape[1:]) != np.prod(self.row_shape):
+            raise InputError(
+                f"{self.name}: has rows of shape {list(values.shape[1:])}, and {list(self.row_shape)} is needed"
+            )
+        with np.errstate(over="ignore"):
+            found = torch.from_numpy(values.astype(np.float32, copy=False)).reshape(len(rows), *self.row_shape)
         if not bool(torch.isfinite(found).all()):
-            bad = int(rows[int(torch.nonzero(~torch.isfinite(found.flatten(1)).all(1))[0])])
-            raise InputError(f"{self.name}, row {bad}: holds NaN or infinity; mend or leave out that row")
+            bad = int(torch.nonzero(~torch.isfinite(found.reshape(len(rows), -1)).all(1))[0])
+            what = "a number that float32 cannot hold" if np.isfinite(values[bad]).all() else "NaN or infinity"
+            raise InputError(f"{self.name}, row {int(rows[bad])}: holds {what}; mend or leave out that row")
         return found
+
+    def classes(self, last: int) -> Tensor:
+        """All rows as classes, int64 ``[N]``.
+
+        Raises:
+            InputError: they are no whole numbers ``[N]``, or one is negative or above ``last``.
+        """
+        if self.array.dtype.kind not in "iu" or len(self.array.shape) != 1:
+            what = f"{self.array.dtype} {list(self.array.shape)}"
+            raise InputError(f"{self.name}: holds {what}; classes are whole numbers [N]")
+        with _reading(self.name):
+            found = self.array.read(self.rows)
+        if found.min() < 0:
+            raise InputError(f"{self.name}: holds {found.min()}; classes are numbered from 0")
+        if found.max() > last:
+            raise InputError(f"{self.name}: holds {found.max()}; classes are 0..{last}, numbered without gaps")
+        return torch.from_numpy(found.astype(np.int64))
 
     def in_memory(self) -> Tensor:
         """All rows."""
         if self.array.must_load:
-            whole = self.array.open()
+            with _reading(self.name):
+                whole = self.array.open()
             return StoredRows(_Array(lambda: whole, self.array.shape, self.array.dtype), self.rows, self.row_shape,
                               self.name)[:]  # fmt: skip
         return self[:]

@@ -17,7 +17,10 @@ from ddpm_lightning.metrics import BoundScores, MeanAndError, bits_per_dim
 from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.training.module import GenerativeModule
 
-__all__ = ["bound_report", "bound_table", "csv_text", "image_bits", "in_bits", "mean_and_error", "model_facts"]
+__all__ = [
+    "bound_report", "bound_table", "csv_text", "image_bits", "in_bits", "mean_and_error", "model_facts",
+    "units_of_density",
+]  # fmt: skip
 
 
 def model_facts(module: GenerativeModule) -> dict[str, Any]:
@@ -76,10 +79,7 @@ def bound_report(module: GenerativeModule, stage: Literal["val", "test"], precis
         "error over images",
         f"precision {precision}, {facts['device']}; {versions}",
     ]
-    if model.decoder.is_density:
-        units = "the units of the data" if module.levels is None else "units of one grey level"
-        constant = bits_per_dim(-module.scale.density_nats(module.shape), module.dims)
-        head.append(f"A density of the model's values: add {constant:.5f} bits/dim for {units}.")
+    head += units_of_density(module)
     chains = {estimator: estimator.evaluated(model.T) for estimator in estimators}
     with_bits = {form: {**terms, "bits_per_dim": terms["elbo"].in_bits(module.dims)} for form, terms in scores.items()}
     record = {
@@ -94,6 +94,15 @@ def bound_report(module: GenerativeModule, stage: Literal["val", "test"], precis
         },
     }
     return "\n".join([*head, "", bound_table(scores, module.dims)]), record
+
+
+def units_of_density(module: GenerativeModule) -> list[str]:
+    """A line about a bound that is a density; none where it is a probability."""
+    if not module.ema_model.decoder.is_density:
+        return []
+    units = "the units of the data" if module.levels is None else "units of one grey level"
+    constant = bits_per_dim(-module.scale.density_nats(module.shape), module.dims)
+    return [f"A density of the model's values: add {constant:.5f} bits/dim for {units}."]
 
 
 def _draws_in_words(estimators: Iterable[ElboEstimator]) -> str:

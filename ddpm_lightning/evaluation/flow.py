@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_lightning.data import Batch
 from ddpm_lightning.errors import at_least
-from ddpm_lightning.evaluation.bound import in_bits, mean_and_error, model_facts
+from ddpm_lightning.evaluation.bound import in_bits, mean_and_error, model_facts, units_of_density
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.metrics import decoded_log_prob, dequantized_log_prob
 from ddpm_lightning.ops import image_generators
@@ -80,6 +80,7 @@ def flow(
         f"steps: {', '.join(f'{n} for {count} images' for n, count in record['steps'].items())}; "
         f"{record['evaluations']:.0f} evaluations an image",
     ]
+    lines += units_of_density(trained.diffusion)
     if late:
         lines.append(
             f"WARNING: {late} of {len(nats)} images have a larger error than that with all steps that --max_steps "

@@ -7,9 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ddpm_lightning.data import levels_to_model
 from ddpm_lightning.errors import at_least
-from ddpm_lightning.evaluation.bound import mean_and_error
+from ddpm_lightning.evaluation.bound import mean_and_error, units_of_density
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.figures import drawn
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, ElboEstimator, TrajectoryElbo
@@ -41,25 +40,30 @@ def forms(trained: Trained, T: list[int] | None = None, images: int = 32, draws:
         draws: draws for each image, 2 or more
     """
     at_least(2, images=images, draws=draws)
-    model, levels = trained.diffusion.ema_model, trained.data.split("test").images[:images].to(trained.device)
-    x0, rows = levels_to_model(levels, trained.diffusion.grey_levels), []
+    module, test = trained.diffusion, trained.data.split("test")
+    batch = test.batch(torch.arange(min(images, len(test)))).map(lambda column: column.to(trained.device))
+    model, x0, cond = module.ema_model, module.scale.to_model(batch.image), module.condition(batch)
+    rows: list[dict[str, Any]] = []
     for states in T or [model.T]:
         chain = model.with_steps(states)
-        found = {form.name: _draw(chain, form, x0, draws, trained.seed) for form in FORMS}
+        found = {form.name: _draw(chain, form, x0, cond, draws, trained.seed) for form in FORMS}
         rows += [_summary(form, states, found[form.name]) for form in FORMS]
-    text = f"{len(x0)} test images, {draws} draws each, averaged weights\n\n{_table(rows)}"
+    head = [f"{len(x0)} test images, {draws} draws each, averaged weights", *units_of_density(module)]
+    text = "\n".join([*head, "", _table(rows)])
     trained.report("forms", text, rows, {"forms.png": _picture(chain, found)})
     return rows
 
 
-def _draw(model: DiffusionModel, form: ElboEstimator, x0: Tensor, draws: int, seed: int) -> dict[str, Any]:
+def _draw(
+    model: DiffusionModel, form: ElboEstimator, x0: Tensor, cond: dict[str, Tensor], draws: int, seed: int
+) -> dict[str, Any]:
     """Every draw's totals ``[draws, B]``, step costs ``[draws, B, T - 1]`` and diagnostics, and the seconds taken."""
     found: list[list[Tensor]] = []
     start = time.perf_counter()
     for number in tracked(range(draws), draws, f"T = {model.T}, {form.name}", "draws", lambda _: 1):
         generators = image_generators(seed + number, range(len(x0)))
         with torch.inference_mode():
-            terms = form(model, x0, generators)
+            terms = form(model, x0, generators, **cond)
         literal = terms.diagnostics.get("consistency_literal_kl", torch.zeros(0))
         found.append([terms.total.cpu(), terms.step_costs.cpu(), literal.cpu()])
     total, steps, literal = map(torch.stack, zip(*found, strict=True))

@@ -1,11 +1,14 @@
 """Quality of a trained module's samples: drawn, compared with real images, and looked through for copies."""
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ddpm_lightning.checkpoints.descriptions import describe
@@ -78,15 +81,31 @@ def labelled_batches(images: Batch, batch_size: int, rank: int = 0, world: int =
         yield batch.image, batch.label
 
 
-def named_classifier(module: GenerativeModule, name: str | None) -> tuple[str, FeatureClassifier]:
+@rank_zero_only
+def _warn(sentence: str) -> None:
+    print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
+
+
+def named_classifier(
+    module: GenerativeModule, name: str | None, data: LightningDataModule | None = None
+) -> tuple[str, FeatureClassifier]:
     """The name and the classifier in whose features a module's images are compared.
 
-    ``name`` is a name or a file (``load_classifier``), or None for the one that is shipped for such images.
+    ``name`` is a name or a file (``load_classifier``), or None for the one that is shipped for such images. Where this
+    one was trained on other data than ``data``, by default those of the module's Trainer, standard error says so.
 
     Raises:
         InputError: no such classifier, or one for other images.
     """
-    name = classifier_for(module.shape, module.grey_levels) if name is None else name
+    if name is None:
+        name = classifier_for(module.shape, module.grey_levels)
+        data = data or getattr(module._trainer, "datamodule", None)
+        if data is not None and type(data).__name__.lower() != name:
+            _warn(
+                f"the classifier {name} was trained on other images than these of {type(data).__name__}, and "
+                "its features are those of digits; train one of these data as scripts/train_classifier.py does, and "
+                "give its file as classifier"
+            )
     classifier = load_classifier(name)
     expected = (classifier.channels, classifier.size, classifier.size)
     if expected != module.shape:
@@ -200,7 +219,7 @@ def quality(
         batch_size=trained.batch_size,
     )  # fmt: skip
     module, data = trained.module, trained.data
-    name, judge = named_classifier(module, classifier)
+    name, judge = named_classifier(module, classifier, data)
     size, test = samples.batch_size, data.split("test").chosen(samples.n, samples.seed)
     compare = Comparison(module, judge, labelled_batches(test, size))
     drawn = list(tracked(samples.batches(module), samples.n, "sampling"))

@@ -1,6 +1,6 @@
 """Samples of a trained model weighed to a target density: log Z, and observables with errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any
@@ -14,7 +14,7 @@ from ddpm_lightning.evaluation.bound import model_facts
 from ddpm_lightning.evaluation.trained import Trained
 from ddpm_lightning.lattice import Estimate, jackknife
 from ddpm_lightning.ops import image_generators
-from ddpm_lightning.own_code import find_own_modules
+from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 from ddpm_lightning.process import GenerativeModel, HierarchicalVAE
 from ddpm_lightning.progress import tracked
 from ddpm_lightning.samplers import draw_paths, effective_sample_size, log_mean_weight
@@ -55,8 +55,10 @@ def reweight(
     module, system = trained.module, trained.system
     cond, coupling = _condition(trained, system, coupling)
     log_target = _log_target(system, target, coupling)
+    own = {name: _function(name, "observable") for name in observable or []}
     model: GenerativeModel = module.ema_model if T is None else module.ema_model.with_steps(T)
-    states, log_weights = [], []
+    states: list[Tensor] = []
+    log_weights: list[Tensor] = []
     starts = range(0, n, trained.batch_size)
     parts = [torch.arange(start, min(start + trained.batch_size, n)) for start in starts]
     for index in tracked(parts, n, f"paths of {model.T} steps", count=len):
@@ -68,11 +70,13 @@ def reweight(
         # the ratio is that of the standardised field: its density in the units of the data has another constant
         constant = module.scale.density_nats(module.shape) if model.decoder.is_density else 0.0
         log_weights.append((paths.log_ratio - constant).cpu() + log_target(x).double().cpu())
+        for function in own.values() if not states else ():
+            function(x.cpu())  # one that fails is to fail now, and not after all paths
         states.append(x.cpu())
     x, weights = torch.cat(states), torch.cat(log_weights)
     ess, (log_z, log_z_error) = effective_sample_size(weights), log_mean_weight(weights)
     relative = torch.exp(weights - weights.max())
-    measure = _measures(system, observable)
+    measure = _measures(system, own)
     rows = {"model": measure(x, None), "reweighted": measure(x, relative)}
     exact = {} if system is None or coupling is None else system.exact(coupling)
     lines = [
@@ -123,9 +127,9 @@ def _condition(
     if conditions:
         assert coupling is not None
         return {"vector": torch.tensor([[coupling]], device=trained.module.device)}, coupling
-    if system is None or coupling is None:
-        return {}, coupling if system is None else system.couplings[0]
-    return {}, coupling
+    if system is None and coupling is not None:
+        raise InputError(f"--coupling {coupling:g}: neither this model nor its data have a coupling; leave it out")
+    return {}, coupling if system is None or coupling is not None else system.couplings[0]
 
 
 def _log_target(system: LatticeSystem | None, target: str | None, coupling: float | None) -> Values:
@@ -133,15 +137,16 @@ def _log_target(system: LatticeSystem | None, target: str | None, coupling: floa
         return _function(target, "target")
     if system is None or coupling is None:
         raise InputError("name the target's log density with --target: these data have no action of their own")
-    action = system.action(coupling)
+    try:
+        action = system.action(coupling)
+    except InputError as error:
+        raise InputError(f"--coupling {coupling:g}: {error}") from None
     return lambda x: -action(system.configurations(x))
 
 
 def _measures(
-    system: LatticeSystem | None, observable: list[str] | None
+    system: LatticeSystem | None, own: Mapping[str, Values]
 ) -> Callable[[Tensor, Tensor | None], dict[str, Estimate]]:
-    own = {name: _function(name, "observable") for name in observable or []}
-
     def measure(x: Tensor, weights: Tensor | None) -> dict[str, Estimate]:
         found = {} if system is None else system.observables(system.configurations(x), weights)
         for name, function in own.items():
@@ -155,16 +160,27 @@ def _function(path: str, option: str) -> Values:
     find_own_modules()
     try:
         function = resolve_name(path)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise InputError(f"--{option} {path} cannot be imported: {error}") from None
+    except Exception as error:  # a module of the user's may raise anything
+        raise InputError(f"--{option} {path} cannot be imported: {failure_in_own_code(error) or error}") from error
     if not callable(function):
         raise InputError(f"--{option} {path} is no function")
     return partial(_checked, function, path, option)
 
 
 def _checked(function: Callable[[Tensor], Any], path: str, option: str, x: Tensor) -> Tensor:
-    values = function(x)
+    try:
+        values = function(x.clone())
+    except Exception as error:
+        failed = failure_in_own_code(error) or f"{type(error).__name__}: {error}"
+        raise InputError(f"--{option} {path} fails: {' '.join(failed.split())}") from error
     if not isinstance(values, Tensor) or values.shape != (len(x),):
         found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"--{option} {path} returned {found} for data {list(x.shape)}: return a tensor of [{len(x)}]")
-    return values
+    if values.is_complex():
+        raise InputError(f"--{option} {path} returned complex numbers: return real ones")
+    # a target may be 0, whose logarithm is -inf
+    known = (values < torch.inf) & ((values > -torch.inf) | (option == "target"))
+    if not bool(known.all()):
+        count = int((~known).sum())
+        raise InputError(f"--{option} {path} returned NaN or infinity for {count} of {len(x)} samples: return numbers")
+    return values.detach()

@@ -43,7 +43,11 @@ class Trained:
 
     @cached_property
     def module(self) -> GenerativeModule:
-        return Run(self.run).load_module(self.checkpoint).to(self.device)
+        module = Run(self.run).load_module(self.checkpoint)
+        try:
+            return module.to(self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {self.device} cannot be used: {str(error).splitlines()[0]}") from None
 
     @cached_property
     def diffusion(self) -> DiffusionModule:

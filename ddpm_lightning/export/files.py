@@ -1,7 +1,7 @@
 """A model as one safetensors file: weights, and in its metadata what they are the weights of."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,18 @@ def describe_model(model: DiffusionModel) -> dict[str, Any]:
     return {**described, "clip_x0": model.clip_x0}
 
 
-def save_model(model: DiffusionModel, path: Path) -> None:
+def save_model(model: DiffusionModel, path: Path, scale: Mapping[str, Sequence[float]] | None = None) -> None:
     """Write a model to ``path``, a .safetensors file, from which :func:`load_model` makes it again.
+
+    ``scale`` is the ``mean`` and ``std`` of fields, by which the model's values become the data's. It is kept as JSON
+    under ``scale`` in the metadata.
 
     Raises:
         InputError: a part that is not trusted.
     """
     metadata = {_KEY: json.dumps(describe_model(model))}
+    if scale is not None:
+        metadata["scale"] = json.dumps({name: list(values) for name, values in scale.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, path, metadata=metadata)
 

@@ -80,8 +80,8 @@ class Phi4Action(Action):
 
     def __post_init__(self) -> None:
         positive(lam=self.lam)
-        if not abs(self.kappa) < float("inf"):
-            raise InputError(f"kappa = {self.kappa} must be finite")
+        if not abs(self.kappa) < 1e38:  # the end of float32
+            raise InputError(f"kappa = {self.kappa} must be finite, and below 1e38")
 
     def __call__(self, phi: Tensor) -> Tensor:
         squared = check_fields(phi).square()

@@ -106,18 +106,22 @@ def simulate_phi4(
     # not wider: far out in the quartic wall leapfrog steps are unstable, and a chain would stay there
     phi = 2 * torch.rand(chains, 1, *(L,) * dim, generator=generator) - 1
     recorder, accepted = _Recorder(phi, samples, updates), torch.zeros(chains, dtype=torch.int64)
+    total = samples * updates
+    # where few samples are wanted, the end of the warm-up tells whether the chains move
+    watched, moved = min(max(total, _ENOUGH), warm_up + total), torch.zeros(chains, dtype=torch.bool)
     with torch.no_grad():
-        for number in range(warm_up + samples * updates):
+        for number in range(warm_up + total):
             phi, accept = _trajectory(phi, action, length, steps, generator)
             phi = phi * _signs((chains, *(1,) * (phi.ndim - 1)), generator)
+            if number >= warm_up + total - watched:
+                moved |= accept
             if number >= warm_up:
                 accepted += accept
                 recorder.add(phi)
-    total = samples * updates
-    if total >= _ENOUGH and (stuck := int((accepted == 0).sum())):
+    if watched >= _ENOUGH and (stuck := int((~moved).sum())):
         raise InputError(
             f"steps = {steps} of a trajectory of length {length:g} are too few: {stuck} of {chains} chains accepted"
-            f" none of {total} trajectories; give more steps or a shorter length"
+            f" none of {watched} trajectories; give more steps or a shorter length"
         )
     return recorder.chains(accepted.double().mean().item() / total)
 

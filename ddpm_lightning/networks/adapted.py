@@ -4,6 +4,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm_lightning.networks.conditions import refuse_conditions
+
 __all__ = ["AdaptedNetwork"]
 
 _LABELS = ("label", "labels", "class_labels", "y", "classes")
@@ -38,19 +40,9 @@ class AdaptedNetwork(nn.Module):
         known = signature(network.forward).parameters
         self._label = label or next((name for name in _LABELS if name in known), None)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        *,
-        label: Tensor | None = None,
-        vector: Tensor | None = None,
-        field: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, *, label: Tensor | None = None, **others: Tensor | None) -> Tensor:
         """See the class."""
-        for name, value, option in (("vector", vector, "vector_size"), ("field", field, "field_channels")):
-            if value is not None:
-                raise ValueError(f"AdaptedNetwork passes on labels only: leave {name} out, or use UNet({option}=...)")
+        refuse_conditions("AdaptedNetwork passes on labels only", others)
         if label is None and self.num_classes is not None:
             label = torch.full_like(t, self.num_classes, dtype=torch.int64)
         cond: dict[str, Any] = {}

@@ -1,5 +1,7 @@
 from torch import Tensor, nn
 
+from ddpm_lightning.networks.conditions import refuse_conditions
+
 __all__ = ["SimpleUNet"]
 
 
@@ -32,21 +34,9 @@ class SimpleUNet(nn.Module):
             nn.ConvTranspose2d(128, 64, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(64, channels, 3, padding=1)
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        *,
-        label: Tensor | None = None,
-        vector: Tensor | None = None,
-        field: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor | None) -> Tensor:
         """Map images ``x`` ``[B, C, H, W]`` and times ``t`` ``[B]`` to ``[B, C, H, W]`` in the dtype of ``x``."""
-        if label is not None:
-            raise ValueError("SimpleUNet is unconditional: leave label out, or use UNet(num_classes=...)")
-        for name, value, option in (("vector", vector, "vector_size"), ("field", field, "field_channels")):
-            if value is not None:
-                raise ValueError(f"SimpleUNet takes no condition: leave {name} out, or use UNet({option}=...)")
+        refuse_conditions("SimpleUNet is unconditional", cond)
         if x.ndim != 4:
             raise ValueError(
                 f"expected x of shape [B, {self.channels}, H, W], got {list(x.shape)}: SimpleUNet takes images "

@@ -13,13 +13,14 @@ On a CPU in bfloat16, keep the default memory format: channels_last makes the co
 GroupNorm seven to ten times slower (torch 2.14), which costs a quarter of the speed of a training step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
+from ddpm_lightning.networks.conditions import check_conditions
 from ddpm_lightning.networks.convolutions import CONVOLUTIONS
 from ddpm_lightning.networks.embedding import FourierFeatures, SinusoidalEmbedding
 
@@ -145,11 +146,11 @@ class UNet(nn.Module):
             vector: conditions ``[B, vector_size]``; None, or a row with NaN, is "no vector".
             field: conditions ``[B, field_channels, *space]``; None, or a row with NaN, is "no field".
         """
-        self._check_inputs(x, t, label, vector, field)
+        self._check_inputs(x, t, {"label": label, "vector": vector, "field": field})
         embedding: Tensor = silu(self._embed(x, t, label, vector))
         h = self.features(x)
         if self.field_channels is not None:
-            h = torch.cat((h, _with_presence(field, (len(x), self.field_channels, *x.shape[2:]), x)), dim=1)
+            h = torch.cat((h, _with_presence(field, (x.shape[0], self.field_channels, *x.shape[2:]), x)), dim=1)
         h = self.stem(h)
         skips: list[Tensor] = []
         for level, stage in enumerate(self.down):
@@ -175,7 +176,7 @@ class UNet(nn.Module):
                 label = torch.full_like(t, self.num_classes, dtype=torch.int64)
             embedding = embedding + self.label_embedding(label)
         if self.vector_mlp is not None:
-            embedding = embedding + self.vector_mlp(_with_presence(vector, (len(x), self.vector_size or 0), x))
+            embedding = embedding + self.vector_mlp(_with_presence(vector, (x.shape[0], self.vector_size or 0), x))
         return embedding
 
     def _check_arguments(self, counts: Sequence[int]) -> None:
@@ -207,9 +208,7 @@ class UNet(nn.Module):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be None or at least 1, got {value}")
 
-    def _check_inputs(
-        self, x: Tensor, t: Tensor, label: Tensor | None, vector: Tensor | None, field: Tensor | None
-    ) -> None:
+    def _check_inputs(self, x: Tensor, t: Tensor, given: Mapping[str, Tensor | None]) -> None:
         """Raise a ValueError for a wrong shape; no value is read, so a GPU is not waited for."""
         if x.ndim != 2 + self._space_dims or x.shape[1] != self.channels:
             space = ["L", "H, W", "D, H, W"][self._space_dims - 1]
@@ -225,20 +224,14 @@ class UNet(nn.Module):
             )
         if t.shape != x.shape[:1]:
             raise ValueError(f"expected t of shape [{x.shape[0]}], one for each image, got {list(t.shape)}")
-        if label is not None and self.num_classes is None:
-            raise ValueError("a label was given to an unconditional network: leave it out, or set num_classes")
-        if label is not None and label.shape != t.shape:
-            raise ValueError(f"expected label of shape [{x.shape[0]}], got {list(label.shape)}")
-        for name, value, size, rest, option in (
-            ("vector", vector, self.vector_size, (), "vector_size"),
-            ("field", field, self.field_channels, tuple(x.shape[2:]), "field_channels"),
-        ):
-            if value is None:
-                continue
-            if size is None:
-                raise ValueError(f"a {name} was given to a network without: leave it out, or set {option}")
-            if tuple(value.shape) != (len(x), size, *rest):
-                raise ValueError(f"expected {name} of shape {[len(x), size, *rest]}, got {list(value.shape)}")
+        # no len(x), by which an exported graph would have one batch size
+        count, vector, field = x.shape[0], self.vector_size, self.field_channels
+        shapes = {
+            "label": None if self.num_classes is None else (count,),
+            "vector": None if vector is None else (count, vector),
+            "field": None if field is None else (count, field, *x.shape[2:]),
+        }
+        check_conditions(given, shapes)
 
 
 class _Block(nn.Module):

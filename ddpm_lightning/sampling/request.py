@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.checkpoints.descriptions import describe
-from ddpm_lightning.data.stored import ArrayFile
+from ddpm_lightning.data.stored import ArrayFile, StoredRows
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import expand_to, image_generators
 from ddpm_lightning.process import ClassifierFreeDenoiser, DiffusionModel, HierarchicalVAE
@@ -269,18 +269,19 @@ def _given(module: DiffusionModule, request: SampleRequest) -> dict[str, Tensor]
     if request.vectors is not None:
         size = module.hparams["vector_size"]
         if not request.vectors or any(len(vector) != size for vector in request.vectors):
-            raise InputError(f"--vectors {request.vectors}: give a list of vectors of {size} numbers each")
-        found["vector"] = torch.tensor(request.vectors, dtype=torch.float32)
+            raise InputError(f"--vectors {request.vectors}: give a list of vectors, each of {size} numbers")
+        found["vector"] = torch.tensor(request.vectors, dtype=torch.float64).float()
+        if not bool(found["vector"].isfinite().all()):  # a NaN would be drawn without a vector, in silence
+            raise InputError(f"--vectors {request.vectors}: give finite numbers, which float32 can hold")
     if request.fields is not None:
-        array = ArrayFile(request.fields, "--fields").array(None, "--fields")
+        array = ArrayFile(request.fields, "--fields").array(None, None)
         shape = (module.hparams["field_channels"], *module.shape[1:])
-        values = torch.from_numpy(np.array(array.open()[:], np.float32))
-        values = values[None] if tuple(values.shape) == shape else values
-        if tuple(values.shape[1:]) != shape or not bool(values.isfinite().all()):
-            raise InputError(
-                f"--fields {request.fields}: has shape {list(values.shape)}: give finite numbers [m, *{list(shape)}]"
-            )
-        found["field"] = values
+        one = tuple(array.shape) == shape
+        if not one and (tuple(array.shape[1:]) != shape or not array.shape[0]):
+            found_shape = f"has shape {list(array.shape)}"
+            raise InputError(f"--fields {request.fields}: {found_shape}; give one field or more, [m, *{list(shape)}]")
+        rows = StoredRows(array, np.arange(array.shape[0]), array.shape[1:], f"--fields {request.fields}").in_memory()
+        found["field"] = rows[None] if one else rows
     return found
 
 

@@ -11,7 +11,7 @@ from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.own_code import failure_in_own_code
 from ddpm_lightning.process import Decoder, DiffusionModel, GenerativeModel, ReverseVariance
 
-__all__ = ["check_bounds", "check_conditions", "check_network", "check_options", "check_shapes"]
+__all__ = ["check_bounds", "check_network", "check_options", "check_part", "check_shapes"]
 
 
 _CALL = (
@@ -28,22 +28,11 @@ def check_options(decoder: Decoder, levels: int | None, ema_decay: float) -> Non
             f"the decoder is made for {decoder.levels} grey levels and the data have {levels}: "
             f"set --model.decoder.init_args.levels to {levels}, or leave it out and it follows the data"
         )
-    _check_part("ema_decay", ema_decay)
+    check_part("ema_decay", ema_decay)
 
 
-def check_conditions(conditions: Sequence[str], sizes: Mapping[str, int | None], label_dropout: float) -> None:
-    """Refuse, with an InputError, conditions that the data do not have, and a dropout without conditions."""
-    _check_part("label_dropout", label_dropout)
-    if "label" in conditions and sizes["label"] is None:
-        raise InputError("a class-conditional model needs to know how many classes there are: num_classes")
-    for name in ("vector", "field"):
-        if name in conditions and sizes[name] is None:
-            raise InputError(f"--model.{name}_conditional true: the data have no {name}; name one with --data.{name}")
-    if label_dropout > 0 and not conditions:
-        raise InputError(f"--model.label_dropout {label_dropout:g} needs --model.class_conditional true")
-
-
-def _check_part(name: str, value: float) -> None:
+def check_part(name: str, value: float) -> None:
+    """Refuse, with an InputError, an option of the model that lies outside [0, 1)."""
     if not 0 <= value < 1:
         raise InputError(f"--model.{name} {value:g} must lie in [0, 1)")
 
@@ -86,8 +75,7 @@ def check_network(
         reason = failure_in_own_code(error) or what
         call = _CALL if isinstance(error, TypeError) and not isinstance(network, AdaptedNetwork) else ""
         raise InputError(
-            f"{name} cannot take the data's images of shape {list(shape)} "
-            f"(channels, height, width){labels}: {reason}{call}"
+            f"{name} cannot take the data's images of shape {list(shape)} ({_axes(shape)}){labels}: {reason}{call}"
         ) from error
     finally:
         network.train(training)
@@ -103,6 +91,10 @@ def check_network(
             f"under {type(variance).__name__} it must return {expected}; "
             f"set --model.network.init_args.out_channels {expected[0]} where it has that option{learned}"
         )
+
+
+def _axes(shape: Sequence[int]) -> str:
+    return ", ".join(("channels", *("depth", "height", "width")[4 - len(shape) :]))
 
 
 def check_shapes(model: DiffusionModel, shape: tuple[int, ...]) -> None:
@@ -122,7 +114,7 @@ def check_shapes(model: DiffusionModel, shape: tuple[int, ...]) -> None:
             found = model.encoder(model.schedule, x0, model.grid_on(device)[-1])
     except Exception as error:
         raise InputError(
-            f"--model.encoder {name} cannot take the data's images of shape {list(shape)} (channels, height, width): "
+            f"--model.encoder {name} cannot take the data's images of shape {list(shape)} ({_axes(shape)}): "
             f"{failure_in_own_code(error) or error}"
         ) from error
     finally:

@@ -1,21 +1,17 @@
-"""The LightningModule: it composes a generative model from parts, trains it, averages it and measures its bound."""
+"""The LightningModule: it composes a generative model from parts and trains it."""
 
 from collections.abc import Mapping, Sequence
 from inspect import currentframe
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ddpm_lightning.data import Batch
 from ddpm_lightning.data.own import OwnBatches
 from ddpm_lightning.data.transforms import scale_of
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.metrics import BoundMeans, BoundScores
-from ddpm_lightning.objectives import ElboEstimator, ElboTerms, Objective
-from ddpm_lightning.ops import Generators, expand_to, image_generators, rand
+from ddpm_lightning.objectives import ElboEstimator, Objective
+from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import (
     Decoder,
     DiffusionModel,
@@ -26,14 +22,9 @@ from ddpm_lightning.process import (
     ReverseVariance,
 )
 from ddpm_lightning.schedules import Schedule
-from ddpm_lightning.training.averaged import AveragedModule
-from ddpm_lightning.training.checks import (
-    check_bounds,
-    check_conditions,
-    check_network,
-    check_options,
-    check_shapes,
-)
+from ddpm_lightning.training.checks import check_network, check_options, check_shapes
+from ddpm_lightning.training.conditions import chosen_conditions, drop_conditions
+from ddpm_lightning.training.measured import MeasuredModule
 from ddpm_lightning.training.memory_format import ChannelsLast
 from ddpm_lightning.training.optimization import OptimizerFactory, SchedulerFactory, make_optimizer, make_scheduler
 from ddpm_lightning.training.optimizers import MuonAdamW  # noqa: F401  # so that a configuration can write its name
@@ -42,7 +33,7 @@ from ddpm_lightning.training.seeding import seed_batch
 __all__ = ["DiffusionModule", "GenerativeModule", "OptimizerFactory", "SchedulerFactory"]
 
 
-class GenerativeModule(AveragedModule):
+class GenerativeModule(MeasuredModule):
     """A generative model in training.
 
     One batch: uint8 images -> [-1, 1] on the model's device -> objective -> ``train/loss``. Validation, test, predict
@@ -87,34 +78,12 @@ class GenerativeModule(AveragedModule):
     ) -> None:
         check_options(model.decoder, levels, ema_decay)
         objective.check(model)
-        super().__init__(model, ema_decay, channels_last, compile)
-        self.shape, self.levels, self.objective = tuple(shape), levels, objective
-        self.scale = scale_of(levels, scale)
-        self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
-        self.seed, self.eval_seed = seed, eval_seed
+        bounds = {"val": validation_bounds, "test": test_bounds}
+        super().__init__(model, bounds, shape, scale_of(levels, scale), eval_seed, ema_decay, channels_last, compile)
+        self.objective, self.optimizer_factory, self.scheduler_factory = objective, optimizer, lr_scheduler
+        self.seed = seed
         self._own_batches = OwnBatches(self.shape, levels or 0)
         self._generator: Generators = None
-        self.bounds = {"val": list(validation_bounds), "test": list(test_bounds)}
-        check_bounds(model, self.bounds)
-        self.means = nn.ModuleDict(
-            {stage: BoundMeans({e.name: e.term_kinds for e in estimators}) for stage, estimators in self.bounds.items()}
-        )
-        self.bound_scores: dict[str, BoundScores] = {}
-        self.images_evaluated: dict[str, int] = {}
-
-    @property
-    def dims(self) -> int:
-        """Number of values of an image or field, C*H*W."""
-        return int(np.prod(self.shape))
-
-    @property
-    def grey_levels(self) -> int:
-        """Number of grey levels; InputError for a model of fields, which has none."""
-        if self.levels is None:
-            raise InputError("this measures pictures of grey levels, and the model is one of fields")
-        return self.levels
-
-    # ---------------------------------------------------------------- training
 
     def setup(self, stage: str) -> None:
         """Check that the data are what the model was made for; lay out the weights, compile.
@@ -151,24 +120,11 @@ class GenerativeModule(AveragedModule):
     def class_conditional(self) -> bool:
         return "label" in self.conditions
 
-    def condition(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model is told of a batch, by name."""
-        known = {"label": batch.label, **batch.cond}
-        return {name: known[name] for name in self.conditions}
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._generator = seed_batch(self.seed, self.trainer, self.device, batch_idx)
 
     def _with_dropped(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All conditions of a row replaced by none with probability ``label_dropout``; else nothing is drawn."""
-        if self.label_dropout == 0:
-            return cond
-        dropped = rand(next(iter(cond.values())), self._generator) < self.label_dropout
-        nothing = {"label": self.num_classes}
-        return {
-            name: torch.where(expand_to(dropped, value), cast(int, nothing.get(name, torch.nan)), value)
-            for name, value in cond.items()
-        }
+        return drop_conditions(cond, self.label_dropout, self.num_classes, self._generator)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's mean over the batch, logged as ``train/loss`` every ``log_every_n_steps`` steps."""
@@ -191,69 +147,6 @@ class GenerativeModule(AveragedModule):
             return optimizer
         bound = next((estimator.name for estimator in self.bounds["val"]), None)
         return [optimizer], [make_scheduler(self.scheduler_factory, optimizer, bound, self._trainer)]
-
-    # ---------------------------------------------------------------- the bound
-
-    def bound(self, estimator: ElboEstimator, batch: Batch) -> dict[str, Tensor]:
-        """The averaged model's bound on each image: ``[B]`` nats by name, from noise that belongs to the image."""
-        return self._terms(estimator, batch).named()
-
-    def _terms(self, estimator: ElboEstimator, batch: Batch) -> ElboTerms:
-        generators = image_generators(self.eval_seed, batch.index)
-        return estimator(self.ema_model, self.scale.to_model(batch.image), generators, **self.condition(batch))
-
-    def _means(self, stage: str) -> BoundMeans:
-        return cast(BoundMeans, self.means[stage])
-
-    def _evaluate(self, stage: str, batch: Batch) -> dict[str, ElboTerms]:
-        estimators = self.bounds[stage] if len(batch.index) else ()
-        found = {estimator.name: self._terms(estimator, batch) for estimator in estimators}
-        for form, terms in found.items():
-            self._means(stage).update(form, terms.named())
-        return found
-
-    def _report(self, stage: str) -> None:
-        scores, self.images_evaluated[stage] = self._means(stage).compute()
-        self._means(stage).reset()
-        for form, terms in scores.items():
-            for name, score in {**terms, "bits_per_dim": terms["elbo"].in_bits(self.dims)}.items():
-                key = f"{stage}/{form}/{name}"
-                # errors have a prefix of their own in the loggers, where they would double the cards
-                self.log_dict({key: score.mean, f"standard_error/{key}": score.se})
-                self.log(f"{key}_se", score.se, logger=False)
-        if first := next(iter(scores.values()), None):  # what waits for "the bound" need not know its form
-            self.log(f"{stage}/bits_per_dim", first["elbo"].in_bits(self.dims).mean, logger=False)
-        self.bound_scores[stage] = scores
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, ElboTerms]:
-        """The terms of each form, for callbacks."""
-        return self._evaluate("val", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/FORM/NAME`` (nats an image, ``bits_per_dim``) and its standard error: to the loggers as
-        ``standard_error/val/FORM/NAME``, to callbacks also as ``val/FORM/NAME_se``. ``val/bits_per_dim``, for callbacks
-        only, is that of the first form."""
-        self._report("val")
-        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
-            return
-        for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau):
-                first = self.bound_scores["val"][self.bounds["val"][0].name]
-                config.scheduler.step(first["elbo"].in_bits(self.dims).mean)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, ElboTerms]:
-        return self._evaluate("test", batch)
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation, ``test/FORM/NAME``."""
-        self._report("test")
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Every image's terms: ``index``, ``label`` and ``FORM/NAME`` ``[B]`` in nats."""
-        columns = {"index": batch.index, "label": batch.label}
-        for estimator in self.bounds["test"]:
-            columns |= {f"{estimator.name}/{name}": v for name, v in self.bound(estimator, batch).items()}
-        return columns
 
 
 class DiffusionModule(GenerativeModule):
@@ -338,11 +231,10 @@ class DiffusionModule(GenerativeModule):
     ) -> None:
         sizes = {"label": num_classes, "vector": vector_size, "field": field_channels}
         flags = {"label": class_conditional, "vector": vector_conditional, "field": field_conditional}
-        conditions = [name for name, wanted in flags.items() if wanted]
-        check_conditions(conditions, sizes, label_dropout)
+        conditions = chosen_conditions(flags, sizes, label_dropout)
         if clip_x0 and scale is not None:
             raise InputError("--model.clip_x0 true clips x0 to [-1, 1], and fields go further: set it to false")
-        check_network(network, variance, tuple(shape), {name: sizes[name] or 0 for name in conditions}, label_dropout)
+        check_network(network, variance, tuple(shape), conditions, label_dropout)
         model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0, encoder)
         check_shapes(model, tuple(shape))
         super().__init__(
@@ -362,4 +254,4 @@ class DiffusionModule(GenerativeModule):
             scale,
         )
         self.keep_hyperparameters(currentframe())
-        self.conditions, self.num_classes, self.label_dropout = conditions, num_classes, label_dropout
+        self.conditions, self.num_classes, self.label_dropout = [*conditions], num_classes, label_dropout
