@@ -147,7 +147,13 @@ def _rows(trained: Trained, file: ArrayFile, names: dict[str, str | None], n: in
     if len(index) < 2:
         raise InputError(f"--data {file.path}: holds {len(index)} rows; give two or more")
     if grey:
-        images = torch.from_numpy(array.read(index).astype(np.uint8)).reshape(-1, *module.shape)
+        levels = StoredRows(array, index, shape, f"--data {file.path}")[:]
+        if not bool(((levels >= 0) & (levels < module.grey_levels)).all()):
+            raise InputError(
+                f"--data {file.path}: holds {levels.min():g} to {levels.max():g}, and the model's grey levels are "
+                f"0..{module.grey_levels - 1}"
+            )
+        images = levels.to(torch.uint8).reshape(-1, *module.shape)
     else:
         images = StoredRows(array, index, module.shape, str(file.path)).in_memory()
     labels, cond = torch.zeros(len(index), dtype=torch.int64), {}
@@ -158,8 +164,10 @@ def _rows(trained: Trained, file: ArrayFile, names: dict[str, str | None], n: in
         if values.shape[:1] != array.shape[:1]:
             raise InputError(f"--{name} {names[name]}: has {list(values.shape)} for {array.shape[0]} rows")
         if name == "label":
-            labels = torch.from_numpy(values.read(index).astype(np.int64))
+            last = (module.num_classes or 0) - (0 if module.label_dropout else 1)
+            labels = StoredRows(values, index, (), f"--label {names[name]}").classes(last)
         else:
-            size = (module.hparams["vector_size"],) if name == "vector" else tuple(values.shape[1:])
+            space = () if name == "vector" else module.shape[1:]
+            size = (module.hparams["vector_size" if name == "vector" else "field_channels"], *space)
             cond[name] = StoredRows(values, index, size, f"{file.path}, {names[name]}")[:]
     return Batch(images, labels, torch.from_numpy(index), cond)
