@@ -88,3 +88,9 @@ def test_what_yaml_allows_and_is_meant(tmp_path: Path) -> None:
     text = "\ufeffa: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: *a\n"
     (tmp_path / "good.yaml").write_text(text, encoding="utf-8")
     assert read(tmp_path / "good.yaml") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2}}
+
+
+def test_a_list_of_the_base_is_replaced_or_appended_to(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("trainer: {callbacks: [a], plugins: [b]}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrainer: {callbacks+: [c], plugins: [d], other+: [e]}\n")
+    assert read(tmp_path / "mine.yaml") == {"trainer": {"callbacks": ["a", "c"], "plugins": ["d"], "other+": ["e"]}}
