@@ -240,7 +240,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Made, tuple[int, ...], tuple[i
 
 
 def same(pair: tuple[Made, Any, Any], run: Callable[[DiffusionModel, Tensor], Iterable[Tensor]], **parts: Any) -> None:
-    """``run(model, x0)`` gives the same numbers, to the last bit, for fields and for images of the same numbers."""
+    """``run(model, x0)`` gives the same numbers, to rounding, for fields and for images of the same numbers."""
     made, *shapes = pair
     results = []
     for shape in shapes:
@@ -250,7 +250,8 @@ def same(pair: tuple[Made, Any, Any], run: Callable[[DiffusionModel, Tensor], It
     fields, images = results
     assert len(fields) == len(images) > 0
     for a, b in zip(fields, images, strict=True):
-        assert bool(a.isfinite().all()) and torch.equal(a.flatten(), b.flatten())
+        assert bool(a.isfinite().all())
+        torch.testing.assert_close(a.flatten(), b.flatten(), rtol=1e-5, atol=1e-6)
         assert len(a.flatten()) == 1 or a.unique().numel() > 1
 
 

@@ -62,6 +62,8 @@ class LatticeObservables(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data = getattr(trainer, "datamodule", None)
+        if stage == "predict":
+            return
         if not (isinstance(data, LatticeSystem) and isinstance(data, ArrayDataModule)):
             raise InputError(
                 f"LatticeObservables is for a lattice system, and the data are {type(data).__name__}: take it out of "

@@ -24,7 +24,7 @@ class _Periodic(nn.Module):
             for dim in range(2, x.ndim):
                 before, after = x.narrow(dim, -self.margin, self.margin), x.narrow(dim, 0, self.margin)
                 x = torch.cat([before, x, after], dim)
-        return super().forward(x)  # type: ignore[no-any-return,misc]  # of the convolution
+        return super().forward(x)
 
 
 class _Periodic1d(_Periodic, nn.Conv1d):
