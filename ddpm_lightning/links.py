@@ -14,9 +14,10 @@ __all__ = ["fact_of", "follow_data", "keep_scale"]
 def follow_data(model: Namespace, data: LightningDataModule) -> None:
     """Fill in, in place, arguments of the network and the encoder that are null, in the configuration of a model.
 
-    ``channels`` are the data's, ``num_classes`` too where the model is class-conditional, and ``out_channels`` twice as
-    many where the variance is learned. A network within a network is filled in, too. What is given stays; a network
-    that has no such arguments is left as it is.
+    ``channels`` are the data's, ``num_classes`` too where the model is class-conditional, ``vector_size`` and
+    ``vector_scale`` where it is told a vector, and ``out_channels`` twice as many where the variance is learned. A
+    network within a network is filled in, too. What is given stays; a network that has no such arguments is left as it
+    is.
     """
     if "network" not in model:
         return
@@ -30,9 +31,10 @@ def follow_data(model: Namespace, data: LightningDataModule) -> None:
         known["out_channels"] = outputs * channels
     if model.class_conditional:
         known["num_classes"] = getattr(data, "num_classes", None)
-    for flag, fact in (("vector_conditional", "vector_size"), ("field_conditional", "field_channels")):
+    told = (("vector_conditional", ("vector_size", "vector_scale")), ("field_conditional", ("field_channels",)))
+    for flag, facts in told:
         if model.get(flag):
-            known[fact] = fact_of(data, fact)
+            known |= {fact: fact_of(data, fact) for fact in facts}
     _fill(model.network, known)
     _fill(model.get("encoder"), {"channels": channels})
 

@@ -104,6 +104,16 @@ class ArrayDataModule(LightningDataModule):
             self._splits[name] = loaded
         return self._splits[name]
 
+    @property
+    def vector_scale(self) -> dict[str, list[float]] | None:
+        """``mean`` and ``std`` of each number of the condition ``vector`` in the training split, 1 for the standard
+        deviation of a number that is always the same; None for data without vectors."""
+        if self.vector_size is None:
+            return None
+        vectors = self.split("train").cond["vector"].double()
+        std = vectors.std(0, correction=0)
+        return {"mean": vectors.mean(0).tolist(), "std": torch.where(std > 0, std, 1.0).tolist()}
+
     def train_dataloader(self) -> TrainBatches:
         rank, world = self._rank_and_world()
         return TrainBatches(self._placed("train"), self.batch_size, self.seed, self._batches_done, rank, world)

@@ -61,6 +61,8 @@ class UNet(nn.Module):
         vector_size: numbers in a condition ``vector``; None for none, and on the command line for the data's where the
             model is told it.
         field_channels: channels of a condition ``field``, which joins the input; None as for the vector.
+        vector_scale: ``mean`` and ``std`` of each number of the vector, by which it is standardised; None for 0 and 1,
+            and on the command line for those of the training data.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class UNet(nn.Module):
         padding: Literal["zeros", "circular"] = "zeros",
         vector_size: int | None = None,
         field_channels: int | None = None,
+        vector_scale: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         channels = 1 if channels is None else channels
         # the argument itself: None in the checkpoints of pictures, those of older versions among them
         self.dims, self._space_dims = dims, 2 if dims is None else dims
         self.padding, self.vector_size, self.field_channels = padding, vector_size, field_channels
+        self.vector_scale = vector_scale
         self.channels, self.out_channels, self.num_classes = channels, out_channels, num_classes
         self.width, self.multipliers, self.blocks = width, multipliers, blocks
         self.attention, self.heads, self.dropout = attention, heads, dropout
@@ -123,6 +127,9 @@ class UNet(nn.Module):
         self.out_conv = _zeroed(conv(widths[0], out_channels or channels, 3, padding=1))
         self.vector_mlp: nn.Module | None = None
         if vector_size is not None:
+            moments = vector_scale or {"mean": [0.0] * vector_size, "std": [1.0] * vector_size}
+            for name in ("mean", "std"):
+                self.register_buffer(f"_vector_{name}", torch.tensor(moments[name]), persistent=False)
             # the vector and whether it is there
             self.vector_mlp = nn.Sequential(
                 nn.Linear(vector_size + 1, embedding_width), nn.SiLU(), nn.Linear(embedding_width, embedding_width)
@@ -176,6 +183,9 @@ class UNet(nn.Module):
                 label = torch.full_like(t, self.num_classes, dtype=torch.int64)
             embedding = embedding + self.label_embedding(label)
         if self.vector_mlp is not None:
+            if vector is not None:
+                mean, std = self.get_buffer("_vector_mean"), self.get_buffer("_vector_std")
+                vector = (vector - mean) / std
             embedding = embedding + self.vector_mlp(_with_presence(vector, (x.shape[0], self.vector_size or 0), x))
         return embedding
 
@@ -207,6 +217,13 @@ class UNet(nn.Module):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be None or at least 1, got {value}")
+        if self.vector_scale is not None:
+            lengths = [len(self.vector_scale.get(name, ())) for name in ("mean", "std")]
+            if lengths != [self.vector_size] * 2 or not all(std > 0 for std in self.vector_scale["std"]):
+                raise ValueError(
+                    f"vector_scale must hold mean and std, {self.vector_size} numbers each (vector_size), and each std "
+                    f"positive; got {dict(self.vector_scale)}"
+                )
 
     def _check_inputs(self, x: Tensor, t: Tensor, given: Mapping[str, Tensor | None]) -> None:
         """Raise a ValueError for a wrong shape; no value is read, so a GPU is not waited for."""
