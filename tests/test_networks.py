@@ -308,6 +308,7 @@ def test_init_arguments_are_attributes() -> None:
                 "dims": 1,
                 "padding": "circular",
                 "vector_size": 3,
+                "vector_scale": {"mean": [0.0, 1.0, 2.0], "std": [1.0, 1.0, 0.5]},
                 "field_channels": 2,
                 "dropout": 0.2,
                 "num_classes": 3,

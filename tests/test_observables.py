@@ -19,6 +19,7 @@ from ddpm_lightning.evaluation.observables import observables_report, observe
 from ddpm_lightning.figures import observable_curves
 from ddpm_lightning.lattice import free_field_exact, simulate_free_field
 from ddpm_lightning.process import PlainGaussian
+from ddpm_lightning.runs import Run
 
 TINY = [
     "--data.dim=1", "--data.L=8", "--data.n_train=256", "--data.n_val=64", "--data.n_test=64", "--data.batch_size=64",
@@ -71,7 +72,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_the_shipped_configurations_keep_the_callbacks_of_the_base(run: Path) -> None:
+def test_the_run_keeps_the_callbacks_of_the_base_and_the_scale_of_the_vectors(run: Path) -> None:
+    scale = Run(run).load_module().model.network.vector_scale
+    assert scale == {"mean": [1.25], "std": [0.75]}  # of the couplings 0.5 and 2 in equal shares
     assert (run / "checkpoints/last.ckpt").is_file() and (run / "samples").is_dir()
     assert len([*(run / "observables").glob("step_*@0.5.png")]) == len([*(run / "observables").glob("*@2.png")]) == 2
 

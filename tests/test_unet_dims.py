@@ -172,12 +172,30 @@ def test_what_is_for_images_only_says_so() -> None:
         ConvLevel(2).stand_on((1, 28))
 
 
+def test_a_vector_is_standardised() -> None:
+    torch.manual_seed(0)
+    plain = UNet(width=8, multipliers=(1,), blocks=1, vector_size=2)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    scaled = UNet(
+        width=8, multipliers=(1,), blocks=1, vector_size=2, vector_scale={"mean": [0.25, 10.0], "std": [0.5, 4.0]}
+    )
+    scaled.load_state_dict(plain.state_dict())
+    x, t, z = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([[1.0, -1.0], [0.5, 2.0], [torch.nan, 0.0]])
+    vector = z * torch.tensor([0.5, 4.0]) + torch.tensor([0.25, 10.0])
+    torch.testing.assert_close(scaled(x, t, vector=vector), plain(x, t, vector=z))
+    assert torch.equal(scaled(x, t), plain(x, t)) and not torch.equal(scaled(x, t, vector=vector), plain(x, t))
+
+
 @pytest.mark.parametrize(
     ("arguments", "given", "words"),
     [
         ({"dims": 4}, {}, "dims must be 1, 2 or 3, got 4"),
         ({"padding": "reflect"}, {}, "padding must be zeros or circular"),
         ({"vector_size": 0}, {}, "vector_size must be None or at least 1"),
+        ({"vector_scale": {"mean": [0.0], "std": [1.0]}}, {}, "vector_scale must hold mean and std, None numbers each"),
+        ({"vector_size": 2, "vector_scale": {"mean": [0.0, 0.0], "std": [1.0, 0.0]}}, {}, "each std positive"),
+        ({"vector_size": 1, "vector_scale": {"mean": [0.0]}}, {}, "vector_scale must hold mean and std, 1 numbers"),
         ({}, {"x": torch.zeros(2, 1, 8)}, r"expected x of shape \[B, 1, H, W\], got \[2, 1, 8\]: the network has dims"),
         ({"dims": 1}, {"x": torch.zeros(2, 1, 7)}, "size 7 is not divisible by 2"),
         ({"dims": 3}, {"x": torch.zeros(2, 1, 8, 6, 5)}, "size 8 x 6 x 5 is not divisible by 2"),
