@@ -135,6 +135,15 @@ def test_density_of_a_lattice_system_stands_beside_the_exact_one(run: Path, caps
     assert found["mean"] == pytest.approx(below) and below > 0
 
 
+def test_of_a_mixture_no_density_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([
+        "fit", f"-c={ROOT}/configs/free_field.yaml", f"--data.root={tmp_path}", f"--run_dir={tmp_path}/run", *TINY,
+        "--data.m2=[0.5,2.0]", "--trainer.max_epochs=1", "--trainer.limit_val_batches=0",
+    ])  # fmt: skip
+    main(["density", f"{tmp_path}/run", "--n=4"])
+    assert "exact" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "words"), [({"n": 1}, "n = 1"), ({"steps": 0}, "steps = 0"), ({"seed": -1}, "seed")]
 )

@@ -59,6 +59,7 @@ class LatticeObservables(Callback):
         self.request = SampleRequest(sampler, steps, seed=seed, cap_steps=True)
         self.n, self.every_n_epochs, self.batch_size = n, every_n_epochs, batch_size
         self.observed: list[Observed] = []
+        self._steps = 0  # as they were cut to the model's
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -91,10 +92,8 @@ class LatticeObservables(Callback):
         self._observe(trainer, pl_module, "test")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, GenerativeModule)
         if trainer.is_global_zero:
-            steps = self.request.on(pl_module, {name: torch.zeros(1, 1) for name in pl_module.conditions}).steps
-            how = f"{self.n} samples in {steps} steps, against the test data; errors are standard errors"
+            how = f"{self.n} samples in {self._steps} steps, against the test data; errors are standard errors"
             publish(Run.of(trainer), "observables-test", *observables_report(self.observed, how))
 
     def _observe(self, trainer: Trainer, module: LightningModule, split: SplitName) -> None:
@@ -104,6 +103,7 @@ class LatticeObservables(Callback):
         couplings: list[float | None] = [*system.couplings] if told or len(system.couplings) == 1 else [None]
         cond = {"vector": torch.tensor(couplings)[:, None]} if told else {}
         draw = self.request.on(module, cond)
+        self._steps = draw.steps
         drawn: dict[str, list[torch.Tensor]] = {"index": [], "x": []}
         for indices in IndexBatches(self.n * len(couplings), self.batch_size, trainer.global_rank, trainer.world_size):
             with torch.inference_mode(), trainer.precision_plugin.forward_context():

@@ -33,12 +33,14 @@ def density(
 ) -> dict[str, Any]:
     """Log density of each row of a file under a trained model, in nats and in the units of the file.
 
-    The bound is a lower bound on log p, by the first of the run's test_bounds, from one draw. With --flow
-    there is also the density of the probability flow, another model with the same network, with its own numerical
-    error; of random signs (--probes 1 or more) it is an unbiased estimate. Pictures of grey levels have a bound on log
-    probabilities; their flow's density is one in units of a grey level. Of a lattice system with a known log Z there is
-    also the exact value, and how far the model lies below it: of the system's own samples this is the divergence
-    KL(data || model). Writes density.csv, a line for each row, and density.txt and density.json.
+    The bound is a lower bound on log p, by the first of the run's test_bounds, from one draw. With --flow there is also
+    the density of the probability flow, another model with the same network, with its own numerical error; of random
+    signs (--probes 1 or more) it is an unbiased estimate. Pictures of grey levels have a bound on log probabilities;
+    their flow's density is one in units of a grey level.
+
+    Of a lattice system with a known log Z there is also the exact value, and how far the model lies below it. For
+    samples of the system the mean of this difference is KL(data || model) by the flow's density, and no less than it by
+    the bound. Writes density.csv, a line for each row, and density.txt and density.json.
 
     Args:
         trained: the run
@@ -121,8 +123,12 @@ def _exact(trained: Trained, rows: Batch) -> Tensor | None:
     if system is None:
         return None
     phi = system.configurations(rows.image.cpu())
-    told = rows.cond.get("vector")
-    couplings = torch.full((len(phi),), system.couplings[0]) if told is None else told[:, 0].cpu()
+    if "vector" in trained.module.conditions:
+        couplings = rows.cond["vector"][:, 0].cpu()
+    elif len(system.couplings) == 1:
+        couplings = torch.full((len(phi),), system.couplings[0])
+    else:
+        return None  # the model is one of the mixture, whose density is another one
     values = torch.empty(len(phi), dtype=torch.float64)
     for coupling in couplings.unique().tolist():
         these = couplings == coupling
