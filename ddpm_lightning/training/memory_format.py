@@ -16,10 +16,9 @@ ChannelsLast = bool | Literal["auto"]
 def wants_channels_last(option: ChannelsLast, network: nn.Module, precision: str, device: torch.device) -> bool:
     """What the option means for a network at a Trainer's precision ("bf16-mixed", ...) on a device.
 
-    "auto" is what was measured to gain (docs/speed.md): on a CPU channels_last in float32 and half precision, but for
-    networks with GroupNorm in half precision, where torch's GroupNorm loses in this format what convolutions gain
-    (``networks/unet.py``). On a CUDA device, where nothing was measured, it is channels_last in half precision.
-    Networks with three-dimensional convolutions keep the default.
+    "auto" is what was measured to gain (docs/speed.md). In half precision it is channels_last for networks without
+    GroupNorm: torch's GroupNorm loses in this format what convolutions gain, on a CPU and on a GPU. In float32 it is
+    channels_last on a CPU, and the default on a GPU. Networks with three-dimensional convolutions keep the default.
 
     Raises:
         InputError: ``True`` for a network with three-dimensional convolutions.
@@ -34,12 +33,10 @@ def wants_channels_last(option: ChannelsLast, network: nn.Module, precision: str
         return option
     if has_volumes:
         return False
-    is_half = precision.startswith(("bf16", "16"))
-    if device.type == "cuda":
-        return is_half
-    if device.type != "cpu" or precision.startswith("64"):
-        return False
-    return not (is_half and any(isinstance(part, nn.GroupNorm) for part in network.modules()))
+    if precision.startswith(("bf16", "16")):
+        normed = any(isinstance(part, nn.GroupNorm) for part in network.modules())
+        return device.type in ("cpu", "cuda") and not normed
+    return device.type == "cpu" and not precision.startswith("64")
 
 
 def set_memory_format(network: nn.Module, channels_last: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 __all__ = ["MuonAdamW"]
 
@@ -15,7 +16,8 @@ class MuonAdamW(Optimizer):
 
     A convolution's kernel ``[out, in, k, k]`` is the matrix ``[out, in k k]``. Its step is the orthogonal matrix
     nearest to the momentum, by five iterations of Newton and Schulz, times 0.2 sqrt(max(rows, columns)): so it has the
-    size of a step of AdamW, and one learning rate serves both (Liu et al. 2025, arXiv 2502.16982).
+    size of a step of AdamW, and one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). Matrices of one
+    shape are stacked, which spares a GPU many small kernels.
 
     Args:
         params: the weights.
@@ -52,41 +54,53 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._muon if group["matrices"] else self._adam
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update(parameter, group), alpha=-group["lr"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                (self._muon if group["matrices"] else self._adamw)(parameters, group)
         return loss
 
-    def _muon(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        matrix = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
-        scale: float = 0.2 * max(matrix.shape) ** 0.5
-        return (scale * _orthogonal(matrix)).view(parameter.shape)
+    def _state(self, name: str, parameters: list[Any]) -> list[Tensor]:
+        return [self.state[p].setdefault(name, torch.zeros_like(p)) for p in parameters]
 
-    def _adam(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        state, gradient, (beta1, beta2) = self.state[parameter], parameter.grad, group["betas"]
-        assert gradient is not None
-        if not state:
-            state.update(step=torch.zeros(()), mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
-        state["step"] += 1
-        state["mean"].lerp_(gradient, 1 - beta1)
-        state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        step = float(state["step"])
-        deviation = (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        return state["mean"] / (1 - beta1**step) / deviation
+    def _muon(self, parameters: list[Any], group: dict[str, Any]) -> None:
+        gradients = [parameter.grad for parameter in parameters]
+        momenta = self._state("momentum", parameters)
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        steps = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        by_shape: dict[torch.Size, list[int]] = {}
+        for index, parameter in enumerate(parameters):
+            by_shape.setdefault(parameter.shape, []).append(index)
+        for indices in by_shape.values():
+            matrices = torch.stack([steps[index].flatten(1) for index in indices])
+            scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+            for index, matrix in zip(indices, _orthogonal(matrices), strict=True):
+                parameters[index].add_(matrix.view(parameters[index].shape), alpha=-scale * group["lr"])
+
+    def _adamw(self, parameters: list[Any], group: dict[str, Any]) -> None:
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            self._state("mean", parameters),
+            self._state("square", parameters),
+            [],
+            [self.state[p].setdefault("step", torch.zeros(())) for p in parameters],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal matrix nearest to a matrix, roughly: its singular values come to lie around 1."""
-    wide = matrix.T if len(matrix) > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to each of ``[n, rows, columns]``, roughly: singular values are about 1."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if wide is not matrix else x
+    return x.mT if tall else x
