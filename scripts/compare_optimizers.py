@@ -7,7 +7,8 @@
 Every training has the same images and noise for the same seed. Its learning rate rises for a tenth of the steps and
 falls to 0 (OneCycleLR). Each optimiser takes the learning rate with the best bound on the validation images, with seed
 0; the table then holds its bound on the test images for all seeds. SOAP is pytorch_optimizer's (pip install
-pytorch_optimizer). A training whose folder holds its last step already is not repeated.
+pytorch_optimizer; DDPM_TRUSTED=pytorch_optimizer lets checkpoints name it). A training whose folder holds its last step
+already is not repeated.
 """
 
 import statistics
@@ -102,7 +103,9 @@ def main(
         best = min(scores, key=lambda rate: scores[rate])
         values = [bits(trained(name, best, seed), "test", times, device, data_root) for seed in range(seeds)]
         rows.append({"optimizer": name, "lr": best, "validation": scores, "test": values})
-        print(f"{name:<10} lr {best:g}  {statistics.mean(values):.4f}  seeds {[round(v, 4) for v in values]}", flush=True)
+        print(
+            f"{name:<10} lr {best:g}  {statistics.mean(values):.4f}  seeds {[round(v, 4) for v in values]}", flush=True
+        )
     Run(out).write("optimizers.json", rows)
 
 

@@ -58,9 +58,7 @@ class PixelCNN(nn.Module):
     def __init__(self, width: int, layers: int, levels: int = 256) -> None:
         super().__init__()
         self.layers = nn.ModuleList(GatedLayer(width if i else 1, width, i == 0) for i in range(layers))
-        self.head = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, levels, 1)
-        )
+        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, levels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         v = h = x
@@ -133,7 +131,9 @@ def main(
         bits = in_bits(-torch.cat([nats(model, part, at).cpu() for part in test.split(250)]), 784)
     mean, error = mean_and_error(bits)
     row = {"pflop": pflop, "steps": steps, "images_seen": steps * batch_size, "seconds": seconds, "seed": seed}
-    print(f"{pflop:g} PFLOP, {steps} steps of {batch_size}: {mean:.4f} +- {error:.4f} bits/dim on {len(test)} test images")
+    print(
+        f"{pflop:g} PFLOP, {steps} steps of {batch_size}: {mean:.4f} +- {error:.4f} bits/dim on {len(test)} test images"
+    )
     Run(out).write("pixelcnn.json", {**row, "width": width, "layers": layers, "bits_per_dim": mean, "se": error})
 
 

@@ -27,7 +27,7 @@ from ddpm_lightning.training.conditions import chosen_conditions, drop_condition
 from ddpm_lightning.training.measured import MeasuredModule
 from ddpm_lightning.training.memory_format import ChannelsLast
 from ddpm_lightning.training.optimization import OptimizerFactory, SchedulerFactory, make_optimizer, make_scheduler
-from ddpm_lightning.training.optimizers import MuonAdamW  # noqa: F401  # so that a configuration can write its name
+from ddpm_lightning.training.optimizers import MuonAdamW, WarmupDecay  # noqa: F401  # for configurations to name
 from ddpm_lightning.training.seeding import seed_batch
 
 __all__ = ["DiffusionModule", "GenerativeModule", "OptimizerFactory", "SchedulerFactory"]

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.own_code import failure_in_own_code
+from ddpm_lightning.training.optimizers import WarmupDecay
 
 __all__ = ["FromFunction", "OptimizerFactory", "SchedulerFactory", "make_optimizer", "make_scheduler"]
 
@@ -102,6 +103,8 @@ def make_scheduler(
     name = type(scheduler).__name__
     if not isinstance(scheduler, LRScheduler):
         raise InputError(f"--model.lr_scheduler makes a {name}, which is no learning-rate scheduler of torch.optim")
+    if isinstance(scheduler, WarmupDecay) and trainer is not None:
+        scheduler.ends_at(trainer.estimated_stepping_batches)
     if not isinstance(scheduler, ReduceLROnPlateau):
         return {"scheduler": scheduler, "interval": "step"}
     if bound is None or (trainer is not None and trainer.training and not trainer.enable_validation):

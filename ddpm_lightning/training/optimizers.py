@@ -1,14 +1,17 @@
-"""Optimisers that torch does not have."""
+"""An optimiser and a schedule of the learning rate that torch does not have."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["MuonAdamW"]
+from ddpm_lightning.errors import InputError
+
+__all__ = ["MuonAdamW", "WarmupDecay"]
 
 
 class MuonAdamW(Optimizer):
@@ -37,10 +40,11 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        numbers = {"lr": (lr, float("inf")), "weight_decay": (weight_decay, float("inf")), "momentum": (momentum, 1)}
-        for name, (value, end) in {**numbers, "betas": (min(betas), 1), "eps": (eps, float("inf"))}.items():
-            if not 0 <= value < end or max(betas) >= 1:
-                raise ValueError(f"{name} = {value if name != 'betas' else betas} must lie in [0, {end})")
+        numbers = {"lr": (lr,), "weight_decay": (weight_decay,), "momentum": (momentum,), "betas": betas, "eps": (eps,)}
+        for name, values in numbers.items():
+            end = 1 if name in ("momentum", "betas") else float("inf")
+            if not all(0 <= value < end for value in values):
+                raise ValueError(f"{name} = {', '.join(map(str, values))} must lie in [0, {end})")
         every = list(params)
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": tuple(betas), "eps": eps}
         groups = [{"params": [p for p in every if (p.ndim >= 2) == of], "matrices": of} for of in (True, False)]
@@ -93,6 +97,55 @@ class MuonAdamW(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+class WarmupDecay(LRScheduler):
+    """The learning rate rises in a straight line to the optimiser's own, and falls in one to 0 at the last step.
+
+    Args:
+        optimizer: whose learning rate is the largest one.
+        warm_up: share of the steps in which it rises, in [0, 1).
+        total_steps: steps until it is 0; None for as many as the Trainer takes, so that a longer training needs no
+            other option.
+    """
+
+    def __init__(self, optimizer: Optimizer, warm_up: float = 0.05, total_steps: int | None = None) -> None:
+        if not 0 <= warm_up < 1:
+            raise InputError(f"warm_up = {warm_up:g} must lie in [0, 1)")
+        if total_steps is not None and total_steps < 1:
+            raise InputError(f"total_steps = {total_steps} must be at least 1")
+        self.warm_up, self.total_steps, self._follows_trainer = warm_up, total_steps, total_steps is None
+        super().__init__(optimizer)
+
+    def ends_at(self, steps: float) -> None:
+        """Let the rate be 0 after so many steps, unless ``total_steps`` was given.
+
+        Raises:
+            InputError: infinitely many.
+        """
+        if not self._follows_trainer:
+            return
+        if steps == float("inf"):
+            raise InputError(
+                "--model.lr_scheduler WarmupDecay falls to 0 where training ends, and this one never ends: give "
+                "--trainer.max_epochs, --trainer.max_steps or --model.lr_scheduler.total_steps"
+            )
+        self.total_steps = int(steps)
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rate of each group at the next step."""
+        if self.total_steps is None:
+            return list(self.base_lrs)
+        done, rise = self.last_epoch, int(self.warm_up * self.total_steps)
+        share = min((done + 1) / (rise + 1), max(self.total_steps - done, 0) / (self.total_steps - rise))
+        return [base * share for base in self.base_lrs]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state; where it ends is the new Trainer's affair, unless ``total_steps`` was given."""
+        kept = {"total_steps"} if self._follows_trainer else set()
+        super().load_state_dict({name: value for name, value in state_dict.items() if name not in kept})
 
 
 def _orthogonal(matrices: Tensor) -> Tensor:
