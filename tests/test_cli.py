@@ -112,7 +112,12 @@ def test_test_reproduces_itself_and_reports_each_image_once(trained: Path, tmp_p
     }  # fmt: skip
     assert {name: records[0][name] for name in told} == told
     assert records[0]["versions"]["torch"] == torch.__version__
-    assert records[0]["bounds"]["trajectory"] == {"T": 12, "steps_evaluated": 11, "draws": 1}
+    assert records[0]["bounds"]["trajectory"] == {
+        "T": 12,
+        "steps_evaluated": 11,
+        "steps_chosen": "all",
+        "draws": 1,
+    }
     text = (tmp_path / "a/bound-test.txt").read_text()
     for words in ("after 20 steps", "denoising: all 11,", "from eval_seed 0", "32-true", f"torch {torch.__version__}"):
         assert words in text, words

@@ -72,7 +72,8 @@ class SpreadSteps(StepChoice):
     def some(self, count: int, steps: int, like: Tensor, generators: Generators) -> StepDraw:
         n = torch.arange(1, count + 1, dtype=torch.float64, device=like.device)
         place = (1 / n + 1 / (count + 1 - n) + 8 / count).cumsum(0)
-        index = 1 + torch.searchsorted(place, torch.lerp(place[0], place[-1], _unit(steps, like))).unique()
+        wanted = torch.linspace(0, 1, steps, dtype=torch.float64, device=like.device)
+        index = 1 + torch.searchsorted(place, torch.lerp(place[0], place[-1], wanted)).unique()
         return StepDraw(index[:, None].expand(-1, like.shape[0]), torch.ones_like(index).double())
 
 
@@ -116,20 +117,19 @@ class CostProfile(nn.Module, StepChoice):
         return bool((self.cost > 0).any())
 
     def measure(self, count: int, index: Tensor, costs: Tensor) -> None:
-        """Take up what steps of a chain of ``count`` cost: of at most ``points`` of them, in increasing order. Costs
-        that are not finite are not taken up.
+        """Take up what some steps of a chain cost (``ElboEstimator.measure``). Costs that are not finite, or all 0,
+        are not taken up.
 
         Args:
             count: number of steps of the chain.
-            index: int64 ``[K]`` in 1..count.
+            index: int64 ``[K]``, increasing, in 1..count; at most ``points``.
             costs: ``[B, K]``, one draw for each image.
         """
         typical = costs.double().square().mean(0).sqrt()
-        typical = typical / typical.max()
-        if bool(typical.isfinite().all()):
+        if bool(typical.any()) and bool(typical.isfinite().all()):
             place = torch.arange(self.points, device=index.device).clamp(max=len(index) - 1)
             self.position.copy_(((index - 0.5) / count)[place])
-            self.cost.copy_(typical[place])
+            self.cost.copy_((typical / typical.max())[place])
 
     def probabilities(self, count: int) -> Tensor:
         """p_n of a chain of ``count`` steps, float64 ``[count]``."""
@@ -146,7 +146,3 @@ class CostProfile(nn.Module, StepChoice):
         draws = torch.stack([rand(like, generators) for _ in range(steps)])
         index, within = inverse_cdf(p, (torch.arange(steps, device=like.device)[:, None] + draws) / steps)
         return StepDraw(1 + index, 1 / (steps * torch.take(p, index)), within)
-
-
-def _unit(points: int, like: Tensor) -> Tensor:
-    return torch.linspace(0, 1, points, dtype=torch.float64, device=like.device)

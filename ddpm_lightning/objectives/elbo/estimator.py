@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
-from ddpm_lightning.objectives.steps import EqualRuns, StepChoice, StepDraw
+from ddpm_lightning.objectives.steps import CostProfile, EqualRuns, SpreadSteps, StepChoice, StepDraw
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel, GenerativeModel
 
@@ -125,6 +125,15 @@ class ElboEstimator:
         other = copy(self)
         other.choice, other.steps = choice, self.steps if steps is None else steps
         return other
+
+    def measure(
+        self, profile: CostProfile, model: GenerativeModel, x0: Tensor, generators: Generators = None, **cond: Any
+    ) -> None:
+        """Let a profile know what the steps of this form cost the model on these images, by evaluating at most
+        ``profile.points`` of them for each image."""
+        spread = self.choosing(SpreadSteps(), profile.points)
+        terms = spread(model, x0, generators, **cond)
+        profile.measure(spread.parts(model.T), terms.step_indices[0], terms.step_costs)
 
     def parts(self, own_T: int) -> int:
         """For a model of ``own_T`` states, the number of steps that there are to choose from."""
