@@ -112,7 +112,12 @@ def test_test_reproduces_itself_and_reports_each_image_once(trained: Path, tmp_p
     }  # fmt: skip
     assert {name: records[0][name] for name in told} == told
     assert records[0]["versions"]["torch"] == torch.__version__
-    assert records[0]["bounds"]["trajectory"] == {"T": 12, "steps_evaluated": 11, "draws": 1}
+    assert records[0]["bounds"]["trajectory"] == {
+        "T": 12,
+        "steps_evaluated": 11,
+        "steps_chosen": "all",
+        "draws": 1,
+    }
     text = (tmp_path / "a/bound-test.txt").read_text()
     for words in ("after 20 steps", "denoising: all 11,", "from eval_seed 0", "32-true", f"torch {torch.__version__}"):
         assert words in text, words
@@ -190,14 +195,16 @@ def test_a_finished_run_resumed_changes_nothing(trained: Path, tiny: list[str], 
 def test_two_processes_give_the_bound_and_the_samples_of_one(trained: Path, tmp_path: Path) -> None:
     common = ["-c", f"{trained}/config.yaml", f"--ckpt_path={trained}/checkpoints/last.ckpt"]
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
+    few = "[{class_path: DenoisingElbo, init_args: {steps: 3}}, ConsistencyElbo]"
     figures = []
     for folder, run, extra in ((tmp_path / "one", run_ddpm, []), (tmp_path / "two", run_ddpm_pair, two)):
-        run("test", *common, f"--run_dir={folder}", *extra)
+        run("test", *common, f"--run_dir={folder}", f"--model.test_bounds={few}", *extra)
         run("predict", *common, f"--run_dir={folder}", *extra)
         run("sample", *common, f"--run_dir={folder}", "--n=7", *extra)
         figures.append(json.loads((folder / "bound-test.json").read_text()))
     one, two_ = figures
     assert one["images"] == two_["images"] == 297
+    assert one["bounds"]["denoising"]["steps_chosen"] == "by typical cost"
     for form, terms in one["figures"].items():
         for name, figure in terms.items():
             assert two_["figures"][form][name]["mean"] == pytest.approx(figure["mean"], rel=1e-5, abs=1e-5)
@@ -253,8 +260,9 @@ def test_two_processes_train_as_one_does(
     # sums in another order are all that differs
     assert len(one) == 10 and one == pytest.approx(two_, rel=1e-4)
     a, b = (weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("one", "two"))
-    for name in (name for name in a if name.startswith("model.")):
+    for name in (name for name in a if name.startswith(("model.", "profiles."))):
         assert torch.allclose(a[name], b[name], rtol=0, atol=1e-3), name
+    assert float(a["profiles.denoising.cost"].max()) == 1
 
 
 @pytest.mark.mnist

@@ -17,11 +17,11 @@ from ddpm_lightning.objectives import ContinuousElbo, DenoisingElbo, ElboEstimat
     ("estimator", "T", "evaluated", "words"),
     [
         (DenoisingElbo(), 300, 299, "all 299"),
-        (DenoisingElbo(10), 300, 10, "10"),
+        (DenoisingElbo(10), 300, 10, "10 from equal runs"),
         (DenoisingElbo(500), 300, 299, "all 299"),
         (DenoisingElbo(T=50), 50, 49, "all 49 with T = 50"),
-        (DenoisingElbo(7, T=50), 50, 7, "7 with T = 50"),
-        (ContinuousElbo(8), None, 8, "8 times, T infinite"),
+        (DenoisingElbo(7, T=50), 50, 7, "7 from equal runs with T = 50"),
+        (ContinuousElbo(8), None, 8, "8 times from equal runs, T infinite"),
     ],
 )
 def test_steps_and_states_of_an_estimator(estimator: ElboEstimator, T: int | None, evaluated: int, words: str) -> None:

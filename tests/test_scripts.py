@@ -204,6 +204,20 @@ def test_results_lie_in_the_run_unless_told_otherwise(
     assert sorted(path.name for path in (trained / "flow").iterdir()) == ["flow.json", "flow.txt"]
 
 
+# --- compare_steps
+
+
+def test_compare_steps_gives_the_noise_of_both_choices(trained: Path, tmp_path: Path) -> None:
+    options = ["--images=4", "--draws=3", "--steps", "2", "4", f"--json_file={tmp_path}/steps.json"]
+    done = run_script("compare_steps.py", str(trained), "--form=continuous", *options)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "steps.json").read_text())
+    assert [row["steps"] for row in rows] == [2, 4] and done.stdout.count(" steps ") == 2
+    for row in rows:
+        assert all(value > 0 for value in (*row["noise"], *row["ratio"], row["difference"][1]))
+        assert row["difference"][0] == pytest.approx(row["bits_per_dim"][1] - row["bits_per_dim"][0])
+
+
 # --- compare_choices
 
 

@@ -133,7 +133,7 @@ class CostByTime(Callback):
         curves = {}
         for estimator in module.bounds[stage]:
             sums = [part[estimator.name] for part in parts if estimator.name in part]
-            steps = estimator.steps_at(module.ema_model)
+            steps = module.drawing(estimator).steps_at(module.ema_model)
             if not sums or steps is None or len(steps[0]) < 2:
                 continue
             edges, share = steps

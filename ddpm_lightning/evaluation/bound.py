@@ -64,7 +64,7 @@ def bound_table(scores: BoundScores, dims: int) -> str:
 def bound_report(module: GenerativeModule, stage: Literal["val", "test"], precision: str) -> tuple[str, dict[str, Any]]:
     """The module's last scores of a stage as text and as plain data; ``precision`` in the Trainer's words."""
     scores, images, model = module.bound_scores[stage], module.images_evaluated[stage], module.ema_model
-    estimators = module.bounds[stage]
+    estimators = [module.drawing(estimator) for estimator in module.bounds[stage]]
     facts = model_facts(module)
     evaluated = ", ".join(f"{e.name}: {steps_in_words(e, model.T)}" for e in estimators)
     clipped, parts = facts.get("clip_x0"), facts.get("variance") or f"shapes {facts['shapes']}"
@@ -87,7 +87,15 @@ def bound_report(module: GenerativeModule, stage: Literal["val", "test"], precis
         "images": images,
         **facts,
         "precision": precision,
-        "bounds": {e.name: {"T": T, "steps_evaluated": steps, "draws": e.draws} for e, (T, steps) in chains.items()},
+        "bounds": {
+            e.name: {
+                "T": T,
+                "steps_evaluated": steps,
+                "steps_chosen": "all" if T is not None and steps == T - 1 else e.choice.words,
+                "draws": e.draws,
+            }
+            for e, (T, steps) in chains.items()
+        },
         "figures": {
             form: {name: {"mean": score.mean, "se": score.se} for name, score in terms.items()}
             for form, terms in with_bits.items()
@@ -113,9 +121,10 @@ def _draws_in_words(estimators: Iterable[ElboEstimator]) -> str:
 def steps_in_words(estimator: ElboEstimator, own_T: int) -> str:
     """How many of how many steps an estimator evaluates of a model with ``own_T`` states."""
     T, steps = estimator.evaluated(own_T)
+    drawn = f" {estimator.choice.words}"
     if T is None:
-        return f"{steps} times, T infinite"
-    return (f"all {steps}" if steps == T - 1 else str(steps)) + ("" if estimator.T is None else f" with T = {T}")
+        return f"{steps} times{drawn}, T infinite"
+    return (f"all {steps}" if steps == T - 1 else f"{steps}{drawn}") + ("" if estimator.T is None else f" with T = {T}")
 
 
 def image_bits(trained: Trained, estimator: ElboEstimator, images: Batch, what: str) -> Tensor:

@@ -15,6 +15,7 @@ from ddpm_lightning.objectives.negative_elbo import ContinuousNegativeElbo, Nega
 from ddpm_lightning.objectives.noise_mse import NoiseMSE
 from ddpm_lightning.objectives.objective import Objective
 from ddpm_lightning.objectives.path import PathLogProbs, path_log_probs, state_bound
+from ddpm_lightning.objectives.steps import CostProfile, EqualRuns, SpreadSteps, StepChoice, StepDraw
 from ddpm_lightning.objectives.times import (
     EquispacedTimes,
     ImportanceTimes,
@@ -40,11 +41,13 @@ __all__ = [
     "ConsistencyElbo",
     "ContinuousElbo",
     "ContinuousNegativeElbo",
+    "CostProfile",
     "DenoisingElbo",
     "EDMWeighting",
     "ElboEstimator",
     "ElboTerms",
     "ElboWeighting",
+    "EqualRuns",
     "EquispacedTimes",
     "HybridObjective",
     "ImportanceTimes",
@@ -57,6 +60,9 @@ __all__ = [
     "Objective",
     "P2Weighting",
     "PathLogProbs",
+    "SpreadSteps",
+    "StepChoice",
+    "StepDraw",
     "StratifiedTimes",
     "TermKind",
     "TimeDraw",

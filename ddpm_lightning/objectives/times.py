@@ -25,6 +25,7 @@ __all__ = [
     "TimeDraw",
     "TimeSampler",
     "UniformTimes",
+    "inverse_cdf",
     "logit_normal_density",
     "steps_of",
     "stratified_steps",
@@ -148,14 +149,9 @@ class ImportanceTimes(TimeSampler):
 
     def forward(self, like: Tensor, generators: Generators = None) -> TimeDraw:
         p = self.probabilities()
-        upper = p.cumsum(0)
-        u = rand(like, generators)
-        index = torch.searchsorted(upper, u, right=True).clamp_(max=self.bins - 1)
-        p_drawn = torch.take(p, index)
-        # how far u lies through its bin is a uniform number by itself
-        within = (1 - (torch.take(upper, index) - u) / p_drawn).clamp(0, 1)
+        index, within = inverse_cdf(p, rand(like, generators))
         position = ((index + within) / self.bins).clamp(max=_LAST_BELOW_1)
-        return TimeDraw(position, 1 / (self.bins * p_drawn))
+        return TimeDraw(position, 1 / (self.bins * torch.take(p, index)))
 
     @torch.no_grad()
     def update(self, position: Tensor, loss: Tensor) -> None:
@@ -209,6 +205,22 @@ def logit_normal_density(u: Tensor, mean: float, std: float) -> Tensor:
     z = (torch.logit(inside) - mean) / std
     density = torch.exp(-0.5 * z.square()) / (std * math.sqrt(2 * math.pi) * inside * (1 - inside))
     return torch.where((u > 0) & (u < 1), density, 0.0)
+
+
+def inverse_cdf(probabilities: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin in which a uniform number lies, where bin k has the share ``probabilities[k]`` of [0, 1), and how far it
+    lies through that bin, which is a uniform number by itself.
+
+    Args:
+        probabilities: positive, with the sum 1, float64 ``[bins]``.
+        u: in [0, 1], float64 of any shape.
+
+    Returns:
+        int64 in 0..bins - 1 and float64 in [0, 1], of the shape of ``u``.
+    """
+    upper = probabilities.cumsum(0)
+    index = torch.searchsorted(upper, u, right=True).clamp_(max=len(upper) - 1)
+    return index, (1 - (torch.take(upper, index) - u) / torch.take(probabilities, index)).clamp(0, 1)
 
 
 def _uniform_draw(position: Tensor) -> TimeDraw:

@@ -1,17 +1,18 @@
 """A LightningModule that measures the bound of its averaged model."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ddpm_lightning.data import Batch
+from ddpm_lightning.data.datamodule import ArrayDataModule
 from ddpm_lightning.data.transforms import Scale
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics import BoundMeans, BoundScores
-from ddpm_lightning.objectives import ElboEstimator, ElboTerms
+from ddpm_lightning.objectives import CostProfile, ElboEstimator, ElboTerms
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import GenerativeModel
 from ddpm_lightning.training.averaged import AveragedModule
@@ -20,9 +21,16 @@ from ddpm_lightning.training.memory_format import ChannelsLast
 
 __all__ = ["MeasuredModule"]
 
+_IMAGES = 16  # training images on which the costs of steps are measured
+
 
 class MeasuredModule(AveragedModule):
     """The bound of the averaged model: in validation, test and predict, each image once, on any number of processes.
+
+    A form that evaluates some of the steps draws them by their typical cost (:class:`CostProfile`). Each validation of
+    ``fit`` begins with measuring it on a few training images, with noise of their own: the same on all processes. It is
+    kept in the checkpoint. Where it was not measured (in a checkpoint of an older version, or with data of another kind
+    than ArrayDataModule) one step is drawn from each of equal runs.
 
     Args:
         model: the generative model.
@@ -51,6 +59,8 @@ class MeasuredModule(AveragedModule):
         self.means = nn.ModuleDict(
             {stage: BoundMeans({e.name: e.term_kinds for e in estimators}) for stage, estimators in self.bounds.items()}
         )
+        names = [estimator.name for estimators in self.bounds.values() for estimator in estimators]
+        self.profiles = nn.ModuleDict({name: CostProfile() for name in names})
         self.bound_scores: dict[str, BoundScores] = {}
         self.images_evaluated: dict[str, int] = {}
 
@@ -76,8 +86,38 @@ class MeasuredModule(AveragedModule):
         return self._terms(estimator, batch).named()
 
     def _terms(self, estimator: ElboEstimator, batch: Batch) -> ElboTerms:
-        generators = image_generators(self.eval_seed, batch.index)
-        return estimator(self.ema_model, self.scale.to_model(batch.image), generators, **self.condition(batch))
+        generators, x0 = image_generators(self.eval_seed, batch.index), self.scale.to_model(batch.image)
+        return self.drawing(estimator)(self.ema_model, x0, generators, **self.condition(batch))
+
+    def drawing(self, estimator: ElboEstimator) -> ElboEstimator:
+        """The estimator as it is used, with its steps drawn by their typical cost where this is known."""
+        profile = self._profile(estimator.name)
+        return estimator if profile is None or not profile.is_measured else estimator.choosing(profile)
+
+    def _profile(self, name: str) -> CostProfile | None:
+        return cast(CostProfile, self.profiles[name]) if name in self.profiles else None
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        data = getattr(self.trainer, "datamodule", None)
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and isinstance(data, ArrayDataModule):
+            self._measure_costs(data.split("train").chosen(_IMAGES, seed=0).map(lambda column: column.to(self.device)))
+
+    def _measure_costs(self, batch: Batch) -> None:
+        """Measure what the steps cost of the first estimator of each form that does not evaluate all of them."""
+        chosen = [estimator for estimators in self.bounds.values() for estimator in estimators if estimator.steps]
+        x0, cond = self.scale.to_model(batch.image), self.condition(batch)
+        for name, estimator in {estimator.name: estimator for estimator in reversed(chosen)}.items():
+            # no row of a split has a negative number, so no image that is evaluated has this noise
+            generators = image_generators(self.eval_seed, -1 - batch.index)
+            with self.trainer.precision_plugin.val_step_context():
+                estimator.measure(cast(CostProfile, self.profiles[name]), self.ema_model, x0, generators, **cond)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in the base class. What steps cost may be missing, or be that of other forms than are measured now."""
+        own = {name: value for name, value in self.state_dict().items() if name.startswith("profiles.")}
+        theirs = {name: v for name, v in state_dict.items() if name in own or not name.startswith("profiles.")}
+        return super().load_state_dict({**own, **theirs}, strict, assign)
 
     def _means(self, stage: str) -> BoundMeans:
         return cast(BoundMeans, self.means[stage])

@@ -47,7 +47,8 @@ class ConsistencyElbo(ElboEstimator):
         self.closed_entropy = closed_entropy
 
     def estimate(self, model: GenerativeModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        walk = ChainWalk(model, x0, self.steps, generators)
+        draw = self.choice.draw(model.T - 1, self.steps, x0, generators)
+        walk = ChainWalk(model, x0, draw.index, generators)
         step_costs, literal_kls = [], []
         for w in walk:
             forward_step, reverse_step = model.encoder_step(w.n, w.before, x0), model.reverse(w.n, w.after, **cond)
@@ -59,8 +60,7 @@ class ConsistencyElbo(ElboEstimator):
             model.log_likelihood(x0, walk.x_first, **cond),
             "consistency",
             step_costs,
-            walk.indices,
-            walk.weights,
+            draw,
             end_costs={"prior_matching": last_step.kl(model.prior(last_step.mean))},
             diagnostics={"consistency_literal_kl": literal_kls},
         )

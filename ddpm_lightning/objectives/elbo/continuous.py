@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class ContinuousElbo(ElboEstimator):
     step, and for AnalyticVariance. The decoder stands at the first state of the model's own chain.
 
     Args:
-        steps: number of times, one in each of that many equal parts of the time axis, at least 1.
+        steps: number of times, at least 1; one in each of that many equal parts of the time axis, unless another choice
+            is made (:meth:`choosing`).
     """
 
     name = "continuous"
@@ -67,26 +69,29 @@ class ContinuousElbo(ElboEstimator):
     def evaluated(self, own_T: int) -> tuple[int | None, int]:
         return None, self.steps or 1
 
+    def parts(self, own_T: int) -> int:
+        return self.choice.parts_of_time(self.steps or 1)
+
     def steps_at(self, model: DiffusionModel) -> tuple[Tensor, float]:
-        steps = self.steps or 1
+        parts = self.parts(model.T)
         first = float(model.grid[1])
-        return torch.linspace(first, 1, steps + 1, dtype=torch.float64), 1 / steps
+        return torch.linspace(first, 1, parts + 1, dtype=torch.float64), 1 / parts
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        process, denoiser, steps = model.forward_process, model.reverse_process.denoiser, self.steps or 1
+        process, denoiser, parts = model.forward_process, model.reverse_process.denoiser, self.parts(model.T)
+        draw = self.choice.draw(parts, self.steps, x0, generators)
         first = model.grid_on(x0.device)[1]
         span = 1 - first
         x1 = process.marginal(x0, first).sample(generators)
         step_costs = []
-        for part in range(steps):
-            t = first + span * (part + rand(x0, generators)) / steps
+        for k, part in enumerate(draw.index):
+            within = rand(x0, generators) if draw.within is None else draw.within[k]
+            t = first + span * (part - 1 + within) / parts
             step_costs.append(span * diffusion_cost(model, denoiser, x0, t, generators, **cond))
-        parts = torch.arange(1, steps + 1, device=x0.device)[:, None].expand(steps, len(x0))
         return self.assemble(
             model.log_likelihood(x0, x1, **cond),
             "diffusion",
             step_costs,
-            parts,
-            torch.full((steps,), 1 / steps, dtype=torch.float64, device=x0.device),
+            replace(draw, weight=draw.weight / parts),
             end_costs={"prior_matching": process.marginal(x0, model.grid_on(x0.device)[-1]).kl(model.prior(x0))},
         )

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from ddpm_lightning.objectives.elbo.estimator import ElboEstimator
 from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
-from ddpm_lightning.objectives.times import stratified_steps
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel
 
@@ -35,10 +34,10 @@ class DenoisingElbo(ElboEstimator):
 
     def estimate(self, model: DiffusionModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
         process, reverse, grid = model.forward_process, model.reverse_process, model.grid_on(x0.device)
-        indices, weights = stratified_steps(model.T - 1, self.steps, x0, generators)
+        draw = self.choice.draw(model.T - 1, self.steps, x0, generators)
         x1 = process.marginal(x0, grid[1]).sample(generators)
         step_costs = []
-        for n in indices:
+        for n in draw.index:
             s, t = grid[n], grid[n + 1]
             x_t = process.marginal(x0, t).sample(generators)
             step_costs.append(process.posterior(x0, x_t, s, t).kl(reverse.transition(x_t, s, t, **cond)))
@@ -46,7 +45,6 @@ class DenoisingElbo(ElboEstimator):
             model.log_likelihood(x0, x1, **cond),
             "denoising_matching",
             step_costs,
-            indices,
-            weights,
+            draw,
             end_costs={"prior_matching": process.marginal(x0, grid[-1]).kl(model.prior(x0))},
         )

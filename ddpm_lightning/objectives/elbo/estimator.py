@@ -6,15 +6,16 @@ gradients).
 """
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ddpm_lightning.errors import InputError, at_least
 from ddpm_lightning.objectives.elbo.terms import ElboTerms, TermKind
-from ddpm_lightning.objectives.times import stratified_steps
+from ddpm_lightning.objectives.steps import CostProfile, EqualRuns, SpreadSteps, StepChoice, StepDraw
 from ddpm_lightning.ops import Generators
 from ddpm_lightning.process import DiffusionModel, GenerativeModel
 
@@ -40,7 +41,6 @@ class ChainWalk:
 
     Attributes:
         indices: int64 ``[K, B]``, the n of each window.
-        weights: float64 ``[K]``, what each window stands for in a sum over n.
         x_first: x_1.
         q_first: q(x_1 | x_0).
     """
@@ -48,9 +48,8 @@ class ChainWalk:
     x_last_but_one: Tensor
     x_last: Tensor
 
-    def __init__(self, model: GenerativeModel, x0: Tensor, steps: int | None, generators: Generators) -> None:
-        self._model, self._x0, self._generators = model, x0, generators
-        self.indices, self.weights = stratified_steps(model.T - 1, steps, x0, generators)
+    def __init__(self, model: GenerativeModel, x0: Tensor, indices: Tensor, generators: Generators) -> None:
+        self._model, self._x0, self._generators, self.indices = model, x0, generators, indices
         self.q_first = model.encoder_marginal(1, x0)
         self.x_first = self.q_first.sample(generators)
 
@@ -82,8 +81,8 @@ class ElboEstimator:
     """Base of the estimators of the bound.
 
     Args:
-        steps: number of reverse steps to evaluate, at least 1; a stratified choice leaves the estimate unbiased. None
-            for all T - 1 of them.
+        steps: number of reverse steps to evaluate, at least 1; the choice (:meth:`choosing`) leaves the estimate
+            unbiased. None for all T - 1 of them.
         T: evaluate the model as a chain of that many states, whatever it was trained as; None for its own.
     """
 
@@ -95,6 +94,8 @@ class ElboEstimator:
     """Draws from q for each image."""
     needs_posterior = False
     """True for a form of diffusion models only: it needs q(x_s | x_t, x_0)."""
+    choice: StepChoice = EqualRuns()
+    """Which steps are evaluated where not all are."""
 
     def __init__(self, steps: int | None = None, T: int | None = None) -> None:
         if steps is not None:
@@ -119,6 +120,25 @@ class ElboEstimator:
                 "encoders: use ConsistencyElbo or TrajectoryElbo"
             )
 
+    def choosing(self, choice: StepChoice, steps: int | None = None) -> Self:
+        """The same form with another choice of steps, and of ``steps`` of them if given."""
+        other = copy(self)
+        other.choice, other.steps = choice, self.steps if steps is None else steps
+        return other
+
+    def measure(
+        self, profile: CostProfile, model: GenerativeModel, x0: Tensor, generators: Generators = None, **cond: Any
+    ) -> None:
+        """Let a profile know what the steps of this form cost the model on these images, by evaluating at most
+        ``profile.points`` of them for each image."""
+        spread = self.choosing(SpreadSteps(), profile.points)
+        terms = spread(model, x0, generators, **cond)
+        profile.measure(spread.parts(model.T), terms.step_indices[0], terms.step_costs)
+
+    def parts(self, own_T: int) -> int:
+        """For a model of ``own_T`` states, the number of steps that there are to choose from."""
+        return (self.T or own_T) - 1
+
     def evaluated(self, own_T: int) -> tuple[int | None, int]:
         """For a model of ``own_T`` states, the numbers of states (None: infinitely many) and of steps evaluated."""
         T = self.T or own_T
@@ -139,18 +159,17 @@ class ElboEstimator:
         reconstruction: Tensor,
         step_cost_name: str,
         step_costs: list[Tensor],
-        indices: Tensor,
-        weights: Tensor,
+        draw: StepDraw,
         end_costs: Mapping[str, Tensor],
         diagnostics: Mapping[str, list[Tensor]] | None = None,
     ) -> ElboTerms:
         """Weight and add up the costs of the steps; a cost of the ends under the same name is added to them."""
 
         def weighted_sum(values: list[Tensor]) -> Tensor:
-            return sum((w * v for w, v in zip(weights, values, strict=True)), torch.zeros_like(reconstruction))
+            return sum((w * v for w, v in zip(draw.weight, values, strict=True)), torch.zeros_like(reconstruction))
 
         costs = dict(end_costs)
         costs[step_cost_name] = weighted_sum(step_costs) + costs.get(step_cost_name, 0.0)
         stacked = torch.stack(step_costs, 1) if step_costs else reconstruction.new_zeros(len(reconstruction), 0)
         sums = {name: weighted_sum(values) for name, values in (diagnostics or {}).items()}
-        return ElboTerms(reconstruction, costs, stacked, indices.T, sums)
+        return ElboTerms(reconstruction, costs, stacked, draw.index.T, sums)

@@ -27,7 +27,8 @@ class TrajectoryElbo(ElboEstimator):
         """Densities of neighbouring states cancel in the sum alone."""
 
     def estimate(self, model: GenerativeModel, x0: Tensor, generators: Generators, **cond: Any) -> ElboTerms:
-        walk = ChainWalk(model, x0, self.steps, generators)
+        draw = self.choice.draw(model.T - 1, self.steps, x0, generators)
+        walk = ChainWalk(model, x0, draw.index, generators)
         step_costs = [
             model.encoder_step(w.n + 1, w.at, x0).log_prob(w.after) - model.reverse(w.n, w.after, **cond).log_prob(w.at)
             for w in walk
@@ -37,7 +38,6 @@ class TrajectoryElbo(ElboEstimator):
             model.log_likelihood(x0, walk.x_first, **cond),
             "path_log_ratio",
             step_costs,
-            walk.indices,
-            walk.weights,
+            draw,
             end_costs={"path_log_ratio": log_q_first - log_p_last},
         )
