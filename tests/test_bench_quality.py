@@ -133,15 +133,15 @@ def test_a_project_trains_for_a_few_steps(name: str, tmp_path: Path) -> None:
     expected = {"digits": (128, 1e-3), "diffusers-small-as-ours": (64, 2e-3)}.get(name, (16, 1e-4))
     assert (project["batch_size"], project["learning_rate"]) == expected
     assert project["parameters"] > 5e5 and project["gflops"] > 0
-    assert (tmp_path / f"samples-{name}-0.png").stat().st_size > 1_000
+    assert (tmp_path / f"samples-{name}-0.png").stat().st_size > 500
 
 
 def test_what_is_finished_is_not_repeated_and_the_rest_is_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several projects are trained in processes of their own; here each is run in this one."""
-    shutil_config = tmp_path / "other.yaml"
-    shutil_config.write_text(f"extends: {ROOT}/configs/digits.yaml\nmodel: {{ema_decay: 0.9}}\n")
+    other = tmp_path / "other.yaml"
+    other.write_text(f"extends: {ROOT}/configs/digits.yaml\nmodel: {{ema_decay: 0.9}}\n")
     started = []
 
     def run(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -151,7 +151,7 @@ def test_what_is_finished_is_not_repeated_and_the_rest_is_added(
     first = bench(tmp_path, "--only", "digits")
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        both = [f"--configs={ROOT}/configs/digits.yaml", str(shutil_config), "--only", "digits", "other"]
+        both = [f"--configs={ROOT}/configs/digits.yaml", str(other), "--only", "digits", "other"]
         second = bench(tmp_path, "--seed=1", *both)
     assert started == ["digits", "other"]
     assert list(second["projects"]) == ["digits, seed 0", "digits, seed 1", "other, seed 1"]
