@@ -25,7 +25,7 @@ from ddpm_lightning.callbacks.choice import choose_callbacks
 from ddpm_lightning.checkpoints.files import LAST
 from ddpm_lightning.command_line import own_error
 from ddpm_lightning.commands import COMMANDS, run_command
-from ddpm_lightning.configuration import PARSER_MODE, configuration_files
+from ddpm_lightning.configuration import PARSER_MODE, configuration_files, with_shipped
 
 # named here, so that a configuration can write MNIST for ddpm_lightning.data.MNIST, and so on
 from ddpm_lightning.data.datamodule import ArrayDataModule
@@ -37,6 +37,7 @@ from ddpm_lightning.links import fact_of, follow_data, keep_scale
 from ddpm_lightning.numbers import check_numbers, leaves
 from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 from ddpm_lightning.parse_errors import sentence
+from ddpm_lightning.pretrained import lay_out_pretrained
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.disk import disk_errors_in
 from ddpm_lightning.trainer import DiffusionTrainer
@@ -111,9 +112,9 @@ class DiffusionCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 **parser_kwargs,
-                "description": "Train, evaluate and sample diffusion models. RUN is the folder of a run. There are "
-                "also: ddpm evaluate quality|ood|flow|forms|variance RUN, ddpm density|reweight RUN, and "
-                "ddpm export RUN.",
+                "description": "Train, evaluate and sample diffusion models. RUN is the folder of a run, or "
+                "--pretrained NAME. There are also: ddpm evaluate quality|ood|flow|forms|variance RUN, "
+                "ddpm density|reweight RUN, and ddpm export RUN.",
                 # argparse's own usage is a page of 80 options before the one line of the error
                 **{name: {**parser_kwargs, "usage": f"ddpm {name} [RUN] [options]"} for name in self.subcommands()},
             },
@@ -317,6 +318,23 @@ def _of_a_run(args: list[str]) -> list[str]:
     return args
 
 
+def _with_pretrained(words: list[str]) -> list[str]:
+    """``--pretrained NAME`` in the place of RUN: the model becomes a run, which all commands know."""
+    split = [part for word in words for part in (word.split("=", 1) if word.startswith("--pretrained=") else [word])]
+    if "--pretrained" not in split:
+        return words
+    at = split.index("--pretrained")
+    name, rest = "".join(split[at + 1 : at + 2]), split[:at] + split[at + 2 :]
+    if rest[:1] == ["fit"]:
+        raise InputError(
+            "fit --pretrained: training cannot go on from averaged weights alone; start a run with -c CONFIG"
+        )
+    place = 2 if rest[:1] == ["evaluate"] else 1
+    if rest[place : place + 1] and not rest[place].startswith("-"):
+        raise InputError(f"give RUN or --pretrained NAME, not both {rest[place]} and {name}")
+    return [*rest[:place], str(lay_out_pretrained(name).folder), *rest[place:]]
+
+
 def main(args: list[str] | None = None) -> None:
     """The command line: one sentence and status 2 for bad input, 1 for all else that stops it (``failures.py``)."""
     words = sys.argv[1:] if args is None else args
@@ -324,8 +342,9 @@ def main(args: list[str] | None = None) -> None:
         return
     _quieten()
     find_own_modules()
-    words = ["--help" if word == "--help_all" else word for word in words]
+    words = with_shipped(["--help" if word == "--help_all" else word for word in words])
     try:
+        words = _with_pretrained(words)
         if words[:1] in (["evaluate"], *([name] for name in COMMANDS)):
             run_command(words[0], words[1:])
         else:

@@ -10,11 +10,15 @@ from jsonargparse import get_loader, set_loader
 
 from ddpm_lightning.errors import InputError
 
-__all__ = ["PARSER_MODE", "ConfigurationError", "configuration_files", "merge", "read", "read_text"]
+__all__ = [
+    "PARSER_MODE", "ConfigurationError", "configuration_files", "merge", "read", "read_text", "shipped",
+    "with_shipped",
+]  # fmt: skip
 
 PARSER_MODE = "yaml_extends"
 """The name under which jsonargparse finds this YAML."""
 
+_SHIPPED = Path(__file__).parent / "configs"
 _DEEPEST = 50
 _LARGEST = 100_000
 
@@ -40,10 +44,32 @@ def merge(base: Any, overlay: Any) -> Any:
     return merged
 
 
+def shipped(name: str) -> Path | None:
+    """The configuration of that name that comes with the package, if any: ``digits``, ``digits.yaml`` and
+    ``configs/digits.yaml`` are one."""
+    return _all_shipped().get(name.removeprefix("configs/").removesuffix(".yaml"))
+
+
+def _all_shipped() -> dict[str, Path]:
+    return {path.relative_to(_SHIPPED).with_suffix("").as_posix(): path for path in sorted(_SHIPPED.rglob("*.yaml"))}
+
+
+def with_shipped(args: list[str]) -> list[str]:
+    """The words of a command line, with a path for each shipped configuration that ``-c`` or ``--config`` names where
+    there is no file of that name."""
+    placed = []
+    for before, word in pairwise(["", *args]):
+        option, _, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        names = (option or before) in ("-c", "--config")
+        ours = shipped(value) if names else None
+        placed.append("=".join(filter(None, (option, str(ours)))) if ours and not Path(value).is_file() else word)
+    return placed
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """A configuration file, with the files that it extends.
 
-    ``extends: other.yaml`` names the configuration that a file changes, beside itself.
+    ``extends: other.yaml`` names the configuration that a file changes, beside itself or shipped (:func:`shipped`).
 
     Raises:
         ConfigurationError: no such file, one that is not YAML in UTF-8 or no mapping, one that extends itself, a key
@@ -66,7 +92,9 @@ def _load_file(path: Path, extended_by: tuple[Path, ...] = ()) -> Any:
     except (OSError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         asked = f" (which {extended_by[-1]} extends)" if extended_by else ""
-        raise ConfigurationError(f"the configuration {path}{asked} cannot be read: {what}") from None
+        is_name = not path.suffix and path.parent == Path()
+        known = f"; by name there are {', '.join(_all_shipped())}" if is_name else ""
+        raise ConfigurationError(f"the configuration {path}{asked} cannot be read: {what}{known}") from None
     return _load(text, f"{path}")
 
 
@@ -78,6 +106,8 @@ def _extended(loaded: dict[str, Any], folder: Path, extended_by: tuple[Path, ...
     if not (isinstance(name, str) and name.strip()):
         raise ConfigurationError(f"{who}: extends must be the name of one file")
     base = folder / name
+    if (ours := shipped(name)) and not base.is_file():
+        base = ours
     if base.expanduser().resolve() in extended_by:
         circle = " extends ".join(path.name for path in (*extended_by, base))
         raise ConfigurationError(f"{who}: extends: {name} leads in a circle: {circle}")

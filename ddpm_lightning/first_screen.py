@@ -26,11 +26,14 @@ _MAIN = f"""usage: ddpm COMMAND ...
   ddpm fit -c configs/mnist.yaml         train; all files go into the run's folder, here runs/mnist
   ddpm test runs/mnist                   every command takes the folder of a run, which is called RUN
   ddpm sample runs/mnist --n 64
+  ddpm sample --pretrained mnist         a trained model of the package in the place of RUN
 
   ddpm COMMAND --help                    the options that matter most
   ddpm COMMAND --help_all                all options
   ddpm --version
 """
+
+_RUN = "RUN|--pretrained NAME"
 
 Options = list[tuple[str, str]]
 
@@ -120,8 +123,8 @@ EVALUATIONS = {
 def _screen(command: str) -> str:
     if command == "evaluate":
         lines = "\n".join(f"  {name:<10} {what}" for name, what in EVALUATIONS.items())
-        return f"usage: ddpm evaluate WHAT RUN [options]     (ddpm evaluate WHAT --help: its options)\n\n{lines}"
-    usage = "RUN [options]\n       ddpm fit -c CONFIG.yaml [-c MORE.yaml ...]" if command == "fit" else "RUN"
+        return f"usage: ddpm evaluate WHAT {_RUN} [options]     (ddpm evaluate WHAT --help: its options)\n\n{lines}"
+    usage = "RUN [options]\n       ddpm fit -c CONFIG.yaml [-c MORE.yaml ...]" if command == "fit" else _RUN
     rows = [*OPTIONS[command], ("", ""), ("--help_all", "all options")]
     return _table(f"usage: ddpm {command} {usage} [options]     {COMMANDS[command]}", rows)
 

@@ -8,7 +8,7 @@ resume=()
 if [ -f "$run_dir/checkpoints/last.ckpt" ]; then
     resume=(--ckpt_path last)
 fi
-ddpm fit -c configs/digits.yaml --run_dir "$run_dir" ${resume[@]+"${resume[@]}"}
+ddpm fit -c configs/quickstart.yaml --run_dir "$run_dir" ${resume[@]+"${resume[@]}"}
 ddpm test -c "$run_dir/config.yaml" --run_dir "$run_dir" --ckpt_path last
 ddpm sample -c "$run_dir/config.yaml" --run_dir "$run_dir" --ckpt_path last --n 64
 

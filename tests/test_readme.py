@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import ROOT
 
-from ddpm_lightning import commands
+from ddpm_lightning import commands, pretrained_names
 from ddpm_lightning.cli import DiffusionCLI
 
 README = (ROOT / "README.md").read_text()
@@ -54,14 +54,16 @@ def parsed_only(function: Callable[..., object]) -> Callable[..., object]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    subcommand, *arguments = shlex.split(command)[1:]
+    pretrained = re.search(r"--pretrained (\w+)", command)
+    assert pretrained is None or pretrained[1] in (*pretrained_names(), "NAME")
+    subcommand, *arguments = shlex.split(re.sub(r"--pretrained \w+", "RUN", command))[1:]
     if subcommand in ("evaluate", *commands.COMMANDS):
         for functions in (commands.COMMANDS, commands.EVALUATIONS):
             for name, function in functions.items():
                 monkeypatch.setitem(functions, name, parsed_only(function))
         return commands.run_command(subcommand, arguments)
     # a run stands for the configuration that it was started with
-    config = "configs/mnist.yaml" if "runs/mnist" in command else "configs/digits.yaml"
+    config = "configs/mnist.yaml" if "mnist" in command else "configs/digits.yaml"
     arguments = [config if re.fullmatch(r"(runs/\w+|RUN)/config\.yaml", a) else a for a in arguments]
     if not arguments[0].startswith("-"):
         arguments = ["-c", config, *arguments[1:]]

@@ -86,16 +86,34 @@ class RestorableModule(LightningModule):
         if hparams_file is not None:
             raise InputError("hparams_file is not supported: give the module's arguments by name")
         checkpoint = read_checkpoint(checkpoint_path, map_location or _default_map_location, weights_only is not False)
+        return cls.from_checkpoint(checkpoint, str(checkpoint_path), strict, kwargs)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: dict[str, Any],
+        name: str = "the checkpoint",
+        strict: bool | None = None,
+        given: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The module of a checkpoint that is in memory; otherwise as :meth:`load_from_checkpoint`.
+
+        Args:
+            checkpoint: what ``read_checkpoint`` returns; its state of training may be taken out.
+            name: what errors call it.
+            strict: False lets tensors be missing or left over.
+            given: arguments of the module to use instead of the checkpoint's.
+        """
         cls = cls._that_wrote(checkpoint)
         described = checkpoint.get("hyper_parameters", {})
         if not isinstance(described, Mapping):
-            raise InputError(f"{checkpoint_path}: its hyper_parameters are no mapping of names to descriptions")
-        described = {name: value for name, value in described.items() if not str(name).startswith("_")}
+            raise InputError(f"{name}: its hyper_parameters are no mapping of names to descriptions")
+        described = {key: value for key, value in described.items() if not str(key).startswith("_")}
         try:
             with limited_weights(checkpoint["state_dict"]) if strict is not False else nullcontext():
-                module = cls(**instantiate_arguments(cls, described, "hyper_parameters", kwargs))
+                module = cls(**instantiate_arguments(cls, described, "hyper_parameters", given))
         except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{checkpoint_path} cannot be used: {error}") from error
+            raise InputError(f"{name} cannot be used: {error}") from error
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
