@@ -76,6 +76,7 @@ _SAMPLE: Options = [
     ("--grid CLASS", "where the steps are: StridedGrid, LogSNRGrid, KarrasGrid"),
     ("--labels LIST", "classes of a class-conditional model, as '[3]' or '[0,1,2]'"),
     ("--guidance_scale X", "of classifier-free guidance: 1 is none"),
+    ("--guide RUN|FILE", "a weaker model, which the samples are pushed away from; --guidance_scale X"),
     ("--interpolate_to SEED", "rows from one seed to another; --interpolation_columns N"),
     ("--known FILE", "inpainting: the image; --mask FILE: which of its pixels are known"),
     ("--inpainting CLASS", "ReplacementSampler, MomentMatchingSampler"),
