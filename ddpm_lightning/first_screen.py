@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure a run: quality, ood, flow, forms, variance",
     "density": "log density of each row of a file, in density.csv",
     "reweight": "weigh samples to a target density: effective sample size, log Z, observables",
+    "average": "the averaged weights of another width, after training with PowerAverages",
     "export": "write the model for use elsewhere: safetensors, diffusers, onnx, torch_export",
 }
 
