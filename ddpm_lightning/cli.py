@@ -113,8 +113,8 @@ class DiffusionCLI(LightningCLI):
             parser_kwargs={
                 **parser_kwargs,
                 "description": "Train, evaluate and sample diffusion models. RUN is the folder of a run, or "
-                "--pretrained NAME. There are also: ddpm evaluate quality|ood|flow|forms|variance RUN, "
-                "ddpm density|reweight RUN, and ddpm export RUN.",
+                "--pretrained NAME. There are also: ddpm evaluate quality|ood|flow|forms|variance RUN, and "
+                "ddpm density|reweight|average|export RUN.",
                 # argparse's own usage is a page of 80 options before the one line of the error
                 **{name: {**parser_kwargs, "usage": f"ddpm {name} [RUN] [options]"} for name in self.subcommands()},
             },

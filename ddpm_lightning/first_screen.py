@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure a run: quality, ood, flow, forms, variance",
     "density": "log density of each row of a file, in density.csv",
     "reweight": "weigh samples to a target density: effective sample size, log Z, observables",
+    "average": "the averaged weights of another width, after training with PowerAverages",
     "export": "write the model for use elsewhere: safetensors, diffusers, onnx, torch_export",
 }
 
@@ -79,6 +80,7 @@ _SAMPLE: Options = [
     ("--grid CLASS", "where the steps are: StridedGrid, LogSNRGrid, KarrasGrid"),
     ("--labels LIST", "classes of a class-conditional model, as '[3]' or '[0,1,2]'"),
     ("--guidance_scale X", "of classifier-free guidance: 1 is none"),
+    ("--guide RUN|FILE", "a weaker model, which the samples are pushed away from; --guidance_scale X"),
     ("--interpolate_to SEED", "rows from one seed to another; --interpolation_columns N"),
     ("--known FILE", "inpainting: the image; --mask FILE: which of its pixels are known"),
     ("--inpainting CLASS", "ReplacementSampler, MomentMatchingSampler"),

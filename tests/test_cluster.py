@@ -168,7 +168,7 @@ def test_overlays_are_laid_over_a_configuration(
     apart = {"lr_find", "batch_size", "fsdp"}  # the last one in test_sharding.py
     small = ["--data.limit_val=8", "--trainer.max_epochs=1"]
     training = [option for name, option in overlays.items() if name not in apart]
-    assert len(training) == 3
+    assert len(training) == 4
     main(["fit", *tiny, *training, f"--run_dir={tmp_path}/training", *small])
     config = (tmp_path / "training/config.yaml").read_text()
     assert "gradient_clip_val: 1.0" in config and "EarlyStopping" in config and "LastCheckpoint" in config

@@ -47,7 +47,14 @@ def test_a_misspelt_command_is_answered(word: str, meant: str, capsys: pytest.Ca
 
 
 def test_commands_and_evaluations_are_all_there() -> None:
-    assert [*first_screen.COMMANDS] == [*DiffusionCLI.subcommands(), "evaluate", "density", "reweight", "export"]
+    assert [*first_screen.COMMANDS] == [
+        *DiffusionCLI.subcommands(),
+        "evaluate",
+        "density",
+        "reweight",
+        "average",
+        "export",
+    ]
     assert [*first_screen.EVALUATIONS] == [*commands.EVALUATIONS]
 
 

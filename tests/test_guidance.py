@@ -25,6 +25,7 @@ from worlds_gaussian import CorrelatedGaussianWorld
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import image_generators
 from ddpm_lightning.process import (
+    AutoguidedDenoiser,
     ClassifierDenoiser,
     ClassifierFreeDenoiser,
     Denoiser,
@@ -34,7 +35,7 @@ from ddpm_lightning.process import (
     ProductDenoiser,
 )
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, Sampler
-from ddpm_lightning.schedules import LinearGamma, Schedule
+from ddpm_lightning.schedules import LinearGamma, Schedule, VarianceExploding
 
 POINT, VAR = torch.tensor([-0.5, 0.4, 0.2, 1.0], dtype=torch.float64), 0.3
 PRODUCT = CorrelatedGaussianWorld(*CORRELATED.posterior(EYE, POINT, VAR))
@@ -197,6 +198,74 @@ def test_classifier_free_guidance_evaluates_what_it_needs() -> None:
         assert asked == expected
 
 
+# --- autoguidance
+
+# a guide of the same data, spread too widely
+WIDE = CorrelatedGaussianWorld(CORRELATED.mean, 3 * CORRELATED.cov)
+
+
+def autoguided(schedule: Schedule, scale: float) -> Callable[[Denoiser], Denoiser]:
+    guide = optimal_model(WIDE, schedule).denoiser
+    return lambda denoiser: AutoguidedDenoiser(denoiser, guide.under(denoiser.schedule), scale)
+
+
+def between(t: float, x_t: Tensor, scale: float) -> Tensor:
+    """The guided x0, from the two gains of linear regression, Cov (alpha Cov + sigma^2 / alpha)^-1, by hand."""
+    alpha, sigma2 = preserving(SCHEDULE.gamma(torch.tensor(t, dtype=torch.float64)))
+    gains = [torch.linalg.solve(alpha**2 * world.cov + sigma2 * EYE, alpha * world.cov) for world in (WIDE, CORRELATED)]
+    gain = (1 - scale) * gains[0] + scale * gains[1]
+    return (CORRELATED.mean + (x_t.reshape(-1, 4) - alpha * CORRELATED.mean) @ gain).reshape(x_t.shape)
+
+
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 3.5])
+def test_autoguidance_of_one_gaussian_by_another(t: float, scale: float) -> None:
+    x_t, time = noise(20), torch.tensor(t, dtype=torch.float64)
+    base = optimal_model(CORRELATED, SCHEDULE).denoiser
+    guided = autoguided(SCHEDULE, scale)(base)(x_t, time)
+    torch.testing.assert_close(guided.x0, between(t, x_t, scale), rtol=1e-9, atol=1e-9)
+    alpha_t, sigma_t = base.scales(x_t, time)
+    torch.testing.assert_close(alpha_t * guided.x0 + sigma_t * guided.eps, x_t, rtol=1e-9, atol=1e-9)
+
+
+def test_autoguidance_at_scale_one_is_the_model_and_costs_no_guide() -> None:
+    def never(*args: object, **cond: object) -> Prediction:
+        raise AssertionError("the guide was asked")
+
+    base, x_t, t = optimal_model(CORRELATED, SCHEDULE).denoiser, noise(5), torch.tensor(0.4, dtype=torch.float64)
+    one = AutoguidedDenoiser(base, never, 1.0)(x_t, t)  # type: ignore[arg-type]
+    assert torch.equal(one.x0, base(x_t, t).x0) and torch.equal(one.eps, base(x_t, t).eps)
+
+
+def test_ddim_states_under_autoguidance() -> None:
+    """Each step is affine in x_t, so the states are Gaussian, with moments that follow by hand."""
+    model = optimal_model(CORRELATED, SCHEDULE).with_denoiser(autoguided(SCHEDULE, 2.0))
+    mean, cov, (alpha, sigma2) = torch.zeros(4), EYE, preserving(torch.as_tensor(GAMMAS, dtype=torch.float64))
+    states = states_of(model, DDIMSampler(), 30_000)
+    for n, state in zip(range(7, -1, -1), states[:8], strict=True):
+        assert_covariance(state, mean, cov)
+        t, s = float(SCHEDULE.grid()[n + 1]), n - 1
+        gain, at_zero = (between(t, x, 2.0).reshape(-1, 4) for x in (EYE.reshape(4, 1, 2, 2), torch.zeros(1, 1, 2, 2)))
+        ratio = (sigma2[s] / sigma2[n]).sqrt()
+        matrix = (alpha[s] - ratio * alpha[n]) * (gain - at_zero).T + ratio * EYE
+        mean = (alpha[s] - ratio * alpha[n]) * at_zero[0] + matrix @ mean.double()
+        cov = matrix @ cov @ matrix.T
+
+
+@pytest.mark.parametrize("exploding", [False, True])
+def test_a_guide_is_asked_at_the_noise_level_of_the_model(exploding: bool) -> None:
+    """A network that is told gamma guides under a schedule of other times and units as under its own."""
+    own, other = LinearGamma(-7.0, 6.0, T=50), LinearGamma(-5.0, 4.0, T=8)
+    schedule: Schedule = VarianceExploding(other) if exploding else other
+    guide = optimal_model(WIDE, own).denoiser
+    assert isinstance(guide.conditioning, GammaConditioning)
+    t, t_own = torch.tensor(0.5, dtype=torch.float64), torch.tensor((-0.5 + 7) / 13, dtype=torch.float64)
+    assert other.gamma(t) == pytest.approx(float(own.gamma(t_own)))
+    x_t = noise(5)
+    unit = torch.exp(0.5 * schedule.log_unit_var(t))
+    torch.testing.assert_close(guide.under(schedule)(unit * x_t, t).x0, guide(x_t, t_own).x0, rtol=1e-9, atol=1e-9)
+
+
 # --- the contract of wrappers
 
 
@@ -212,6 +281,7 @@ WRAPS: dict[str, Callable[[Denoiser], Denoiser]] = {
     "product": lambda denoiser: ProductDenoiser(denoiser, pull),
     "classifier": lambda denoiser: ClassifierDenoiser(denoiser, two_classes, 2.0),
     "classifier-free": lambda denoiser: ClassifierFreeDenoiser(denoiser, 2.0, 2),
+    "autoguidance": lambda denoiser: AutoguidedDenoiser(denoiser, network_model().denoiser.under(denoiser.schedule), 2),
     "both": lambda denoiser: ProductDenoiser(ClassifierFreeDenoiser(denoiser, 2.0, 2), pull),
 }
 

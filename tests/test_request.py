@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import UNet
 from ddpm_lightning.objectives import ContinuousNegativeElbo, StratifiedTimes
 from ddpm_lightning.ops import image_generators
-from ddpm_lightning.process import GammaConditioning
+from ddpm_lightning.process import Denoiser, DiscretizedGaussian, GammaConditioning, Prediction, ScoreParameterization
 from ddpm_lightning.samplers import AncestralSampler, DDIMSampler, InpaintingFactory, ReplacementSampler
 from ddpm_lightning.sampling import Inpainting, SampleRequest
-from ddpm_lightning.schedules import LearnedGamma, LinearChain, LogSNRGrid, Schedule, StridedGrid, TimeGrid
+from ddpm_lightning.schedules import LearnedGamma, LinearChain, LinearGamma, LogSNRGrid, Schedule, StridedGrid, TimeGrid
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule
 
@@ -174,3 +175,104 @@ def test_known_pixels_and_their_description(factory: InpaintingFactory) -> None:
     described = draw.description()["inpainting"]
     assert described["class_path"] == "ddpm_lightning.samplers.inpainting.ReplacementSampler"
     assert described["init_args"]["resamplings"] == (1 if factory is ReplacementSampler else 3)
+
+
+# --- a guide
+
+
+def saved(module: DiffusionModule, path: Path, seed: int = 0) -> DiffusionModule:
+    """The module with random weights, and its checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in module.ema_model.parameters():
+            weight.normal_(std=0.2, generator=generator)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": module.state_dict(), "global_step": 1, "hyper_parameters": dict(module.hparams)}, path)
+    return module
+
+
+def small(**changes: Any) -> DiffusionModule:
+    return build(network=UNet(1, width=4, multipliers=(1,), blocks=1, num_classes=10), **changes)
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_images_away_from_a_guide(classes: bool, tmp_path: Path) -> None:
+    """A run's folder, and a checkpoint of it, give what a sampler makes of the two denoisers."""
+    options: dict[str, Any] = {"class_conditional": True, "num_classes": 10} if classes else {}
+    module = saved(conditional() if classes else build(), tmp_path / "model.ckpt")
+    guide = saved(small(**options), tmp_path / "weak" / "checkpoints" / "last.ckpt", 1).ema_model
+
+    class Both(Denoiser):
+        def __init__(self, denoiser: Denoiser) -> None:
+            self.denoiser, self.schedule = denoiser, denoiser.schedule
+
+        def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
+            strong, weak = (model.denoiser(x_t, t, **cond) for model in (module.ema_model, guide))
+            x0, eps = (2.5 * getattr(strong, key) - 1.5 * getattr(weak, key) for key in ("x0", "eps"))
+            return replace(strong, x0=x0, eps=eps)
+
+    x_T = torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in image_generators(0, [0, 1, 2])])
+    label = {"label": torch.tensor([3, 3, 3])} if classes else {}
+    x0 = DDIMSampler()(module.ema_model.with_denoiser(Both), x_T, **label)
+    images = []
+    for path in (tmp_path / "weak", tmp_path / "weak" / "checkpoints" / "last.ckpt"):
+        labels = [3] if classes else None
+        draw = SampleRequest(DDIMSampler(), guide=str(path), guidance_scale=2.5, labels=labels).on(module)
+        assert draw.guide is not None and draw.description()["guide"] == str(path)
+        images.append(draw(range(3)))
+    assert torch.equal(*images)
+    torch.testing.assert_close(images[0].float(), ((x0 + 1) * 8).round(), rtol=0, atol=1)
+    plain = SampleRequest(DDIMSampler(), labels=[3] if classes else None).on(module)(range(3))
+    assert (images[0] != plain).float().mean() > 0.1
+
+
+def test_a_guide_of_another_schedule(tmp_path: Path) -> None:
+    gamma = {"conditioning": GammaConditioning()}
+    module = build(**gamma)
+    saved(small(schedule=LinearGamma(-9.0, 5.0, T=6), **gamma), tmp_path / "gamma.ckpt")
+    request = SampleRequest(DDIMSampler(), 4, guide=str(tmp_path / "gamma.ckpt"), guidance_scale=2.0)
+    assert request.on(module)([0]).shape == (1, 1, 8, 8)
+
+
+GUIDES: dict[str, tuple[dict[str, Any], str]] = {
+    "levels": ({"levels": 9, "decoder": DiscretizedGaussian(9)}, "its levels is 9 and the model's is 17"),
+    "shape": ({"shape": (1, 4, 4)}, r"its shape is \[1, 4, 4\] and the model's is \[1, 8, 8\]"),
+    "classes": ({"class_conditional": True, "num_classes": 10}, "its class_conditional is True"),
+    "time": (
+        {"schedule": LinearGamma(-9.0, 9.0, T=10)},
+        "LinearGamma of T = 10 and the model's LinearChain of T = 10, and TimeConditioning ties",
+    ),
+    "score": (
+        {"schedule": LinearGamma(), "conditioning": GammaConditioning(), "parameterization": ScoreParameterization()},
+        "ScoreParameterization ties",
+    ),
+    "noise": (
+        {"schedule": LinearGamma(-1.0, 1.0), "conditioning": GammaConditioning()},
+        "trained at gamma from -1 to 1 and would be asked from -3.89 to 3.19",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_guides_that_do_not_fit(name: str, tmp_path: Path) -> None:
+    options, words = GUIDES[name]
+    saved(small(**options), tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match=rf"--guide .*a\.ckpt: .*{words}"):
+        SampleRequest(guide=str(tmp_path / "a.ckpt"), guidance_scale=2.0).on(build())
+
+
+def test_guides_that_are_none(tmp_path: Path) -> None:
+    saved(build(), tmp_path / "a.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    for name, scale, words in (
+        ("nowhere", 2.0, "--guide .*nowhere does not exist"),
+        ("text.ckpt", 2.0, "--guide .*text.ckpt: .* is torn, or no checkpoint"),
+        ("a.ckpt", 1.0, "--guidance_scale 1 is the model itself"),
+        (".", 2.0, "--guide .*: the checkpoint .* does not exist"),
+    ):
+        with pytest.raises(InputError, match=words):
+            SampleRequest(guide=str(tmp_path / name), guidance_scale=scale).on(build())
+    saved(small(class_conditional=True, num_classes=10), tmp_path / "always.ckpt")
+    request = SampleRequest(guide=str(tmp_path / "always.ckpt"), guidance_scale=2.0, labels=[10])
+    with pytest.raises(InputError, match="never saw an image without its class, and --labels asks for 10"):
+        request.on(conditional(label_dropout=0.1))

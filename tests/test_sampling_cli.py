@@ -85,3 +85,24 @@ def test_a_folder_that_another_process_samples_into(
         message = refused(capsys, "sample", *guided, f"--out={tmp_path}/out")
     assert f"{tmp_path}/out is being sampled into by another process (process {os.getpid()} on " in message
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".samples.lock"]
+
+
+def test_a_guide(trained: Path, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A smaller network, trained for less long: on one process, on two, and measured."""
+    weak = [option for option in tiny if "width" not in option]
+    run_ddpm("fit", *weak, "--model.network.width=4", f"--run_dir={tmp_path}/weak", "--trainer.max_steps=3")
+    common = ["sample", str(trained), "--n=5", "--steps=4", "--sampler=DDIMSampler"]
+    guided = [*common, f"--guide={tmp_path}/weak", "--guidance_scale=2"]
+    two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--batch_size=2"]
+    run_ddpm(*common, f"--out={tmp_path}/plain")
+    run_ddpm(*guided, f"--out={tmp_path}/one")
+    run_ddpm_pair(*guided, f"--out={tmp_path}/two", *two)
+    plain, one, other = (
+        load_file(tmp_path / name / "samples.safetensors")["images"] for name in ("plain", "one", "two")
+    )
+    assert torch.equal(one, other) and not torch.equal(one, plain)
+    message = refused(capsys, *common, f"--guide={trained}/checkpoints/best.ckpt", f"--out={tmp_path}/no")
+    assert "--guidance_scale 1 is the model itself" in message and not (tmp_path / "no").exists()
+    measured = ["evaluate", "quality", str(trained), "--n=20", "--steps=2", f"--out={tmp_path}/quality"]
+    output = run_ddpm(*measured, f"--guide={trained}/checkpoints/best.ckpt", "--guidance_scale=1.5")
+    assert f"guidance scale 1.5 away from {trained}/checkpoints/best.ckpt" in output

@@ -1,5 +1,6 @@
 """Callbacks: each decides when something is logged, drawn, written or saved."""
 
+from ddpm_lightning.callbacks.averages import PowerAverages
 from ddpm_lightning.callbacks.checkpoint import LastCheckpoint
 from ddpm_lightning.callbacks.diagnostics import CostByTime, GradientNorm, LossByTime, RunOptions
 from ddpm_lightning.callbacks.finders import BatchSizeTest, LearningRateTest
@@ -14,5 +15,5 @@ from ddpm_lightning.callbacks.reports import BoundTable, ImageTermsWriter
 __all__ = [
     "BatchSizeTest", "BoundTable", "CostByTime", "EpochLines", "ForwardStrip", "GradientNorm", "ImageTermsWriter",
     "ImagesPerSecond", "LastCheckpoint", "LatticeObservables", "LearningRateTest", "LevelPictures", "LossByTime",
-    "RunOptions", "SampleGrid", "SampleQuality", "ScheduleCurves", "StopOnNonFinite",
+    "PowerAverages", "RunOptions", "SampleGrid", "SampleQuality", "ScheduleCurves", "StopOnNonFinite",
 ]  # fmt: skip

@@ -32,7 +32,7 @@ def model_facts(module: GenerativeModule) -> dict[str, Any]:
         "density_nats_in_data_units": module.scale.density_nats(module.shape) if model.decoder.is_density else None,
         "T": model.T,
         "weights": "averaged",
-        "ema_decay": module.ema_decay,
+        **({"ema_decay": module.ema_decay} if module.sigma_rel is None else {"sigma_rel": module.sigma_rel}),
         "steps_trained": module.steps_trained,
         **model.facts(),
         "decoder": type(model.decoder).__name__,

@@ -156,6 +156,7 @@ def quality_report(
     if isinstance(module, DiffusionModule):
         steps = None if samples.steps is None else samples.on(module).steps
         guidance = "" if samples.guidance_scale == 1 else f", guidance scale {samples.guidance_scale:g}"
+        guidance += "" if samples.guide is None else f" away from {samples.guide}"
         how = f"{type(samples.sampler).__name__}, {steps or 'all'} steps{guidance}"
     head = (
         f"Quality of {samples.n} samples ({how}, seed {samples.seed}; averaged weights after {module.steps_trained} "
@@ -168,6 +169,7 @@ def quality_report(
         "sampler": describe(samples.sampler),
         "steps": samples.steps,
         "guidance_scale": samples.guidance_scale,
+        "guide": samples.guide,
         "seed": samples.seed,
         "classifier": classifier,
         "figures": rows,
@@ -191,6 +193,7 @@ def quality(
     sampler: Sampler | None = None,
     steps: int | None = None,
     guidance_scale: float = 1.0,
+    guide: str | None = None,
     classifier: str | None = None,
 ) -> dict[str, Any]:
     """How good are the samples, and are they copies of training images?
@@ -211,12 +214,13 @@ def quality(
         n: samples, and real images
         sampler: class of the sampler, by default DDIMSampler; its arguments as --sampler.eta 1
         steps: steps of the sampler, by default all T
-        guidance_scale: scale of classifier-free guidance, 1 for none
+        guidance_scale: scale of classifier-free guidance, or with a guide of autoguidance; 1 for none
+        guide: run or checkpoint of a weaker model of the same data, which the samples are pushed away from
         classifier: mnist, digits or a file, by default the one for such images
     """
     samples = Samples(
-        sampler or DDIMSampler(), steps, seed=trained.seed, guidance_scale=guidance_scale, n=n,
-        batch_size=trained.batch_size,
+        sampler or DDIMSampler(), steps, seed=trained.seed, guidance_scale=guidance_scale, guide=guide,
+        n=n, batch_size=trained.batch_size,
     )  # fmt: skip
     module, data = trained.module, trained.data
     name, judge = named_classifier(module, classifier, data)

@@ -7,7 +7,13 @@ from ddpm_lightning.process.encoder import Encoder, IdentityEncoder, NetworkEnco
 from ddpm_lightning.process.eps_mse import eps_mse_table, spread_times
 from ddpm_lightning.process.forward import ForwardProcess
 from ddpm_lightning.process.generative import GenerativeModel
-from ddpm_lightning.process.guidance import ClassifierDenoiser, ClassifierFreeDenoiser, LogFactor, ProductDenoiser
+from ddpm_lightning.process.guidance import (
+    AutoguidedDenoiser,
+    ClassifierDenoiser,
+    ClassifierFreeDenoiser,
+    LogFactor,
+    ProductDenoiser,
+)
 from ddpm_lightning.process.hierarchy import HierarchicalVAE
 from ddpm_lightning.process.levels import ConvLevel, DiffusionLevel, Level, LinearLevel, VectorLevel
 from ddpm_lightning.process.measurement import (
@@ -40,6 +46,7 @@ from ddpm_lightning.process.variance import (
 
 __all__ = [
     "AnalyticVariance",
+    "AutoguidedDenoiser",
     "AverageOperator",
     "CategoricalDecoder",
     "ClassifierDenoiser",

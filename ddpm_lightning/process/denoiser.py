@@ -52,6 +52,10 @@ class NetworkDenoiser(Denoiser):
         self.network, self.schedule, self.outputs = network, schedule, outputs
         self.parameterization, self.conditioning = parameterization, conditioning
 
+    def under(self, schedule: Schedule) -> "NetworkDenoiser":
+        """The same network, read under another schedule: right for one that is told gamma."""
+        return NetworkDenoiser(self.network, schedule, self.parameterization, self.conditioning, self.outputs)
+
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
         """Only the network runs in its own precision, the rest in the precision of ``x_t``."""
         dtype = next((p.dtype for p in self.network.parameters()), x_t.dtype)

@@ -27,7 +27,10 @@ from ddpm_lightning.process.conditioning import NoiseConditioning, TimeCondition
 from ddpm_lightning.process.denoiser import Denoiser
 from ddpm_lightning.process.parameterization import Prediction
 
-__all__ = ["ClassifierDenoiser", "ClassifierFreeDenoiser", "LogFactor", "ProductDenoiser", "differentiable", "fresh"]
+__all__ = [
+    "AutoguidedDenoiser", "ClassifierDenoiser", "ClassifierFreeDenoiser", "LogFactor", "ProductDenoiser",
+    "differentiable", "fresh",
+]  # fmt: skip
 
 LogFactor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """log r_t as a differentiable function of (x_t, x0_hat, t), up to a constant: ``[B]`` nats."""
@@ -151,12 +154,40 @@ class ClassifierFreeDenoiser(Denoiser):
         if self.scale == 1:
             return conditional
         unconditional = self.denoiser(x_t, t, **nothing)
-        # not torch.lerp, whose rounding depends on where in a batch a pixel lies
-        x0, eps = (
-            none + self.scale * (known - none)
-            for none, known in ((unconditional.x0, conditional.x0), (unconditional.eps, conditional.eps))
-        )
-        return replace(conditional, x0=x0, eps=eps)
+        return _beyond(unconditional, conditional, self.scale)
+
+
+class AutoguidedDenoiser(Denoiser):
+    r"""Autoguidance (Karras et al. 2024, arXiv 2406.02507): away from a weaker version of the same model.
+
+    .. math:: \tilde\epsilon = \epsilon_\text{guide} + \text{scale} \, (\epsilon - \epsilon_\text{guide})
+
+    and the same for x0. Scale 1 is the model itself, 0 the guide. Above 1 the samples move away from where the guide is
+    wrong and the model less so, and no longer follow the model's distribution. The reverse variance is the model's.
+
+    Each prediction costs an evaluation of both networks, at scale 1 of the model's alone. Both are given the same
+    conditions.
+
+    Args:
+        denoiser: the model's.
+        guide: of a smaller network, or of one that was trained for less long, under the same schedule
+            (``NetworkDenoiser.under``).
+        scale: how far to go from the guide, in units of the difference.
+    """
+
+    def __init__(self, denoiser: Denoiser, guide: Denoiser, scale: float) -> None:
+        self.denoiser, self.guide, self.scale, self.schedule = denoiser, guide, scale, denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        prediction = self.denoiser(x_t, t, **cond)
+        return prediction if self.scale == 1 else _beyond(self.guide(x_t, t, **cond), prediction, self.scale)
+
+
+def _beyond(start: Prediction, end: Prediction, scale: float) -> Prediction:
+    """``end``, with x0 and eps on the line through both predictions: ``start`` at scale 0, ``end`` at 1."""
+    # not torch.lerp, whose rounding depends on where in a batch a pixel lies
+    x0, eps = (a + scale * (b - a) for a, b in ((start.x0, end.x0), (start.eps, end.eps)))
+    return replace(end, x0=x0, eps=eps)
 
 
 def _check_label(label: Tensor, count: int, last: int) -> None:

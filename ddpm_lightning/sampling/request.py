@@ -18,6 +18,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.ops import expand_to, image_generators
 from ddpm_lightning.process import ClassifierFreeDenoiser, DiffusionModel, HierarchicalVAE
 from ddpm_lightning.samplers import AncestralSampler, Sampler
+from ddpm_lightning.sampling.guide import autoguidance, load_guide
 from ddpm_lightning.sampling.known import Inpainting
 from ddpm_lightning.schedules import StridedGrid, TimeGrid
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
@@ -47,7 +48,9 @@ class SampleRequest:
         fields: .npy file of the conditions of a field-conditional model, [C, *space] or [m, C, *space], which the
             images take in turn.
         guidance_scale: of classifier-free guidance, for a class-conditional model trained with label_dropout: 1 is the
-            model itself, at half the cost; above 1 draws sharper images of the class.
+            model itself, at half the cost; above 1 draws sharper images of the class. With a guide, of autoguidance.
+        guide: folder of a run, or checkpoint, of a weaker model of the same data, which the samples are pushed away
+            from: a smaller network, or an earlier checkpoint. Needs a guidance_scale other than 1, for example 2.
         interpolate_to: another seed: each row goes from image k of seed to image k of this one. Needs a sampler that
             draws no noise.
         interpolation_columns: images in such a row, both ends among them.
@@ -64,6 +67,7 @@ class SampleRequest:
     vectors: list[list[float]] | None = None
     fields: str | None = None
     guidance_scale: float = 1.0
+    guide: str | None = None
     interpolate_to: int | None = None
     interpolation_columns: int = 8
     inpainting: Inpainting | None = None
@@ -77,9 +81,9 @@ class SampleRequest:
 
         Raises:
             InputError: steps that the grid cannot make, classes that there are not, guidance of a model that was
-                trained without classes or never without, a row between two seeds with a sampler that draws noise,
-                without two ends, or from a seed to itself, a sampler that the model's encoder rules out; of a
-                hierarchy, anything but a seed.
+                trained without classes or never without, a guide that does not fit (``load_guide``), a row between two
+                seeds with a sampler that draws noise, without two ends, or from a seed to itself, a sampler that the
+                model's encoder rules out; of a hierarchy, anything but a seed.
         """
         if isinstance(module, DiffusionModule):
             return Drawing(self, module, cond)
@@ -92,6 +96,7 @@ class Drawing:
     Attributes:
         request: the request.
         module: the module.
+        guide: the module of the weaker model; None for none.
         sampler: takes the steps.
         grid: where they are.
         times: float64 ``[steps + 1]``, the grid of the steps.
@@ -107,7 +112,6 @@ class Drawing:
         self.sampler, self.grid = request.sampler or AncestralSampler(), request.grid or StridedGrid()
         self.labels = _labels(module, request.labels)
         self._cond = _given(module, request) if cond is None else cond
-        self._model = _guided(module, request.guidance_scale)
         model, steps = module.ema_model, request.steps
         if request.cap_steps and steps is not None:
             steps = min(steps, model.T)
@@ -115,6 +119,9 @@ class Drawing:
             self.times = self.grid(model.schedule, model.grid, steps)
         except InputError as error:
             raise InputError(f"--steps {steps}: {error}") from None
+        named = request.guide
+        self.guide = None if named is None else load_guide(named, module, self.times[1:], self.labels)
+        self._model = _guided(module, self.guide, request.guidance_scale)
         self.steps = len(self.times) - 1
         self.columns = 1 if request.interpolate_to is None else request.interpolation_columns
         sampler = self._sampler(torch.tensor([0]))
@@ -174,6 +181,7 @@ class Drawing:
             "columns": self.columns,
             "steps": self.steps,
             "guidance_scale": request.guidance_scale,
+            "guide": request.guide,
             "labels": self.labels,
             "vectors": request.vectors,
             "fields": request.fields,
@@ -191,10 +199,11 @@ class HierarchyDrawing:
         module: the module.
         steps: 1, since an image is drawn at once.
         labels: None.
+        guide: None.
         columns: 1.
     """
 
-    steps, labels, columns = 1, None, 1
+    steps, labels, guide, columns = 1, None, None, 1
 
     def __init__(self, request: SampleRequest, module: GenerativeModule) -> None:
         self.request, self.module = request, module
@@ -285,21 +294,27 @@ def _given(module: DiffusionModule, request: SampleRequest) -> dict[str, Tensor]
     return found
 
 
-def _guided(module: DiffusionModule, scale: float) -> DiffusionModel:
+def _guided(module: DiffusionModule, guide: DiffusionModule | None, scale: float) -> DiffusionModel:
+    if guide is not None:
+        if scale == 1:
+            raise InputError(
+                "--guidance_scale 1 is the model itself, whatever --guide: give another scale, for example 2"
+            )
+        return module.ema_model.with_denoiser(autoguidance(guide, scale))
     if scale == 1:
         return module.ema_model
     if not module.conditions:
         raise InputError(
             f"--guidance_scale {scale:g} needs a class-conditional model: train one with "
-            "--model.class_conditional true and --model.label_dropout 0.1"
+            "--model.class_conditional true and --model.label_dropout 0.1; or give a weaker model as --guide"
         )
     if module.label_dropout == 0:
         raise InputError(
             f"--guidance_scale {scale:g}: this model never saw an image without its class; train it with "
-            "--model.label_dropout 0.1"
+            "--model.label_dropout 0.1, or give a weaker model as --guide"
         )
-    guide = partial(ClassifierFreeDenoiser, scale=scale, num_classes=module.num_classes)
-    return module.ema_model.with_denoiser(guide)
+    wrap = partial(ClassifierFreeDenoiser, scale=scale, num_classes=module.num_classes)
+    return module.ema_model.with_denoiser(wrap)
 
 
 def _described(part: object) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class SamplingTask(LightningModule):
 
     def __init__(self, drawing: Drawing | HierarchyDrawing, file: ImageFile, batch_size: int, filmed: int = 0) -> None:
         super().__init__()
-        self.module = drawing.module  # here for the Trainer, which moves it to its device
+        self.module, self.guide = drawing.module, drawing.guide  # here for the Trainer, which moves them to its device
         self.drawing, self.file, self.batch_size, self.filmed = drawing, file, batch_size, filmed
         self._shown = set(torch.linspace(0, drawing.steps, _FRAMES + 1).round().long().tolist())
         self._states: list[tuple[int, Tensor]] = []
@@ -45,6 +45,8 @@ class SamplingTask(LightningModule):
     def setup(self, stage: str) -> None:
         """Lay out the weights, which the module does itself only where it is the Trainer's own."""
         self.module.lay_out(self.trainer)
+        if self.guide is not None:
+            self.guide.lay_out(self.trainer)
 
     def configure_model(self) -> None:
         """Nothing: samples are drawn with whole weights, under strategies that ask for this, too."""

@@ -40,6 +40,7 @@ class RestorableModule(LightningModule):
         super().__init__()
         self.steps_trained = 0  # optimiser steps behind the weights, whichever process took them
         self.epochs_trained = 0  # epochs done when the checkpoint was written that is evaluated
+        self.sigma_rel: float | None = None  # of an average that was made after training (runs/averages.py)
         self._changes: Changes = {}  # against the checkpoint that training goes on from
 
     def keep_hyperparameters(self, frame: Any) -> None:
@@ -161,6 +162,8 @@ class RestorableModule(LightningModule):
                 checkpoint.pop(name, None)
         self.steps_trained = checkpoint.get("global_step", 0)
         self.epochs_trained = checkpoint.get("epoch", 0)
+        width = checkpoint.get("sigma_rel")
+        self.sigma_rel = width if isinstance(width, float) else None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Lightning's; a tensor that does not fit is named.
