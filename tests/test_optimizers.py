@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from builders import compared, differences, refused
 from conftest import ROOT, run_ddpm, run_script
 from torch import nn
 
+from ddpm_lightning.checkpoints.descriptions import instantiate_arguments, parameters_of
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import UNet
 from ddpm_lightning.runs import Run
@@ -94,6 +96,20 @@ def test_weights_without_a_gradient_stay() -> None:
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         MuonAdamW([parameter(1.0)], **options)
+
+
+class Handing(torch.optim.Optimizer):
+    """As many optimisers of libraries: what it does not name goes to a base class, whose ``defaults`` it makes."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(params, {"lr": lr}, **kwargs)
+
+
+def test_an_optimiser_that_hands_arguments_on_is_made_from_its_description() -> None:
+    known = parameters_of(Handing)
+    assert known["lr"].default == 1e-3 and known["defaults"].default is None
+    made = instantiate_arguments(Handing, {"lr": 0.5}, "optimizer", left_open=1)
+    assert Handing([parameter(1.0)], **made).param_groups[0]["lr"] == 0.5
 
 
 # --- WarmupDecay

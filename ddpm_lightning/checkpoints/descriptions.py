@@ -286,7 +286,10 @@ def _part(description: Mapping[Any, Any], expected: Any, place: str, depth: int,
 
 
 def parameters_of(function: Any) -> dict[str, Parameter]:
-    """The named parameters with their annotations; of a class also those that its ``**kwargs`` hand on."""
+    """The named parameters with their annotations; of a class also those that its ``**kwargs`` hand on.
+
+    A class may give the latter itself, as optimisers do with ``defaults``, so none of them must be described.
+    """
     is_class = isinstance(function, type)
     makers = [vars(c)["__init__"] for c in function.__mro__ if "__init__" in vars(c)] if is_class else [function]
     known: dict[str, Parameter] = {}
@@ -298,6 +301,8 @@ def parameters_of(function: Any) -> dict[str, Parameter]:
             hints = {}
         for p in parameters:
             if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
+                if maker is not makers[0] and p.default is Parameter.empty:
+                    p = p.replace(default=None)
                 known.setdefault(p.name, p.replace(annotation=hints.get(p.name, Any)))
         if all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
             break
