@@ -151,7 +151,7 @@ def test_what_is_finished_is_not_repeated_and_the_rest_is_added(
     first = bench(tmp_path, "--only", "digits")
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        both = [f"--configs={ROOT}/configs/digits.yaml", str(other), "--only", "digits", "other"]
+        both = ["--configs", f"{ROOT}/configs/digits.yaml", str(other), "--only", "digits", "other"]
         second = bench(tmp_path, "--seed=1", *both)
     assert started == ["digits", "other"]
     assert list(second["projects"]) == ["digits, seed 0", "digits, seed 1", "other, seed 1"]
