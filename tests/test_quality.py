@@ -239,8 +239,14 @@ def test_a_built_distribution_has_the_weights() -> None:
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     folders = {package: root.joinpath(*package.split(".")) for package in listed}
     packed = {path for package, globs in listed.items() for glob in globs for path in folders[package].glob(glob)}
-    beside = {path for path in (root / "ddpm_lightning").rglob("*") if path.suffix not in (".py", ".pyc", "")}
-    assert packed == beside and len(beside) == 2
+    inside = root / "ddpm_lightning"
+    files = (path for folder in (inside, inside / "configs") for path in folder.rglob("*"))  # configs is a link
+    beside = {path for path in files if path.suffix not in (".py", ".pyc", "")}
+    assert packed == beside
+    assert {path.name for path in packed if path.parent.name == "weights"} == {
+        "mnist.safetensors",
+        "digits.safetensors",
+    }
 
 
 def test_the_digits_classifier_knows_its_test_images() -> None:
