@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddpm_lightning.errors import InputError, RunError
+from ddpm_lightning.own_code import is_installed
 
 __all__ = ["TRACEBACK", "end"]
 
@@ -61,14 +62,14 @@ def _in_a_line(error: BaseException) -> str:
 def _place(error: BaseException) -> str:
     """File and line of the user's own code in which an exception arose, else of this package, else anywhere."""
     places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [place for place in places if place[0].is_file() and not _is_installed(place[0])]
+    own = [place for place in places if place[0].is_file() and not _is_library(place[0])]
     inside = [place for place in places if place[0].is_relative_to(_PACKAGE)]
     found = own or inside or places
     return f"in {found[-1][0]}, line {found[-1][1]}" if found else "from nowhere"
 
 
-def _is_installed(path: Path) -> bool:
-    return path.is_relative_to(_PACKAGE) or path.is_relative_to(sys.base_prefix) or "site-packages" in path.parts
+def _is_library(path: Path) -> bool:
+    return path.is_relative_to(_PACKAGE) or path.is_relative_to(sys.base_prefix) or is_installed(path)
 
 
 def _written(error: BaseException, folder: Path | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from ddpm_lightning.checkpoints.descriptions import parameters_of
 from ddpm_lightning.errors import InputError
 
-__all__ = ["check_numbers", "leaves"]
+__all__ = ["PARTS", "check_numbers", "leaves"]
 
 _SEEDS = ("seed", "eval_seed", "seed_everything", "interpolate_to")
 _LARGEST_SEED = 2**32 - 1  # torch's CPU generator tells no more apart
@@ -38,7 +38,7 @@ _LEAST: dict[str, float] = {
 # 0 would train or evaluate nothing
 _ABOVE_ZERO = ("limit_train_batches", "limit_test_batches", "limit_predict_batches", "val_check_interval")
 _NOT_ZERO = ("max_epochs", "max_steps")
-_PARTS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
+PARTS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
             raise InputError(f"--trainer.{name} {value} must be {least:g} or more")
         if (name in _ABOVE_ZERO and value <= 0) or (name in _NOT_ZERO and value == 0):
             raise InputError(f"--trainer.{name} {value} leaves nothing to do: it must be above 0")
-        if name in (*_PARTS, "val_check_interval") and isinstance(value, float) and value > 1:
+        if name in (*PARTS, "val_check_interval") and isinstance(value, float) and value > 1 and not value.is_integer():
             raise InputError(
                 f"--trainer.{name} {value} is a part of the whole: it must be at most 1.0, or a whole number"
             )

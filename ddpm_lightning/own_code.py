@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ddpm_lightning
 
-__all__ = ["failure_in_own_code", "find_own_modules"]
+__all__ = ["failure_in_own_code", "find_own_modules", "is_installed"]
 
 _NOT_OWN = [Path(folder).resolve() for folder in (sysconfig.get_path("stdlib"), *ddpm_lightning.__path__)]
 
@@ -46,8 +46,16 @@ def failure_in_own_code(error: BaseException | None) -> str | None:
 
 def _is_own(file: str) -> bool:
     path = Path(file).resolve()
-    installed = {"site-packages", "dist-packages"} & {*path.parts}
-    return path.is_file() and not installed and not any(path.is_relative_to(folder) for folder in _NOT_OWN)
+    return path.is_file() and not is_installed(path) and not any(path.is_relative_to(folder) for folder in _NOT_OWN)
+
+
+def is_installed(path: Path) -> bool:
+    """Whether a file belongs to an installed package: pip leaves a ``*.dist-info`` beside each, wherever it lies."""
+    if {"site-packages", "dist-packages"} & {*path.parts}:
+        return True
+    roots = [folder for folder in map(Path, sys.path) if folder.is_absolute() and path.is_relative_to(folder)]
+    root = max(roots, key=lambda folder: len(folder.parts), default=None)
+    return root is not None and next(root.glob("*.dist-info"), None) is not None
 
 
 def _hidden(name: str) -> str | None:

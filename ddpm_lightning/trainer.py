@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ddpm_lightning.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.numbers import PARTS
 from ddpm_lightning.process import DiffusionModel
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.lock import hold
@@ -59,6 +60,8 @@ class DiffusionTrainer(Trainer):
         if fast_dev_run:
             run = Run(mkdtemp(prefix="fast_dev_run."))
             atexit.register(shutil.rmtree, run.folder, ignore_errors=True)
+        # where another library has written float | int first, the command line reads 2 as 2.0
+        kwargs.update({name: int(kwargs[name]) for name in PARTS if (kwargs.get(name) or 0) > 1})
         accelerator, resolved, _ = resolve(accelerator, precision, devices, num_nodes)
         super().__init__(
             *args,

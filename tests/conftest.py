@@ -13,6 +13,8 @@ __all__ = ["ROOT", "run_ddpm", "run_ddpm_pair", "run_ddpm_process", "run_pair", 
 
 # several test processes share the cores; and sums then do not depend on how many cores there are
 torch.set_num_threads(1)
+# tests compare bits; a GPU's convolutions would otherwise sum in an order that varies
+torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from ddpm_lightning.data.own import OwnBatches
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.figures import tile
 from ddpm_lightning.networks import AdaptedNetwork
+from ddpm_lightning.own_code import is_installed
 from ddpm_lightning.runs import Run
 from ddpm_lightning.training.optimizers import MuonAdamW
 
@@ -153,6 +154,16 @@ def test_modules_are_found_in_the_current_folder(folder: Path) -> None:
 )
 def test_failures_of_own_code_are_named(folder: Path, network: str, words: str) -> None:
     assert words in fit(folder, "--model.network", network, expect=2)
+
+
+def test_a_library_is_one_wherever_pip_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``pip install --target`` does; a project of one's own lies there without the list of its files."""
+    for name in ("libs", "project"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "parts.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path / name)
+    (tmp_path / "libs" / "parts-1.0.dist-info").mkdir()
+    assert is_installed(tmp_path / "libs" / "parts.py") and not is_installed(tmp_path / "project" / "parts.py")
 
 
 def test_a_library_is_not_hidden_by_an_own_module(folder: Path) -> None:

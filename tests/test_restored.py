@@ -52,7 +52,7 @@ def test_the_learning_rate_asked_for_is_the_one_trained_with(run: Run) -> None:
     assert run.config["model"]["optimizer"]["init_args"]["lr"] == 1e-5
     # Adam moves a weight by less than 2 lr a step here, and its moments were kept
     name = "model.network.stem.weight"
-    moved = (after["state_dict"][name] - before["state_dict"][name]).abs().max()
+    moved = (after["state_dict"][name].cpu() - before["state_dict"][name].cpu()).abs().max()
     assert 0 < moved < 10 * 2e-5
     assert after["optimizer_states"][0]["state"][0]["step"] == 30
 

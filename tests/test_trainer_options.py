@@ -11,6 +11,7 @@ from mnist_files import write_mnist
 from processes import ROOT, run_ddpm
 
 from ddpm_lightning.data import Batch, Digits
+from ddpm_lightning.trainer import DiffusionTrainer
 
 TQDM = "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"
 
@@ -25,6 +26,12 @@ def _bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: bool, *opti
         monkeypatch.setattr("sys.stdout", _Terminal())
     cli = BuiltOnly(["fit", "-c", "configs/digits.yaml", f"--run_dir={tmp_path}", *options])
     return [type(callback) for callback in cli.trainer.callbacks if isinstance(callback, ProgressBar)]
+
+
+def test_a_whole_number_of_batches_may_be_written_as_a_float(tmp_path: Path) -> None:
+    options = {"limit_train_batches": 2.0, "limit_val_batches": 0.5, "limit_test_batches": 1.0}
+    trainer = DiffusionTrainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", **options)
+    assert [getattr(trainer, name) for name in options] == [2, 0.5, 1.0] and type(trainer.limit_train_batches) is int
 
 
 @pytest.mark.parametrize(

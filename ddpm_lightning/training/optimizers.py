@@ -64,7 +64,10 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _state(self, name: str, parameters: list[Any]) -> list[Tensor]:
-        return [self.state[p].setdefault(name, torch.zeros_like(p)) for p in parameters]
+        for parameter in parameters:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter)
+        return [self.state[parameter][name] for parameter in parameters]
 
     def _muon(self, parameters: list[Any], group: dict[str, Any]) -> None:
         gradients = [parameter.grad for parameter in parameters]
@@ -78,17 +81,21 @@ class MuonAdamW(Optimizer):
         for indices in by_shape.values():
             matrices = torch.stack([steps[index].flatten(1) for index in indices])
             scale = 0.2 * max(matrices.shape[1:]) ** 0.5
-            for index, matrix in zip(indices, _orthogonal(matrices), strict=True):
-                parameters[index].add_(matrix.view(parameters[index].shape), alpha=-scale * group["lr"])
+            of_shape = [parameters[index] for index in indices]
+            changes = _orthogonal(matrices).view(len(indices), *of_shape[0].shape).unbind()
+            torch._foreach_add_(of_shape, changes, alpha=-scale * group["lr"])
 
     def _adamw(self, parameters: list[Any], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if "step" not in self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros(())
         adamw(
             parameters,
             [parameter.grad for parameter in parameters],
             self._state("mean", parameters),
             self._state("square", parameters),
             [],
-            [self.state[p].setdefault("step", torch.zeros(())) for p in parameters],
+            [self.state[parameter]["step"] for parameter in parameters],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -154,6 +161,7 @@ def _orthogonal(matrices: Tensor) -> Tensor:
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        square = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x.mT if tall else x
