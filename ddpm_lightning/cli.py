@@ -323,6 +323,8 @@ def _with_pretrained(words: list[str]) -> list[str]:
     split = [part for word in words for part in (word.split("=", 1) if word.startswith("--pretrained=") else [word])]
     if "--pretrained" not in split:
         return words
+    if split.count("--pretrained") > 1:
+        raise InputError("give --pretrained NAME once: a command takes one model")
     at = split.index("--pretrained")
     name, rest = "".join(split[at + 1 : at + 2]), split[:at] + split[at + 2 :]
     if rest[:1] == ["fit"]:
