@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from inspect import signature
@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -34,12 +34,14 @@ from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.failures import end
 from ddpm_lightning.first_screen import answered
 from ddpm_lightning.links import fact_of, follow_data, keep_scale
+from ddpm_lightning.loggers import in_run
 from ddpm_lightning.numbers import check_numbers, leaves
 from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 from ddpm_lightning.parse_errors import sentence
 from ddpm_lightning.pretrained import lay_out_pretrained
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.disk import disk_errors_in
+from ddpm_lightning.sweeps import run_sweep
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
 from ddpm_lightning.training.hardware import resolve
@@ -95,9 +97,15 @@ class _Parser(LightningArgumentParser):
 
 
 class DiffusionCLI(LightningCLI):
-    """LightningCLI with a run folder, links from the data to the model, ``sample``, and errors of one sentence."""
+    """LightningCLI with a run folder, links from the data to the model, ``sample``, and errors of one sentence.
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    Args:
+        args: the words of the command line; None for the program's own.
+        callbacks: more callbacks, which are no part of the configuration.
+    """
+
+    def __init__(self, args: list[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
+        self._more_callbacks = callbacks
         self._module = _module_of(sys.argv[1:] if args is None else args)
         # abbreviations would turn a misspelt option into another one
         parser_kwargs: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False, "prog": "ddpm"}
@@ -114,7 +122,7 @@ class DiffusionCLI(LightningCLI):
                 **parser_kwargs,
                 "description": "Train, evaluate and sample diffusion models. RUN is the folder of a run, or "
                 "--pretrained NAME. There are also: ddpm evaluate quality|ood|flow|forms|variance RUN, and "
-                "ddpm density|reweight|average|export RUN.",
+                "ddpm density|reweight|average|export RUN, and ddpm sweep FILE.",
                 # argparse's own usage is a page of 80 options before the one line of the error
                 **{name: {**parser_kwargs, "usage": f"ddpm {name} [RUN] [options]"} for name in self.subcommands()},
             },
@@ -203,7 +211,8 @@ class DiffusionCLI(LightningCLI):
                 keep_scale(described, data)
                 self._dump_config()  # what the module keeps as its arguments: the data described
                 config.data = data
-                super().instantiate_classes()
+                with in_run(config.trainer, Run(config.run_dir).folder):
+                    super().instantiate_classes()
         except ValueError as error:
             raise InputError(self._with_option(str(own_error(error) or error))) from error
         finally:
@@ -229,7 +238,7 @@ class DiffusionCLI(LightningCLI):
             writes = self.subcommand in ("fit", "validate", "test")
             tensorboard = partial(TensorBoardLogger, name="", version="", default_hp_metric=False)
             kwargs["logger"] = tensorboard(config.default_root_dir) if writes else False
-        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        return super().instantiate_trainer(**kwargs, callbacks=[*callbacks, *self._more_callbacks])
 
     def _run_subcommand(self, subcommand: str) -> None:
         alone = subcommand == "fit" and self.trainer.is_global_zero
@@ -256,6 +265,13 @@ class DiffusionCLI(LightningCLI):
                 f"{type(network).__name__} with {parameters:,} parameters on {type(data).__name__}{images}; {where}",
                 flush=True,
             )
+
+
+class _BuiltOnly(DiffusionCLI):
+    """Parses and instantiates, and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def _module_of(args: list[str]) -> type[GenerativeModule]:
@@ -347,7 +363,9 @@ def main(args: list[str] | None = None) -> None:
     words = with_shipped(["--help" if word == "--help_all" else word for word in words])
     try:
         words = _with_pretrained(words)
-        if words[:1] in (["evaluate"], *([name] for name in COMMANDS)):
+        if words[:1] == ["sweep"]:
+            run_sweep(words[1:], DiffusionCLI, _BuiltOnly)
+        elif words[:1] in (["evaluate"], *([name] for name in COMMANDS)):
             run_command(words[0], words[1:])
         else:
             DiffusionCLI(_of_a_run(words))

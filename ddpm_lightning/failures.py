@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.own_code import is_installed
 
-__all__ = ["TRACEBACK", "end"]
+__all__ = ["TRACEBACK", "end", "told"]
 
 TRACEBACK = "DDPM_TRACEBACK"
 """Where this variable is set and not empty, the traceback is shown at once."""
@@ -32,11 +32,18 @@ def end(error: BaseException, program: str, folder: Path | None = None) -> int:
         program: its name.
         folder: the run's folder.
     """
-    if os.environ.get(TRACEBACK):
-        traceback.print_exception(error)
     if isinstance(error, BrokenPipeError):  # as in "ddpm ... | head"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the interpreter flushes it when it ends
         return 1
+    sentence, status = told(error, folder)
+    print(f"{program}: error: {sentence}", file=sys.stderr)
+    return status
+
+
+def told(error: BaseException, folder: Path | None = None) -> tuple[str, int]:
+    """The sentence and the exit status of :func:`end`."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         sentence, status = "interrupted", 130
     elif isinstance(error, InputError | MisconfigurationException):
@@ -48,8 +55,7 @@ def end(error: BaseException, program: str, folder: Path | None = None) -> int:
         sentence, status = f"{sentence} ({_in_a_line(error)}); {_written(error, folder)}", 1
     else:
         sentence, status = f"{_in_a_line(error)} ({_place(error)}); {_written(error, folder)}", 1
-    print(f"{program}: error: {sentence}", file=sys.stderr)
-    return status
+    return sentence, status
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ COMMANDS = {
     "density": "log density of each row of a file, in density.csv",
     "reweight": "weigh samples to a target density: effective sample size, log Z, observables",
     "average": "the averaged weights of another width, after training with PowerAverages",
+    "sweep": "train with many options, and find the best: docs/sweeps.md",
     "export": "write the model for use elsewhere: safetensors, diffusers, onnx, torch_export, web",
 }
 

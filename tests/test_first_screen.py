@@ -53,6 +53,7 @@ def test_commands_and_evaluations_are_all_there() -> None:
         "density",
         "reweight",
         "average",
+        "sweep",
         "export",
     ]
     assert [*first_screen.EVALUATIONS] == [*commands.EVALUATIONS]

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from ddpm_lightning import commands, pretrained_names
 from ddpm_lightning.cli import DiffusionCLI
+from ddpm_lightning.sweeps.command import split_words
 
 README = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -57,6 +58,10 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
     pretrained = re.search(r"--pretrained (\w+)", command)
     assert pretrained is None or pretrained[1] in (*pretrained_names(), "NAME")
     subcommand, *arguments = shlex.split(re.sub(r"--pretrained \w+", "RUN", command))[1:]
+    if subcommand == "sweep":  # a file or a folder, options of the sweep, and those of fit
+        own, others = split_words(arguments)
+        assert re.fullmatch(r"lr.yaml|sweeps/lr", own[0])
+        subcommand, arguments = "fit", ["-c", "configs/quickstart.yaml", *others]
     if subcommand in ("evaluate", *commands.COMMANDS):
         for functions in (commands.COMMANDS, commands.EVALUATIONS):
             for name, function in functions.items():
@@ -72,7 +77,7 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 12 and {c.split()[1] for c in COMMANDS} == {
-        "fit", "validate", "test", "predict", "sample", "evaluate", "export", "density", "reweight", "average"
+        "fit", "validate", "test", "predict", "sample", "evaluate", "export", "density", "reweight", "average", "sweep"
     }  # fmt: skip
 
 

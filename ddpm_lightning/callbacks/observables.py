@@ -3,7 +3,7 @@
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ddpm_lightning.callbacks.publishing import publish_picture
+from ddpm_lightning.callbacks.publishing import publish_picture, publish_text
 from ddpm_lightning.data import Batch
 from ddpm_lightning.data.batches import IndexBatches
 from ddpm_lightning.data.datamodule import ArrayDataModule, SplitName
@@ -28,9 +28,9 @@ class LatticeObservables(Callback):
     In ``fit``, after the validation of every ``every_n_epochs``-th epoch: ``observables/NAME`` and its standard error
     for n samples and ``observables/NAME_data`` for the validation data, and a picture of both power spectra and of the
     distribution of the magnetisation, to the loggers and RUN/observables/. In ``test``: the same numbers against the
-    test data as a table, with exact values where they are known, printed and written to RUN/observables-test.txt and
-    .json. A model that is told the coupling draws n samples of each. Errors of the data take the correlation within a
-    Markov chain into account.
+    test data as a table, with exact values where they are known, printed, given to the loggers, and written to
+    RUN/observables-test.txt and .json. A model that is told the coupling draws n samples of each. Errors of the data
+    take the correlation within a Markov chain into account.
 
     Args:
         n: samples of each coupling.
@@ -94,7 +94,9 @@ class LatticeObservables(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             how = f"{self.n} samples in {self._steps} steps, against the test data; errors are standard errors"
-            publish(Run.of(trainer), "observables-test", *observables_report(self.observed, how))
+            text, record = observables_report(self.observed, how)
+            publish(Run.of(trainer), "observables-test", text, record)
+            publish_text(trainer, "test/observables", text)
 
     def _observe(self, trainer: Trainer, module: LightningModule, split: SplitName) -> None:
         assert isinstance(module, GenerativeModule)

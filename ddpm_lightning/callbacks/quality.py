@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ddpm_lightning.callbacks.publishing import publish_text
 from ddpm_lightning.data import Batch, ImageDataModule
 from ddpm_lightning.data.datamodule import SplitName
 from ddpm_lightning.errors import InputError, at_least
@@ -96,8 +97,9 @@ class SampleQuality(Callback):
         if trainer.is_global_zero:
             assert isinstance(pl_module, GenerativeModule)
             real = len(self._chosen(trainer, "test").image)
-            report = quality_report(pl_module, self.samples, self.measured, real, str(self.classifier))
-            publish(Run.of(trainer), "quality-test", *report)
+            text, record = quality_report(pl_module, self.samples, self.measured, real, str(self.classifier))
+            publish(Run.of(trainer), "quality-test", text, record)
+            publish_text(trainer, "test/quality", text)
 
     def _comparison(
         self, trainer: Trainer, module: LightningModule, split: SplitName, only: list[str] | None = None

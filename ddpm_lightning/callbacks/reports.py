@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from ddpm_lightning.callbacks.publishing import publish_text
 from ddpm_lightning.errors import RunError
 from ddpm_lightning.evaluation.bound import bound_report, csv_text
 from ddpm_lightning.evaluation.trained import publish
@@ -19,7 +20,8 @@ __all__ = ["BoundTable", "ImageTermsWriter"]
 
 
 class BoundTable(Callback):
-    """After validate and test: print the bound's table and write RUN/bound-STAGE.txt and .json."""
+    """After validate and test: print the bound's table, write RUN/bound-STAGE.txt and .json, and give it to the
+    loggers."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":  # fit has its own lines
@@ -31,7 +33,9 @@ class BoundTable(Callback):
     def _write(self, trainer: Trainer, module: LightningModule, stage: Literal["val", "test"]) -> None:
         assert isinstance(module, GenerativeModule)
         if trainer.is_global_zero:
-            publish(Run.of(trainer), f"bound-{stage}", *bound_report(module, stage, str(trainer.precision)))
+            text, record = bound_report(module, stage, str(trainer.precision))
+            publish(Run.of(trainer), f"bound-{stage}", text, record)
+            publish_text(trainer, f"{stage}/bound", text)
         for form, terms in module.bound_scores[stage].items():
             if not math.isfinite(terms["elbo"].mean):
                 raise RunError(
