@@ -122,7 +122,7 @@ class DiffusionCLI(LightningCLI):
                 **parser_kwargs,
                 "description": "Train, evaluate and sample diffusion models. RUN is the folder of a run, or "
                 "--pretrained NAME. There are also: ddpm evaluate quality|ood|flow|forms|variance RUN, and "
-                "ddpm density|reweight|average|export RUN, and ddpm sweep FILE.",
+                "ddpm density|reweight|average|export RUN, ddpm sweep FILE, and ddpm new PROJECT.",
                 # argparse's own usage is a page of 80 options before the one line of the error
                 **{name: {**parser_kwargs, "usage": f"ddpm {name} [RUN] [options]"} for name in self.subcommands()},
             },
@@ -347,6 +347,8 @@ def _with_pretrained(words: list[str]) -> list[str]:
         raise InputError(
             "fit --pretrained: training cannot go on from averaged weights alone; start a run with -c CONFIG"
         )
+    if rest[:1] == ["new"]:
+        raise InputError("new --pretrained: a project begins without a model; ddpm new PROJECT")
     place = 2 if rest[:1] == ["evaluate"] else 1
     if rest[place : place + 1] and not rest[place].startswith("-"):
         raise InputError(f"give RUN or --pretrained NAME, not both {rest[place]} and {name}")

@@ -19,6 +19,7 @@ from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 
 __all__ = ["call", "own_error", "run_script"]
 
+_PLACED = {"run": "RUN", "project": "PROJECT"}  # arguments that are given by their place
 _UNREADABLE = re.compile(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)', re.DOTALL)
 
 
@@ -33,9 +34,9 @@ class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 def call(function: Callable[..., Any], args: list[str], prog: str, description: str | None = None) -> int:
     """Call a function with the arguments that a command line gives it, and return the number that it returns, or 0.
 
-    An argument ``run`` is given by its place, a list as several values, a bool as a switch, any other as ``--name``. An
-    argument that is a dataclass has an option for each of its fields. The docstring describes every argument; what it
-    says before them is the help's first part, if no ``description`` is given.
+    An argument ``run`` or ``project`` is given by its place, a list as several values, a bool as a switch, any other as
+    ``--name``. An argument that is a dataclass has an option for each of its fields. The docstring describes every
+    argument; what it says before them is the help's first part, if no ``description`` is given.
 
     Raises:
         InputError: an option that there is not, one that is missing, a value that cannot be read; the function's own,
@@ -83,8 +84,8 @@ def own_error(error: BaseException) -> InputError | None:
 
 def _add_option(parser: ArgumentParser, parameter: inspect.Parameter, text: str) -> Any:
     name, kind = parameter.name, parameter.annotation
-    if name == "run":
-        parser.add_argument("run", metavar="RUN", type=kind, help=text)
+    if name in _PLACED:
+        parser.add_argument(name, metavar=_PLACED[name], type=kind, help=text)
         return kind
     missing = parameter.default is parameter.empty
     options: dict[str, Any] = {"required": True} if missing else {"default": parameter.default}
@@ -117,5 +118,5 @@ def _one_line(message: str, types: dict[str, Any]) -> str:
         return f"--{name} {value} cannot be read as {wanted}"
     _, _, names = message.partition("arguments are required: ")
     if names:
-        return "missing: " + ", ".join("RUN" if name == "run" else f"--{name}" for name in names.split(", "))
+        return "missing: " + ", ".join(_PLACED.get(name, f"--{name}") for name in names.split(", "))
     return " ".join(message.split())

@@ -15,6 +15,7 @@ from ddpm_lightning.evaluation.reweighting import reweight
 from ddpm_lightning.evaluation.variance import variance
 from ddpm_lightning.export import export_onnx, export_program, save_model
 from ddpm_lightning.export.web import RUNTIME_VERSION, write_page
+from ddpm_lightning.projects import new
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.averages import average
 
@@ -86,7 +87,7 @@ def export(run: str, to: Format, out: str, checkpoint: str = "last", runtime: st
         print(f"standardised: values of the data are std x + mean, mean {scale['mean']}, std {scale['std']}")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {each.__name__: each for each in (density, reweight, average, export)}
+COMMANDS: dict[str, Callable[..., Any]] = {each.__name__: each for each in (density, reweight, average, export, new)}
 
 
 def run_command(name: str, args: list[str]) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "average": "the averaged weights of another width, after training with PowerAverages",
     "sweep": "train with many options, and find the best: docs/sweeps.md",
     "export": "write the model for use elsewhere: safetensors, diffusers, onnx, torch_export, web",
+    "new": "start a project of your own: data, network, configuration, test",
 }
 
 _MAIN = f"""usage: ddpm COMMAND ...

@@ -32,6 +32,8 @@ from ddpm_lightning.training import GenerativeModule
 
 HOME = Path(ddpm_lightning.pretrained.__file__).parent
 SAMPLED = "--sampler DPMSolverSampler --steps 20"
+# names of the data on Hugging Face
+HUB = {"MNIST": "ylecun/mnist", "FashionMNIST": "zalando-datasets/fashion_mnist", "CIFAR10": "uoft-cs/cifar10"}
 
 
 def step_flops(module: GenerativeModule, size: int) -> int:
@@ -77,7 +79,14 @@ def card(run: Run, packed: Packed, figures: dict[str, Any], commands: Sequence[s
     steps, size = module.steps_trained, data.batch_size
     batches = steps * config.get("trainer", {}).get("accumulate_grad_batches", 1)
     weights = sum(p.numel() for p in module.model.parameters())
+    hub = HUB.get(type(data).__name__)
     facts = {
+        # what the cards of Hugging Face begin with
+        "license": "mit",
+        "library_name": "ddpm-lightning",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusion", "ddpm", "lightning"],
+        **({"datasets": [hub]} if hub else {}),
         "model": packed.folder.name,
         "weights_sha256": hashlib.sha256(packed.weights_path.read_bytes()).hexdigest(),
         "parameters": weights,

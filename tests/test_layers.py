@@ -22,7 +22,7 @@ LAYERS = [
     ["training"],
     ["runs"],
     ["sampling"],
-    ["evaluation", "export", "pretrained"],
+    ["evaluation", "export", "pretrained", "projects"],
     ["callbacks", "interchange"],
     ["trainer", "commands", "links", "loggers", "sweeps"],
     ["first_screen", "parse_errors", "cli", "__main__"],

@@ -1,7 +1,6 @@
 """Distances between samples and data against closed forms, and the classifiers whose features they are taken in."""
 
 import math
-import tomllib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -231,22 +230,6 @@ def test_class_figures() -> None:
 def test_weights_are_in_the_package_and_small(name: str) -> None:
     resource = files("ddpm_lightning.metrics").joinpath("weights", f"{name}.safetensors")
     assert resource.is_file() and len(resource.read_bytes()) < 2**20
-
-
-def test_a_built_distribution_has_the_weights() -> None:
-    """The files beside the modules are those that pyproject.toml tells setuptools to put into a wheel."""
-    root = Path(__file__).parents[1]
-    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    folders = {package: root.joinpath(*package.split(".")) for package in listed}
-    packed = {path for package, globs in listed.items() for glob in globs for path in folders[package].glob(glob)}
-    inside = root / "ddpm_lightning"
-    files = (path for folder in (inside, inside / "configs") for path in folder.rglob("*"))  # configs is a link
-    beside = {path for path in files if path.suffix not in (".py", ".pyc", "")}
-    assert packed == beside
-    assert {path.name for path in packed if path.parent.name == "weights"} == {
-        "mnist.safetensors",
-        "digits.safetensors",
-    }
 
 
 def test_the_digits_classifier_knows_its_test_images() -> None:

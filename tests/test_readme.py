@@ -77,7 +77,8 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 12 and {c.split()[1] for c in COMMANDS} == {
-        "fit", "validate", "test", "predict", "sample", "evaluate", "export", "density", "reweight", "average", "sweep"
+        "fit", "validate", "test", "predict", "sample", "evaluate", "export", "density", "reweight", "average", "sweep",
+        "new",
     }  # fmt: skip
 
 
