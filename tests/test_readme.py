@@ -10,24 +10,19 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from pages import DOCS, blocks, run_blocks
 
 from ddpm_lightning import commands, pretrained_names
 from ddpm_lightning.cli import DiffusionCLI
 from ddpm_lightning.sweeps.command import split_words
 
 README = (ROOT / "README.md").read_text()
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-SHOWN = README + "".join(path.read_text() for path in DOCS)
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", SHOWN, flags=re.DOTALL)
-
-
+# the commands of one page take parts of a reader's folder: tests/test_docs.py runs them there
+SHOWN = README + "".join(path.read_text() for path in DOCS if path.name != "own_parts.md")
 COMMANDS = sorted(
     {
         line.partition("#")[0].strip()
-        for block in blocks("bash")
+        for block in blocks(SHOWN, "bash")
         for line in block.splitlines()
         if line.startswith("ddpm ")
     }
@@ -84,16 +79,7 @@ def test_there_are_commands() -> None:
 
 def test_python_runs() -> None:
     """One block after the other, as a reader would type them."""
-    names: dict[str, object] = {}
-    for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        exec(
-            compile(
-                code.replace("runs/mnist", str(ROOT / "tests/data/run_of_0_1")).replace("steps=50", "steps=10"),
-                "README.md",
-                "exec",
-            ),
-            names,
-        )
+    names = run_blocks(blocks(README, "python"), "README.md")
     network = names["MyNet"]
     assert network(8)(torch.zeros(2, 1, 4, 4), torch.zeros(2)).shape == (2, 1, 4, 4)  # type: ignore[operator]
 
@@ -102,15 +88,6 @@ def test_the_readme_is_short() -> None:
     lines = README.splitlines()
     assert len(lines) <= 150
     assert all(len(line) <= 120 for line in lines if not line.startswith(("|", "ddpm ", "[")))
-
-
-@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda path: path.name)
-def test_links_lead_to_files(page: Path) -> None:
-    text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
-        assert "://" in target or (page.parent / target).exists(), target
-    for path in re.findall(r"`((?:configs|scripts|docs)/[\w/.]+\.\w+)`", text):
-        assert (ROOT / path).is_file(), path
 
 
 def test_files_of_the_equations_exist() -> None:

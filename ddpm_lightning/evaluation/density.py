@@ -44,8 +44,8 @@ def density(
 
     Args:
         trained: the run
-        data: .npy, .npz, HDF5 or zarr file [N, C, *space], in the units of the training data; by default rows of the
-            run's own test split
+        data: .npy, .npz, HDF5 or zarr file ``[N, C, *space]``, in the units of the training data; by default rows of
+            the run's own test split
         n: so many rows, the first of a file; by default all
         key: name of the array in it
         label: name of the array of classes, for a model that is told them

@@ -135,8 +135,8 @@ def ood(trained: Trained, images: int = 500, steps: int = 20, T: int | None = No
     beside them uniform noise and the embedded 8x8 digits, enlarged. Each set's bits/dim come from the denoising form of
     the bound. Two scores are judged by their area under the ROC curve (AUROC; 0.5 is chance):
 
-        likelihood   bits/dim: an image of low likelihood is an outlier
-        typicality   |bits/dim - mean bits/dim of validation images|: an unusually likely image is an outlier too
+    - likelihood: bits/dim; an image of low likelihood is an outlier
+    - typicality: distance of bits/dim from the mean of validation images; an unusually likely image is an outlier too
 
     Image k of every set has the same noise. By default the model is evaluated as a chain of steps + 1 states, every
     step of it, rather than at a few steps of its own long chain: a bound of its own, a little looser, and with far less

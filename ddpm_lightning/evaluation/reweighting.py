@@ -45,8 +45,8 @@ def reweight(
     Args:
         trained: the run
         n: samples, 10 or more
-        target: import path of a function that takes data [B, C, *space] in their own units and returns log densities
-            [B] in nats, up to a constant
+        target: import path of a function that takes data ``[B, C, *space]`` in their own units and returns log
+            densities ``[B]`` in nats, up to a constant
         observable: import paths of functions of the same data that return [B] numbers
         coupling: of a model that is conditioned on it; also one that it was not trained on
         T: states of the chain, by default the model's own

@@ -62,7 +62,7 @@ def export_program(
     Args:
         model: whose network.
         path: a .pt2 file.
-        shape: (C, *space) of the data.
+        shape: ``(C, *space)`` of the data.
         num_classes: of a class-conditional network, which then takes a label.
         sizes: ``vector_size`` and ``field_channels`` of a network that takes a vector or a field.
     """

@@ -14,8 +14,8 @@ __all__ = ["HybridObjective"]
 
 
 class HybridObjective(Objective):
-    r"""L_simple + vlb_weight * L_vlb, one time for each image, for a reverse variance that is learned beside the mean
-    (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 16).
+    r""":math:`L_\text{simple} + \mathrm{vlb\_weight} \, L_\text{vlb}`, one time for each image, for a reverse variance
+    that is learned beside the mean (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 16).
 
     .. math::
 
@@ -24,9 +24,9 @@ class HybridObjective(Objective):
             \quad \text{for a step } i = 2, \dots, T \\
         &= -\tfrac{T}{D} \log p(x_0|x_1) \quad \text{for } i = 1
 
-    in nats a dimension (D = C H W). In L_vlb the mean is detached, so only the variance learns from it. For i uniform
-    on 1..T the expectation of L_vlb is -ELBO / D without the prior matching. One evaluation of the network serves both
-    parts; x0 is not clipped. The authors' code counts L_vlb in bits, so their 0.001 is 0.00144 here.
+    in nats a dimension (:math:`D = C H W`). In L_vlb the mean is detached, so only the variance learns from it. For i
+    uniform on 1..T the expectation of L_vlb is -ELBO / D without the prior matching. One evaluation of the network
+    serves both parts; x0 is not clipped. The authors' code counts L_vlb in bits, so their 0.001 is 0.00144 here.
 
     Args:
         times: draws the steps.
@@ -66,7 +66,7 @@ class HybridObjective(Objective):
 
 
 def _step_cost(model: DiffusionModel, x0: Tensor, x_t: Tensor, steps: Tensor, prediction: Prediction) -> Tensor:
-    """KL of the step i in 2..T that ends at x_t, or -log p(x_0|x_1) where i = 1: ``[B]`` nats."""
+    r"""KL of the step i in 2..T that ends at x_t, or :math:`-\log p(x_0|x_1)` where i = 1: ``[B]`` nats."""
     process, reverse, grid = model.forward_process, model.reverse_process, model.grid_on(x0.device)
     first = steps == 1
     # Both costs are evaluated for all images, the one that an image does not need at a place where it is finite: the

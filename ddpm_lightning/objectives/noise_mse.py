@@ -5,7 +5,9 @@ __all__ = ["NoiseMSE"]
 
 
 class NoiseMSE(WeightedMSE):
-    """|eps - eps_theta(x_t, t)|^2 averaged over dimensions, at one step for each image (Ho et al. 2020, equation 14).
+    r"""The error of the noise, averaged over dimensions, at one step for each image (Ho et al. 2020, equation 14).
+
+    .. math:: |\epsilon - \epsilon_\theta(x_t, t)|^2 / D
 
     Args:
         times: draws the times.

@@ -1,15 +1,16 @@
 r"""Log probabilities of the single states of a chain: along one path, and the bound of a state by itself.
 
-A path x_1, ..., x_T of q ties every log probability of the chain together. From the data x_0 (n = 0) or any state x_n:
+A path :math:`x_1, \dots, x_T` of q ties every log probability of the chain together. From the data x_0 (n = 0) or any
+state x_n:
 
 .. math::
 
     \log p(x_n) \ge E_{q(x_{n+1}, \dots, x_T | x_n)} \left[ \log p(x_T)
         + \sum_{m=n+1}^T \log p(x_{m-1}|x_m) - \log q(x_m|x_{m-1}) \right]
 
-where p(x_n) is the model's own marginal and log p(x_0|x_1) is the decoder's. The gap is the KL divergence of
-q(x_{n+1}, ..., x_T | x_n) from p(x_{n+1}, ..., x_T | x_n). At n = 0 this is the trajectory form of the bound, at n = T
-it is log p(x_T) itself.
+where :math:`p(x_n)` is the model's own marginal and :math:`\log p(x_0|x_1)` is the decoder's. The gap is the KL
+divergence of :math:`q(x_{n+1}, \dots, x_T | x_n)` from :math:`p(x_{n+1}, \dots, x_T | x_n)`. At n = 0 this is the
+trajectory form of the bound, at n = T it is log p(x_T) itself.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ __all__ = ["PathLogProbs", "path_log_probs", "state_bound"]
 
 @dataclass(frozen=True)
 class PathLogProbs:
-    """Log probabilities along one path x_1, ..., x_T for each image; column i belongs to the state x_{i+1}.
+    r"""Log probabilities along one path :math:`x_1, \dots, x_T` for each image; column i belongs to the state
+    :math:`x_{i+1}`.
 
     Log probabilities are float64 nats for a whole image.
     """
@@ -42,7 +44,10 @@ class PathLogProbs:
 
     @property
     def elbo(self) -> Tensor:
-        """The path's estimate of the bound, ``[B]``: log p(x_0, ..., x_T) - log q(x_1, ..., x_T|x_0)."""
+        r"""The path's estimate of the bound, ``[B]``:
+
+        .. math:: \log p(x_0, \dots, x_T) - \log q(x_1, \dots, x_T | x_0)
+        """
         return self.log_p_data + self.log_p_step.sum(1) - self.log_q_step.sum(1)
 
 
@@ -66,7 +71,8 @@ def path_log_probs(model: DiffusionModel, x0: Tensor, generators: Generators = N
 def state_bound(
     model: DiffusionModel, x_n: Tensor, index: int, generators: Generators = None, paths: int = 1, **cond: Any
 ) -> Tensor:
-    """Estimates of the lower bound on log p(x_n), float64 nats ``[paths, B]``. Their mean over paths has no bias.
+    r"""Estimates of the lower bound on :math:`\log p(x_n)`, float64 nats ``[paths, B]``. Their mean over paths has no
+    bias.
 
     Args:
         x_n: states of step n of the chain, ``[B, C, *space]``, however they came about.
@@ -92,7 +98,8 @@ def state_bound(
 def _steps(
     model: DiffusionModel, x_n: Tensor, index: int, generators: Generators, cond: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The states after x_n: x_m ``[B, C, *space]``, log q(x_m|x_{m-1}) and log p(x_{m-1}|x_m) ``[B]``, m = n+1..T."""
+    r"""The states after x_n: x_m ``[B, C, *space]``, :math:`\log q(x_m|x_{m-1})` and :math:`\log p(x_{m-1}|x_m)`
+    ``[B]``, m = n+1..T."""
     process, grid = model.forward_process, model.grid.to(x_n.device)
     before, s = x_n, grid[index]
     states = process.path(x_n, grid[index + 1 :], generators, start=grid[index] if index else None)

@@ -4,8 +4,8 @@ A draw is a position u on the unit interval, from the first state's end of the t
 
 .. math:: E[w f(u)] = \int_0^1 f(u) \, du
 
-for every f, so the expected loss does not depend on the sampler. A discrete chain takes step 1 + floor(u T)
-(:func:`steps_of`), continuous time takes u itself, stretched over its axis.
+for every f, so the expected loss does not depend on the sampler. A discrete chain takes step
+:math:`1 + \lfloor u T \rfloor` (:func:`steps_of`), continuous time takes u itself, stretched over its axis.
 """
 
 import math
@@ -43,7 +43,8 @@ class TimeDraw:
 
 
 def steps_of(draw: TimeDraw, T: int) -> Tensor:
-    """The steps of a chain of T that the positions stand for, int64 ``[B]`` in 1..T: 1 + floor(position T)."""
+    r"""The steps of a chain of T that the positions stand for, int64 ``[B]`` in 1..T:
+    :math:`1 + \lfloor \text{position} \, T \rfloor`."""
     return 1 + (draw.position * T).long().clamp_(max=T - 1)
 
 
@@ -113,8 +114,9 @@ class ImportanceTimes(TimeSampler):
         p_k = (1 - \text{uniform}) \frac{\sqrt{E[L_k^2]}}{\sum_i \sqrt{E[L_i^2]}} + \frac{\text{uniform}}{\text{bins}},
         \qquad \text{weight } \frac{1}{\text{bins} \, p_k}
 
-    uniformly within the bin; E[L_k^2] is the mean over the bin's last ``history`` losses. Until every bin has that
-    many, draws are uniform. Whatever the history holds, the draw is unbiased: the weight belongs to the p_k in use.
+    uniformly within the bin; :math:`E[L_k^2]` is the mean over the bin's last ``history`` losses. Until every bin has
+    that many, draws are uniform. Whatever the history holds, the draw is unbiased: the weight belongs to the p_k in
+    use.
 
     Under DistributedDataParallel every process notes its own losses, and at the next optimiser step the buffers of the
     first process replace all others (``broadcast_buffers``). So the history holds the losses of the first process.
@@ -176,7 +178,9 @@ class ImportanceTimes(TimeSampler):
 
 
 class LogitNormalTimes(TimeSampler):
-    r"""More times from the middle of the axis: logit(u) ~ N(mean, std^2) (Esser et al. 2024, arXiv 2403.03206).
+    r"""More times from the middle of the axis (Esser et al. 2024, arXiv 2403.03206):
+
+    .. math:: \mathrm{logit}(u) \sim N(\text{mean}, \text{std}^2)
 
     As of every sampler, the weights leave the expected loss as it is, here at the price of rare draws of large weight.
     Flow matching trains without them: let ``LogitNormalWeighting`` cancel them.
@@ -200,7 +204,8 @@ class LogitNormalTimes(TimeSampler):
 
 
 def logit_normal_density(u: Tensor, mean: float, std: float) -> Tensor:
-    """Density at u in (0, 1) of a number whose logit is N(mean, std^2), float64; 0 at the ends."""
+    r"""Density at u in (0, 1) of a number whose logit is :math:`N(\text{mean}, \text{std}^2)`, float64; 0 at the
+    ends."""
     inside = u.clamp(1e-300, _LAST_BELOW_1)
     z = (torch.logit(inside) - mean) / std
     density = torch.exp(-0.5 * z.square()) / (std * math.sqrt(2 * math.pi) * inside * (1 - inside))

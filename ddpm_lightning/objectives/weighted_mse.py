@@ -1,11 +1,16 @@
-"""The mean squared error of the denoiser, in any of its parameterisations and under any weighting.
+r"""The mean squared error of the denoiser, in any of its parameterisations and under any weighting.
 
-By x_t = alpha_t x_0 + sigma_t eps the squared error of each target is the squared error of eps times a factor:
+By :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` the squared error of each target is the squared error of eps times a
+factor:
 
-    eps    1
-    x_0    sigma_t^2 / alpha_t^2 = exp(gamma_t)
-    v      (alpha_t + sigma_t^2 / alpha_t)^2, with variance preservation 1/alpha_t^2 = 1 + exp(gamma_t)
-    score  1 / sigma_t^2
+======  ==========================================================================================
+target  factor
+======  ==========================================================================================
+eps     1
+x_0     :math:`\sigma_t^2 / \alpha_t^2 = e^{\gamma_t}`
+v       :math:`(\alpha_t + \sigma_t^2 / \alpha_t)^2`, with variance preservation :math:`1 + e^{\gamma_t}`
+score   :math:`1 / \sigma_t^2`
+======  ==========================================================================================
 
 A target is therefore one more weighting (Salimans & Ho 2022, arXiv 2202.00512, section 4).
 """
@@ -26,7 +31,9 @@ __all__ = ["WeightedMSE"]
 
 
 class WeightedMSE(Objective):
-    """w(t) |target - prediction|^2 averaged over dimensions, at one time for each image.
+    r"""The weighted squared error, averaged over dimensions, at one time for each image:
+
+    .. math:: w(t) \, |\text{target} - \text{prediction}|^2 / D
 
     Its expectation is the mean over the states of the chain, or in continuous time the integral over t from the first
     state to 1.

@@ -1,6 +1,6 @@
 r"""Weights on the squared error of eps, as functions of the noise level.
 
-A weight w(t) on |eps - eps_theta|^2 at times uniform in t is the same loss as
+A weight w(t) on :math:`|\epsilon - \epsilon_\theta|^2` at times uniform in t is the same loss as
 
 .. math::
 
@@ -9,8 +9,8 @@ A weight w(t) on |eps - eps_theta|^2 at times uniform in t is the same loss as
 
 which does not depend on how the schedule moves through the noise levels. w_rel is the weight relative to the
 variational bound. Where w_rel increases with the noise, the loss is still a bound, on noisy data (Kingma & Gao 2023,
-arXiv 2303.00848, theorem 1). :class:`ElboWeighting` and :class:`EDMWeighting` are given by their w_rel: gamma'(t)
-appears in them and the schedule cancels. The others are given by w and depend on the schedule.
+arXiv 2303.00848, theorem 1). :class:`ElboWeighting` and :class:`EDMWeighting` are given by their w_rel:
+:math:`\gamma'(t)` appears in them and the schedule cancels. The others are given by w and depend on the schedule.
 """
 
 import math
@@ -49,7 +49,9 @@ class UniformWeighting(Weighting):
 
 
 class MinSNRWeighting(Weighting):
-    """min(SNR, clip) / SNR, that is min(SNR, clip) on the error of x_0 (Hang et al. 2023, arXiv 2303.09556).
+    r"""The SNR, cut off at ``clip``, as the weight on the error of x_0 (Hang et al. 2023, arXiv 2303.09556):
+
+    .. math:: w(t) = \min(\mathrm{SNR}, \text{clip}) / \mathrm{SNR}
 
     1 where the SNR is below ``clip``; less in nearly clean images.
 
@@ -66,7 +68,7 @@ class MinSNRWeighting(Weighting):
 
 
 class P2Weighting(Weighting):
-    """1 / (k + SNR)^power (Choi et al. 2022, arXiv 2204.00227).
+    r""":math:`1 / (k + \mathrm{SNR})^\text{power}` (Choi et al. 2022, arXiv 2204.00227).
 
     Args:
         k: keeps the weight of pure noise finite; positive.
@@ -89,8 +91,9 @@ class EDMWeighting(Weighting):
         E_{\log \sigma \sim N(\text{mean}, \text{std}^2)} \left[ \frac{\sigma^2
             + \sigma_\text{data}^2}{(\sigma \sigma_\text{data})^2} |x_0 - \hat x_0|^2 \right]
 
-    with sigma = sigma_t / alpha_t = exp(gamma/2), the noise beside an unscaled image. The error of x_0 is sigma times
-    the error of eps, and gamma = 2 log sigma ~ N(2 mean, (2 std)^2) has the density p. So at times uniform in t
+    with :math:`\sigma = \sigma_t / \alpha_t = e^{\gamma/2}`, the noise beside an unscaled image. The error of x_0 is
+    sigma times the error of eps, and :math:`\gamma = 2 \log \sigma \sim N(2 \, \text{mean}, (2 \, \text{std})^2)` has
+    the density p. So at times uniform in t
 
     .. math:: w(t) = p(\gamma) \, \gamma'(t) \, (1 + \sigma^2 / \sigma_\text{data}^2)
 
@@ -114,7 +117,8 @@ class EDMWeighting(Weighting):
 
 
 class VelocityWeighting(Weighting):
-    r"""The loss of flow matching, the squared error of the velocity u = eps - x_0, as a weight on the error of eps:
+    r"""The loss of flow matching, the squared error of the velocity :math:`u = \epsilon - x_0`, as a weight on the
+    error of eps:
 
     .. math:: w(t) = \frac{(\alpha_t + \sigma_t)^2}{\alpha_t^2} = (1 + e^{\gamma/2})^2
     """
@@ -146,7 +150,8 @@ class LogitNormalWeighting(Weighting):
 
 
 class ElboWeighting(Weighting):
-    """gamma'(t) / 2: the diffusion term of the continuous bound (Kingma et al. 2021, equation 18), nats a dimension.
+    r""":math:`\gamma'(t) / 2`: the diffusion term of the continuous bound (Kingma et al. 2021, equation 18), nats a
+    dimension.
 
     In continuous time ``WeightedMSE`` has exactly this expectation. On a grid it is a Riemann sum.
     """

@@ -14,7 +14,7 @@ __all__ = ["CategoricalDecoder", "Decoder", "DiscretizedGaussian", "PlainGaussia
 
 
 class Decoder:
-    """Turns a Gaussian over x_0, N(x0-hat(x_1), sigma_1^2) in general, into a distribution over data.
+    r"""Turns a Gaussian over x_0, :math:`N(\hat x_0(x_1), \sigma_1^2)` in general, into a distribution over data.
 
     Args:
         levels: number of grey levels of the data, 2..256; level k sits at 2 k / (levels - 1) - 1.
@@ -44,7 +44,7 @@ class Decoder:
         return self._level_index(x) * self.spacing - 1
 
     def log_prob(self, x0: Tensor, gaussian: DiagonalGaussian) -> Tensor:
-        """log p(x_0 | x_1) in nats, float64 ``[B]``."""
+        r""":math:`\log p(x_0 | x_1)` in nats, float64 ``[B]``."""
         raise NotImplementedError
 
     def mode(self, gaussian: DiagonalGaussian) -> Tensor:

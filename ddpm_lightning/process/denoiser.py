@@ -28,9 +28,10 @@ class Denoiser:
 
 
 class NetworkDenoiser(Denoiser):
-    """A network read through a parameterisation.
+    r"""A network read through a parameterisation.
 
-    The network sees x_t / sqrt(alpha_t^2 + sigma_t^2), which is x_t itself where the schedule preserves variance.
+    The network sees :math:`x_t / \sqrt{\alpha_t^2 + \sigma_t^2}`, which is x_t itself where the schedule preserves
+    variance.
 
     Args:
         network: called as ``network(x, c, **cond)`` with the scalar c of ``conditioning``; returns

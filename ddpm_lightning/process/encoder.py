@@ -29,7 +29,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def rate(self, schedule: Schedule, x0: Tensor, t: Tensor) -> Tensor:
-        """d m(x_0, t) / dt, ``[B, C, *space]``, for which gradients can be taken in turn."""
+        """:math:`d m(x_0, t) / dt`, ``[B, C, *space]``, for which gradients can be taken in turn."""
         # forward-mode differentiation, of which the fused kernels of attention know nothing
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.script")  # torch's own
@@ -38,7 +38,7 @@ class Encoder(nn.Module):
 
 
 class IdentityEncoder(Encoder):
-    """m(x_0, t) = x_0: the fixed forward process."""
+    """:math:`m(x_0, t) = x_0`: the fixed forward process."""
 
     is_identity = True
 
@@ -51,9 +51,9 @@ class NetworkEncoder(Encoder):
 
     .. math:: m(x_0, t) = x_0 + \mathrm{sigmoid}(\gamma_t) \, \text{network}(x_0, c)
 
-    With variance preservation this is alpha_t^2 x_0 + sigma_t^2 y(x_0, t) with y = x_0 + network (DiffEnc, section 3).
-    A network that returns 0 at first, as ``UNet`` does, makes the encoder begin as the identity. The encoder takes no
-    part in sampling.
+    With variance preservation this is :math:`\alpha_t^2 x_0 + \sigma_t^2 y(x_0, t)` with
+    :math:`y = x_0 + \text{network}` (DiffEnc, section 3). A network that returns 0 at first, as ``UNet`` does, makes
+    the encoder begin as the identity. The encoder takes no part in sampling.
 
     Args:
         network: called as ``network(x, c)`` with the scalar c of ``conditioning``; returns ``[B, C, *space]``.

@@ -32,7 +32,8 @@ def eps_mse_table(
     times: Tensor,
     generators: Generators = None,
 ) -> tuple[list[float], list[float]]:
-    """E|eps - eps-hat(x_t)|^2 / D at each time, for the denoiser that the reverse process uses (clipped or not).
+    r""":math:`E|\epsilon - \hat\epsilon(x_t)|^2 / D` at each time, for the denoiser that the reverse process uses
+    (clipped or not).
 
     One noise for each image and time, so K evaluations of the network for each image. ``batches`` are pairs of x0 and
     cond, at least one, and ``times`` ``[K]`` increase. Returns gammas and eps_mse, the arguments of AnalyticVariance.

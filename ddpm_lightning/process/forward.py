@@ -1,6 +1,6 @@
 r"""The forward process q (Ho et al. 2020, equations 2, 4, 6, 7; any pair of times, after Kingma et al. 2021).
 
-With an encoder m_t = m(x_0, t) in the place of x_0 (Nielsen et al. 2023, DiffEnc, arXiv 2310.19789, section 3):
+With an encoder :math:`m_t = m(x_0, t)` in the place of x_0 (Nielsen et al. 2023, DiffEnc, arXiv 2310.19789, section 3):
 
 .. math::
 
@@ -9,7 +9,7 @@ With an encoder m_t = m(x_0, t) in the place of x_0 (Nielsen et al. 2023, DiffEn
     q(x_s | x_t, x_0) &= N\left( r \tfrac{\alpha_s}{\alpha_t} x_t + (1 - r) \alpha_s m_t + \alpha_s (m_s - m_t),
         \; \sigma_s^2 (1 - r) \right)
 
-The identity, m_t = x_0, makes the middle line q(x_t | x_s).
+The identity, :math:`m_t = x_0`, makes the middle line :math:`q(x_t | x_s)`.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ __all__ = ["ForwardProcess"]
 
 
 class ForwardProcess:
-    """q(x_t | x_0), q(x_t | x_s, x_0), q(x_s | x_t, x_0) and whole paths of them.
+    """:math:`q(x_t | x_0)`, :math:`q(x_t | x_s, x_0)`, :math:`q(x_s | x_t, x_0)` and whole paths of them.
 
     Args:
         schedule: the noise schedule.
@@ -38,7 +38,7 @@ class ForwardProcess:
         self.schedule, self.encoder = schedule, IdentityEncoder() if encoder is None else encoder
 
     def marginal(self, x0: Tensor, t: Tensor) -> DiagonalGaussian:
-        """q(x_t | x_0) = N(alpha_t m(x_0, t), sigma_t^2 I)."""
+        r""":math:`q(x_t | x_0) = N(\alpha_t m(x_0, t), \sigma_t^2 I)`."""
         t = as_times(t, x0)
         alpha_t = expand_to(self.schedule.alpha(t), x0).to(x0.dtype)
         return DiagonalGaussian(
@@ -46,20 +46,22 @@ class ForwardProcess:
         )
 
     def noised(self, x0: Tensor, t: Tensor, generators: Generators = None) -> tuple[Tensor, Tensor]:
-        """A draw x_t = alpha_t m(x_0, t) + sigma_t eps, and its standard normal eps: ``[B, C, *space]`` both."""
+        r"""A draw :math:`x_t = \alpha_t m(x_0, t) + \sigma_t \epsilon`, and its standard normal eps: ``[B, C, *space]``
+        both."""
         eps = randn_like(x0, generators)
         marginal = self.marginal(x0, t)
         return marginal.mean + marginal.std * eps, eps
 
     def likelihood(self, x_t: Tensor, t: Tensor) -> DiagonalGaussian:
-        """q(x_t | x_0) as a function of m(x_0, t), normalised: N(m; x_t / alpha_t, sigma_t^2 / alpha_t^2 I)."""
+        r""":math:`q(x_t | x_0)` as a function of m(x_0, t), normalised:
+        :math:`N(m; x_t / \alpha_t, \sigma_t^2 / \alpha_t^2 I)`."""
         t = as_times(t, x_t)
         inverse_alpha = torch.exp(-self.schedule.log_alpha(t))
         mean = expand_to(inverse_alpha, x_t).to(x_t.dtype) * x_t
         return DiagonalGaussian(mean, expand_to(self.schedule.gamma(t), x_t))
 
     def transition(self, x_s: Tensor, s: Tensor, t: Tensor, x0: Tensor | None = None) -> DiagonalGaussian:
-        """q(x_t | x_s, x_0); from the time of the data this is the marginal. The identity encoder needs no x_0.
+        """:math:`q(x_t | x_s, x_0)`; from the time of the data this is the marginal. The identity encoder needs no x_0.
 
         Raises:
             InputError: no x_0 for an encoder that is not the identity.
@@ -78,8 +80,8 @@ class ForwardProcess:
         return DiagonalGaussian(mean, expand_to(self.schedule.log_step_var(s, t), x_s))
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_s | x_t, x_0) if ``x0`` ``[B, C, *space]`` stood for both m_t and m_s; x_0 itself where s is the
-        time of the data."""
+        """Mean of :math:`q(x_s | x_t, x_0)` if ``x0`` ``[B, C, *space]`` stood for both m_t and m_s; x_0 itself where s
+        is the time of the data."""
         s, t = as_times(s, x_t), as_times(t, x_t)
         fraction = torch.exp(self.schedule.log_step_fraction(s, t))
         log_alpha_s = self.schedule.log_alpha(s)
@@ -88,7 +90,7 @@ class ForwardProcess:
         return expand_to(weight_x_t, x_t).to(x_t.dtype) * x_t + expand_to(weight_x0, x_t).to(x_t.dtype) * x0
 
     def posterior(self, x0: Tensor, x_t: Tensor, s: Tensor, t: Tensor) -> DiagonalGaussian:
-        """q(x_s | x_t, x_0) for s < t, s not the time of the data."""
+        """:math:`q(x_s | x_t, x_0)` for s < t, s not the time of the data."""
         s, t = as_times(s, x_t), as_times(t, x_t)
         log_var = self.schedule.log_posterior_var(s, t)
         m_t = self.encoder(self.schedule, x0, t)
@@ -101,7 +103,7 @@ class ForwardProcess:
     def path(
         self, x: Tensor, times: Tensor, generators: Generators = None, start: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """A joint draw of q(x_{t_1}, ..., x_{t_K} | x), one state after the other; one state is kept.
+        r"""A joint draw of :math:`q(x_{t_1}, \dots, x_{t_K} | x)`, one state after the other; one state is kept.
 
         ``times`` ``[K]`` increase strictly from above ``start``, the time of ``x``. None stands for data x_0, and is
         what an encoder that is not the identity needs.

@@ -36,19 +36,20 @@ class GenerativeModel(nn.Module):
         raise NotImplementedError
 
     def encoder_step(self, n: int | Tensor, before: Tensor, x0: Tensor) -> DiagonalGaussian:
-        """q(x_n | x_{n-1}, x_0), n in 1..T. Where the encoder is a Markov chain by itself, ``x0`` has no part in it."""
+        """:math:`q(x_n | x_{n-1}, x_0)`, n in 1..T. Where the encoder is a Markov chain by itself, ``x0`` has no part
+        in it."""
         raise NotImplementedError
 
     def encoder_marginal(self, n: int | Tensor, x0: Tensor) -> DiagonalGaussian:
-        """q(x_n | x_0), n in 1..T, where it is known: for n = 1 always."""
+        """:math:`q(x_n | x_0)`, n in 1..T, where it is known: for n = 1 always."""
         raise NotImplementedError
 
     def reverse(self, n: int | Tensor, after: Tensor, **cond: Any) -> DiagonalGaussian:
-        """p(x_n | x_{n+1}), n in 1..T-1."""
+        """:math:`p(x_n | x_{n+1})`, n in 1..T-1."""
         raise NotImplementedError
 
     def reconstruction_gaussian(self, x1: Tensor, **cond: Any) -> DiagonalGaussian:
-        """The Gaussian over x_0 from which the decoder makes p(x_0 | x_1)."""
+        """The Gaussian over x_0 from which the decoder makes :math:`p(x_0 | x_1)`."""
         raise NotImplementedError
 
     def prior(self, like: Tensor) -> DiagonalGaussian:
@@ -60,5 +61,5 @@ class GenerativeModel(nn.Module):
         return {}
 
     def log_likelihood(self, x0: Tensor, x1: Tensor, **cond: Any) -> Tensor:
-        """log p(x_0 | x_1), ``[B]`` nats."""
+        r""":math:`\log p(x_0 | x_1)`, ``[B]`` nats."""
         return self.decoder.log_prob(x0, self.reconstruction_gaussian(x1, **cond))

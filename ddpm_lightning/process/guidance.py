@@ -4,9 +4,11 @@ A factor r on the data's distribution (Sohl-Dickstein et al. 2015, arXiv 1503.03
 
 .. math:: \tilde p(x_0) \propto p(x_0) r(x_0), \quad \tilde q(x_t) \propto q(x_t) r_t(x_t), \quad r_t = E[r(x_0) | x_t],
 
-adds grad log r_t to the score. Since eps = -sigma_t score and x_t = alpha_t x0 + sigma_t eps,
+adds :math:`\nabla \log r_t` to the score. Since :math:`\epsilon = -\sigma_t \, \text{score}` and
+:math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`,
 
-.. math:: \tilde\epsilon = \epsilon - \sigma_t \nabla \log r_t, \tilde x_0 = x_0 + \sigma_t^2 \nabla \log r_t / \alpha_t
+.. math:: \tilde\epsilon = \epsilon - \sigma_t \nabla \log r_t, \qquad \tilde x_0 = x_0 + \sigma_t^2 \nabla \log r_t /
+\alpha_t
 
 Autograd gives the gradients in x_t, under ``torch.no_grad`` and ``torch.inference_mode`` too. No gradient reaches the
 weights of the network or anything outside of the wrapper. The exception is an ``x_t`` that requires a gradient, as in a
@@ -50,10 +52,10 @@ def fresh(value: Any) -> Any:
 
 
 class ProductDenoiser(Denoiser):
-    """The denoiser of p(x_t) r_t(x_t), for any differentiable log r_t.
+    r"""The denoiser of :math:`p(x_t) \, r_t(x_t)`, for any differentiable :math:`\log r_t`.
 
-    With r_t(x_t) = E[r(x_0) | x_t] small reverse steps sample p(x_0) r(x_0); with any other r_t they sample something
-    else. For several factors, add their logarithms, or wrap again.
+    With :math:`r_t(x_t) = E[r(x_0) | x_t]` small reverse steps sample :math:`p(x_0) \, r(x_0)`; with any other r_t they
+    sample something else. For several factors, add their logarithms, or wrap again.
 
     Args:
         denoiser: of p(x_t).
@@ -76,7 +78,9 @@ class ProductDenoiser(Denoiser):
 
 
 class ClassifierDenoiser(Denoiser):
-    """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.1): p(x_t) p(class | x_t)^scale.
+    r"""Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4.1):
+
+    .. math:: p(x_t) \, p(\text{class} | x_t)^\text{scale}
 
     At scale 1 and with the exact class posterior it samples the class. Calls need the class, ``label`` ``[B]``. Only
     the classifier is given the label, not the wrapped denoiser.
@@ -121,8 +125,9 @@ class ClassifierFreeDenoiser(Denoiser):
     .. math:: \tilde\epsilon = \epsilon(x_t) + \text{scale} \, (\epsilon(x_t, \text{label}) - \epsilon(x_t))
 
     Scale 1 is the conditional model, 0 the unconditional one; the paper's w is scale - 1. The factor is the model's own
-    implicit classifier, r_t = (q(x_t | label) / q(x_t))^scale. Above 1 this is not E[r(x_0) | x_t]: the samples are
-    sharper than the class and do not follow p(x_0) p(label | x_0)^scale.
+    implicit classifier, :math:`r_t = (q(x_t | \text{label}) / q(x_t))^\text{scale}`. Above 1 this is not
+    :math:`E[r(x_0) | x_t]`: the samples are sharper than the class and do not follow
+    :math:`p(x_0) \, p(\text{label} | x_0)^\text{scale}`.
 
     Each prediction costs two evaluations of the network, one at scales 1 and 0. The reverse variance is the variance of
     the class. Calls need ``label`` ``[B]`` in 0..num_classes, where num_classes is "no class", or another condition:

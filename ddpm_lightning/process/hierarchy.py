@@ -23,7 +23,7 @@ __all__ = ["HierarchicalVAE"]
 class HierarchicalVAE(GenerativeModel):
     r"""A hierarchy of T >= 1 levels; with T = 1 the plain VAE (Kingma & Welling 2013, arXiv 1312.6114).
 
-    Level n holds q(x_n | x_{n-1}) and p(x_{n-1} | x_n). The prior is p(x_T) = N(0, I).
+    Level n holds :math:`q(x_n | x_{n-1})` and :math:`p(x_{n-1} | x_n)`. The prior is :math:`p(x_T) = N(0, I)`.
 
     Args:
         hierarchy: the levels, from the data upwards.
@@ -71,7 +71,7 @@ class HierarchicalVAE(GenerativeModel):
         return self._level(n).encode(before)
 
     def encoder_marginal(self, n: int | Tensor, x0: Tensor) -> DiagonalGaussian:
-        """q(x_1 | x_0). Of the other states only draws are known."""
+        """:math:`q(x_1 | x_0)`. Of the other states only draws are known."""
         if int(n) != 1:
             raise InputError(f"q(x_{int(n)} | x_0) is not known for learned encoders: evaluate all steps of the bound")
         return self._level(1).encode(x0)

@@ -30,11 +30,11 @@ class Level(nn.Module):
         raise NotImplementedError
 
     def encode(self, below: Tensor) -> DiagonalGaussian:
-        """q(x_n | x_{n-1}), ``[B, *below]`` -> ``[B, *own]``."""
+        """:math:`q(x_n | x_{n-1})`, ``[B, *below]`` -> ``[B, *own]``."""
         raise NotImplementedError
 
     def decode(self, own: Tensor, **cond: Any) -> DiagonalGaussian:
-        """p(x_{n-1} | x_n), ``[B, *own]`` -> ``[B, *below]``."""
+        """:math:`p(x_{n-1} | x_n)`, ``[B, *own]`` -> ``[B, *below]``."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Linear measurements of an image: y = A x_0 + noise."""
+r"""Linear measurements of an image: :math:`y = A x_0 + \text{noise}`."""
 
 import math
 from collections.abc import Callable
@@ -23,14 +23,14 @@ _AVERAGES: dict[int, Callable[[Tensor, int], Tensor]] = {3: avg_pool1d, 4: avg_p
 
 
 class LinearOperator:
-    """A. Subclasses define both methods; sum(A x * y) = sum(x * A^T y) for all x and y."""
+    r"""A. Subclasses define both methods; :math:`\langle A x, y \rangle = \langle x, A^T y \rangle` for all x and y."""
 
     def apply(self, x: Tensor) -> Tensor:
         """A x for images ``[B, C, *space]``: ``[B, ...]``."""
         raise NotImplementedError
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y: ``[B, C, *space]``."""
+        """:math:`A^T y`: ``[B, C, *space]``."""
         raise NotImplementedError
 
 
@@ -80,7 +80,7 @@ class AverageOperator(LinearOperator):
 
 
 class MatrixOperator(LinearOperator):
-    """Any A, as a matrix ``[M, N]`` for images of ``shape`` (C, *space) with N values."""
+    """Any A, as a matrix ``[M, N]`` for images of ``shape`` ``(C, *space)`` with N values."""
 
     def __init__(self, matrix: Tensor, shape: tuple[int, ...]) -> None:
         if matrix.ndim != 2 or matrix.shape[1] != math.prod(shape):
@@ -95,7 +95,7 @@ class MatrixOperator(LinearOperator):
 
 
 class LinearMeasurement:
-    """What was measured: y = A x_0 + noise with noise ~ N(0, noise_var I).
+    r"""What was measured: :math:`y = A x_0 + \text{noise}`, :math:`\text{noise} \sim N(0, \mathrm{noise\_var} \, I)`.
 
     Args:
         operator: A.
@@ -112,14 +112,14 @@ class LinearMeasurement:
         self.operator, self.y, self.noise_var = operator, _kept(y), noise_var
 
     def residual(self, x0: Tensor) -> Tensor:
-        """y - A x0, ``[B, ...]``."""
+        """:math:`y - A x_0`, ``[B, ...]``."""
         expected = self.operator.apply(x0)
         if self.y.shape[1:] != expected.shape[1:] or self.y.shape[0] not in (1, expected.shape[0]):
             raise InputError(f"y has shape {list(self.y.shape)}, a measurement of these images {list(expected.shape)}")
         return self.y.to(expected) - expected
 
     def log_prob(self, x0: Tensor) -> Tensor:
-        """log p(y | x0) up to a constant, ``[B]`` nats, float64."""
+        r""":math:`\log p(y | x_0)` up to a constant, ``[B]`` nats, float64."""
         return -0.5 * sum_per_image(self.residual(x0).square()) / self.noise_var
 
 

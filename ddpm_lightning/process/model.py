@@ -28,7 +28,7 @@ _FARTHEST = 80  # exp(80) and exp(-80) are numbers of float32
 
 
 class DiffusionModel(GenerativeModel):
-    """Everything that the objectives, the bound and the samplers need, and nothing of training.
+    r"""Everything that the objectives, the bound and the samplers need, and nothing of training.
 
     Args:
         network: ``network(x, c, **cond) -> [B, C, *space]``, or ``[B, 2 C, *space]`` where ``variance`` is learned.
@@ -40,8 +40,8 @@ class DiffusionModel(GenerativeModel):
         clip_x0: clip predicted x0 to [-1, 1] in reverse steps, decoder and samplers (never in the training loss).
             The bound is that of the model so clipped.
         encoder: m(x_0, t) of the forward process; None for the identity, m = x_0. With another one the network learns
-            what the reverse steps need in the place of x_0, E[m - dm/d gamma | x_t] in the limit of small steps. This
-            may lie beyond [-1, 1]: switch ``clip_x0`` off.
+            what the reverse steps need in the place of x_0, :math:`E[m - dm/d\gamma | x_t]` in the limit of small
+            steps. This may lie beyond [-1, 1]: switch ``clip_x0`` off.
 
     Attributes:
         denoiser: the network's own prediction, unclipped; what the training objective sees.
@@ -113,7 +113,8 @@ class DiffusionModel(GenerativeModel):
 
     @property
     def has_plain_process(self) -> bool:
-        """True for q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I): a fixed encoder, one noise level for all pixels."""
+        r"""True for :math:`q(x_t | x_0) = N(\alpha_t x_0, \sigma_t^2 I)`: a fixed encoder, one noise level for all
+        pixels."""
         return self.encoder.is_identity and self.schedule.pixel_shape is None
 
     @property

@@ -1,7 +1,7 @@
-"""What the network's output means. Every parameterisation converts to one canonical form: x_0 and eps.
+r"""What the network's output means. Every parameterisation converts to one canonical form: x_0 and eps.
 
-From x_t = alpha_t x_0 + sigma_t eps either of the two follows from the other, so n parameterisations need n
-conversions, and everything behind the denoiser is written once.
+From :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` either of the two follows from the other, so n parameterisations
+need n conversions, and everything behind the denoiser is written once.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prediction:
-    """A denoiser's answer at (x_t, t), in the canonical form x_t = alpha_t x0 + sigma_t eps: ``[B, C, *space]``."""
+    r"""A denoiser's answer at (x_t, t), in the canonical form: ``[B, C, *space]`` both.
+
+    .. math:: x_t = \alpha_t x_0 + \sigma_t \epsilon"""
 
     x0: Tensor
     eps: Tensor
@@ -35,7 +37,8 @@ class Prediction:
         return Prediction(x0, (x_t - alpha_t * x0) / sigma_t, self.output, self.variance_output)
 
     def with_score_added(self, gradient: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> "Prediction":
-        """The same with ``gradient`` ``[B, C, *space]`` added to the score -eps / sigma_t, and x0 to match."""
+        r"""The same with ``gradient`` ``[B, C, *space]`` added to the score :math:`-\epsilon / \sigma_t`, and x0 to
+        match."""
         x0 = self.x0 + sigma_t.square() / alpha_t * gradient
         return replace(self, x0=x0, eps=self.eps - sigma_t * gradient)
 
@@ -78,10 +81,11 @@ class X0Parameterization(Parameterization):
 
 
 class VParameterization(Parameterization):
-    """The output is v = alpha_t eps - sigma_t x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D).
+    r"""The output is :math:`v = \alpha_t \epsilon - \sigma_t x_0` (Salimans & Ho 2022, arXiv 2202.00512, appendix D).
 
-    Well conditioned at both ends: for a variance-preserving schedule x0 = alpha_t x_t - sigma_t v. Under another
-    schedule v is divided by n = sqrt(alpha_t^2 + sigma_t^2), which makes it the same number in any units of x_t.
+    Well conditioned at both ends: for a variance-preserving schedule :math:`x_0 = \alpha_t x_t - \sigma_t v`. Under
+    another schedule v is divided by :math:`n = \sqrt{\alpha_t^2 + \sigma_t^2}`, which makes it the same number in any
+    units of x_t.
     """
 
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
@@ -94,10 +98,10 @@ class VParameterization(Parameterization):
 
 
 class VelocityParameterization(Parameterization):
-    r"""The output is the velocity u = eps - x0 (flow matching; Lipman et al. 2022, arXiv 2210.02747).
+    r"""The output is the velocity :math:`u = \epsilon - x_0` (flow matching; Lipman et al. 2022, arXiv 2210.02747).
 
-    On :class:`~ddpm_lightning.schedules.StraightPath` u is dx_t/dtau, the velocity of the probability-flow ODE. An
-    Euler step of the ODE is then a step of DDIM. Under any schedule
+    On :class:`~ddpm_lightning.schedules.StraightPath` u is :math:`dx_t/d\tau`, the velocity of the probability-flow
+    ODE. An Euler step of the ODE is then a step of DDIM. Under any schedule
 
     .. math:: x_0 = \frac{x_t - \sigma_t u}{\alpha_t + \sigma_t}, \qquad
         \epsilon = \frac{x_t + \alpha_t u}{\alpha_t + \sigma_t}
@@ -112,7 +116,8 @@ class VelocityParameterization(Parameterization):
 
 
 class ScoreParameterization(Parameterization):
-    """The output is the score -eps / sigma_t, the gradient of log q(x_t) (Song et al. 2021, arXiv 2011.13456)."""
+    r"""The output is the score :math:`-\epsilon / \sigma_t = \nabla \log q(x_t)` (Song et al. 2021, arXiv
+    2011.13456)."""
 
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
         return Prediction(x0=(x_t + sigma_t.square() * output) / alpha_t, eps=-sigma_t * output, output=output)

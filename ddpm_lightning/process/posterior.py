@@ -1,10 +1,12 @@
-r"""Denoisers of p(x_t | y) for a linear measurement y = A x_0 + noise: guidance by the likelihood p(y | x_t).
+r"""Denoisers of p(x_t | y) for a linear measurement :math:`y = A x_0 + \text{noise}`: guidance by the likelihood.
 
-p(y | x_t) = E[p(y | x_0) | x_t] has no closed form. With p(x_0 | x_t) taken as N(x0_hat, V_t),
+:math:`p(y | x_t) = E[p(y | x_0) | x_t]` has no closed form. With :math:`p(x_0 | x_t)` taken as
+:math:`N(\hat x_0, V_t)`,
 
-.. math:: p(y | x_t) = N(y; \; A \hat x_0, \; \sigma_y^2 I + A V_t A^T), \qquad \sigma_y^2 = \text{noise\_var}
+.. math:: p(y | x_t) = N(y; \; A \hat x_0, \; \sigma_y^2 I + A V_t A^T), \qquad \sigma_y^2 = \mathrm{noise\_var}
 
-DPS takes V_t = 0. MMPS takes the true covariance, by Tweedie's formula V_t = sigma_t^2 / alpha_t d x0_hat / d x_t.
+DPS takes :math:`V_t = 0`. MMPS takes the true covariance, by Tweedie's formula
+:math:`V_t = (\sigma_t^2 / \alpha_t) \, \partial \hat x_0 / \partial x_t`.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,9 @@ __all__ = ["DPSDenoiser", "MMPSDenoiser", "conjugate_gradients"]
 
 
 class DPSDenoiser(ProductDenoiser):
-    """Diffusion posterior sampling (Chung et al. 2023, arXiv 2209.14687): p(y | x_t) = p(y | x_0 = x0_hat(x_t)).
+    r"""Diffusion posterior sampling (Chung et al. 2023, arXiv 2209.14687):
+
+    .. math:: p(y | x_t) = p(y | x_0 = \hat x_0(x_t))
 
     One evaluation of the network and its gradient. DPS treats x0_hat as if it were the image, so its gradient is too
     large at high noise, mostly where noise_var is small against the covariance of x_0 given x_t. Then the samples vary
@@ -53,9 +57,9 @@ class MMPSDenoiser(Denoiser):
         \nabla \log p(y | x_t) = J^T A^T (\sigma_y^2 I + A V_t A^T)^{-1} (y - A \hat x_0),
             \qquad J = \partial \hat x_0 / \partial x_t
 
-    with V_t = sigma_t^2 / alpha_t J^T. Products of V_t with vectors are vector-Jacobian products of the denoiser.
-    Conjugate gradients solve the system, image by image. For Gaussian data, where V_t does not depend on x_t, the
-    result is exact after as many iterations as the matrix has different eigenvalues.
+    with :math:`V_t = (\sigma_t^2 / \alpha_t) J^T`. Products of V_t with vectors are vector-Jacobian products of the
+    denoiser. Conjugate gradients solve the system, image by image. For Gaussian data, where V_t does not depend on x_t,
+    the result is exact after as many iterations as the matrix has different eigenvalues.
 
     One evaluation of the network and ``iterations`` + 1 gradients.
 

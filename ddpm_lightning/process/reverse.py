@@ -13,7 +13,8 @@ __all__ = ["ReverseProcess"]
 
 
 class ReverseProcess:
-    """The learned p(x_s | x_t): the posterior q(x_s | x_t, x_0) at the denoiser's x_0, with a variance of its own.
+    """The learned :math:`p(x_s | x_t)`: the posterior :math:`q(x_s | x_t, x_0)` at the denoiser's x_0, with a variance
+    of its own.
 
     It knows no x_0, so it has no encoder. The denoiser's x0 stands for m_t and m_s both, and the network learns to make
     up for their difference."""
@@ -24,7 +25,7 @@ class ReverseProcess:
     def transition(
         self, x_t: Tensor, s: Tensor, t: Tensor, prediction: Prediction | None = None, **cond: Any
     ) -> DiagonalGaussian:
-        """p(x_s | x_t) for 0 < s < t. ``prediction`` is the denoiser's at (x_t, t); None to make it."""
+        """:math:`p(x_s | x_t)` for 0 < s < t. ``prediction`` is the denoiser's at (x_t, t); None to make it."""
         prediction = self.denoiser(x_t, t, **cond) if prediction is None else prediction
         mean = self.forward_process.posterior_mean(prediction.x0, x_t, s, t)
         schedule = self.forward_process.schedule
@@ -32,7 +33,8 @@ class ReverseProcess:
         return DiagonalGaussian(mean, expand_to(log_var, x_t))
 
     def decoder_gaussian(self, prediction: Prediction, x1: Tensor, t1: Tensor, t2: Tensor) -> DiagonalGaussian:
-        """N(x0-hat(x_1), sigma_1^2), from which the decoder starts. t1, t2: the first two times of the chain."""
+        r""":math:`N(\hat x_0(x_1), \sigma_1^2)`, from which the decoder starts. t1, t2: the first two times of the
+        chain."""
         schedule = self.forward_process.schedule
         log_var = self.variance.decoder_log_var(schedule, as_times(t1, x1), as_times(t2, x1), prediction)
         return DiagonalGaussian(prediction.x0, expand_to(log_var, x1))

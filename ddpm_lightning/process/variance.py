@@ -15,7 +15,7 @@ __all__ = ["AnalyticVariance", "FixedLargeVariance", "FixedSmallVariance", "Lear
 
 
 class ReverseVariance:
-    """log sigma_p^2 of the reverse step from t to s.
+    r""":math:`\log \sigma_p^2` of the reverse step from t to s.
 
     Both methods return float64: the shape of the times for one variance an image, ``[B, C, *space]`` for one a pixel.
     """
@@ -37,7 +37,8 @@ class ReverseVariance:
 
 
 class FixedLargeVariance(ReverseVariance):
-    """beta_t: the variance of q(x_t | x_s); right for data ~ N(0, I) (Ho et al. 2020, section 3.2)."""
+    r""":math:`\beta_t`: the variance of :math:`q(x_t | x_s)`; right for data ~ N(0, I) (Ho et al. 2020, section
+    3.2)."""
 
     def log_var(self, schedule: Schedule, s: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         return schedule.log_step_var(s, t)
@@ -47,7 +48,8 @@ class FixedLargeVariance(ReverseVariance):
 
 
 class FixedSmallVariance(ReverseVariance):
-    """beta-tilde_t: the variance of q(x_s | x_t, x_0); right for data at one point (Ho et al. 2020, section 3.2)."""
+    r""":math:`\tilde\beta_t`: the variance of :math:`q(x_s | x_t, x_0)`; right for data at one point (Ho et al. 2020,
+    section 3.2)."""
 
     min_T = 2
 
@@ -55,18 +57,20 @@ class FixedSmallVariance(ReverseVariance):
         return schedule.log_posterior_var(s, t)
 
     def decoder_log_var(self, schedule: Schedule, t1: Tensor, t2: Tensor, prediction: Prediction) -> Tensor:
-        """beta-tilde_1 is 0, so beta-tilde_2 stands in for it (Nichol & Dhariwal 2021).
+        r""":math:`\tilde\beta_1` is 0, so :math:`\tilde\beta_2` stands in for it (Nichol & Dhariwal 2021).
 
-        In continuous time the first state does not move when T grows, and beta-tilde_2 goes to 0 as 1/T. There take
-        ``CategoricalDecoder``, which needs no variance, or few steps."""
+        In continuous time the first state does not move when T grows, and :math:`\tilde\beta_2` goes to 0 as 1/T. There
+        take ``CategoricalDecoder``, which needs no variance, or few steps."""
         return schedule.log_posterior_var(t1, t2)
 
 
 class LearnedRangeVariance(ReverseVariance):
-    r"""Between beta-tilde_t and beta_t of the step that is taken, pixel by pixel, as the network says (Nichol &
-    Dhariwal 2021, arXiv 2102.09672, equation 15):
+    r"""Between :math:`\tilde\beta_t` and :math:`\beta_t` of the step that is taken, pixel by pixel, as the network says
+    (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15):
 
-    .. math:: \log \sigma_p^2 = v \log \beta_t + (1 - v) \log \tilde\beta_t, \quad v = (\text{variance\_output} + 1) / 2
+    .. math::
+
+        \log \sigma_p^2 = v \log \beta_t + (1 - v) \log \tilde\beta_t, \quad v = (\mathrm{variance\_output} + 1) / 2
 
     v is not held to [0, 1]. HybridObjective and NegativeElbo train it.
     """
@@ -92,17 +96,22 @@ class LearnedRangeVariance(ReverseVariance):
 class AnalyticVariance(ReverseVariance):
     r"""The best variance that is one number for a step, from the measured error of the denoiser.
 
-    By the law of total variance the expected KL(q(x_s|x_t, x_0) || p(x_s|x_t)) is smallest, for *any* denoiser, at
+    By the law of total variance the expected :math:`\mathrm{KL}(q(x_s|x_t, x_0) \| p(x_s|x_t))` is smallest, for *any*
+    denoiser, at
 
     .. math:: \sigma_p^2 = \tilde\beta + c_0^2 \, E|x_0 - \hat x_0(x_t)|^2 / D
 
     with c_0 the weight of x_0 in the posterior's mean and D the number of dimensions. Since
-    E|x_0 - x0-hat|^2 = exp(gamma) E|eps - eps-hat|^2, one function of the noise level is enough:
-    eps_mse(gamma) = E|eps - eps-hat|^2 / D. For the optimal denoiser eps_mse = 1 - sigma_t^2 E|score|^2 / D, and the
-    variance is that of Analytic-DPM (Bao et al. 2022, arXiv 2201.06503, theorem 1).
+    :math:`E|x_0 - \hat x_0|^2 = e^\gamma E|\epsilon - \hat\epsilon|^2`, one function of the noise level is enough:
 
-    The decoder's variance, E|x_0 - x0-hat(x_1)|^2 / D, maximises the expected Gaussian density. For the discretised
-    Gaussian another variance can be better: its end bins are open, and its bins may be wider than the Gaussian.
+    .. math:: \mathrm{eps\_mse}(\gamma) = E|\epsilon - \hat\epsilon|^2 / D
+
+    For the optimal denoiser it is :math:`1 - \sigma_t^2 E|\text{score}|^2 / D`, and the variance is that of
+    Analytic-DPM (Bao et al. 2022, arXiv 2201.06503, theorem 1).
+
+    The decoder's variance, :math:`E|x_0 - \hat x_0(x_1)|^2 / D`, maximises the expected Gaussian density. For the
+    discretised Gaussian another variance can be better: its end bins are open, and its bins may be wider than the
+    Gaussian.
 
     The table serves any number of steps and any schedule. Between its entries log eps_mse is linear in gamma, beyond
     them constant. ``ddpm evaluate variance`` measures it.

@@ -6,7 +6,7 @@ __all__ = ["AncestralSampler"]
 
 
 class AncestralSampler(Sampler):
-    """Each step draws from p(x_s | x_t), the reverse process (Ho et al. 2020, arXiv 2006.11239, algorithm 2).
+    """Each step draws from :math:`p(x_s | x_t)`, the reverse process (Ho et al. 2020, arXiv 2006.11239, algorithm 2).
 
     On a strided grid the variances are those of the strided chain.
     """

@@ -49,9 +49,10 @@ class Sampler:
 
     @property
     def follows_reverse_process(self) -> bool:
-        """True where the steps follow p(x_s | x_t), drawing its noise: right whatever the model's encoder.
+        """True where the steps follow :math:`p(x_s | x_t)`, drawing its noise: right whatever the model's encoder.
 
-        Solvers of the probability-flow ODE take the denoiser's x0 for E[m | x_t]. With a learned encoder it is not."""
+        Solvers of the probability-flow ODE take the denoiser's x0 for :math:`E[m | x_t]`. With a learned encoder it is
+        not."""
         return False
 
     def check(self, model: DiffusionModel) -> None:

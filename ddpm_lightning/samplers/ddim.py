@@ -9,9 +9,12 @@ __all__ = ["DDIMSampler"]
 
 
 class DDIMSampler(Sampler):
-    """DDIM (Song et al. 2021, arXiv 2010.02502, equations 12 and 16): good images from few evaluations.
+    r"""DDIM (Song et al. 2021, arXiv 2010.02502, equations 12 and 16): good images from few evaluations.
 
-    x_s = alpha_s x0-hat + sqrt(sigma_s^2 - v) eps-hat + sqrt(v) noise with v = eta^2 beta-tilde.
+    .. math::
+
+        x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - v} \, \hat\epsilon + \sqrt{v} \, z,
+            \qquad v = \eta^2 \tilde\beta, \quad z \sim N(0, I)
 
     Args:
         eta: from 0, deterministic, to 1, the ancestral sampler's small variance.

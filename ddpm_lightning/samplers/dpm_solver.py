@@ -1,6 +1,7 @@
 r"""DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095): linear in x_t exactly, a polynomial in the prediction of x_0.
 
-With lambda = log(alpha/sigma) = -gamma/2 and a step h = lambda_s - lambda_t > 0, the probability-flow ODE is solved by
+With :math:`\lambda = \log(\alpha/\sigma) = -\gamma/2` and a step :math:`h = \lambda_s - \lambda_t > 0`, the
+probability-flow ODE is solved by
 
 .. math::
 
@@ -15,11 +16,12 @@ and the reverse SDE, of the same marginals, by
         \int_{\lambda_t}^{\lambda_s} e^{2\lambda} \, \hat x_0(\lambda) \, d\lambda
         + \sigma_s \sqrt{1 - e^{-2h}} \, z, \qquad z \sim N(0, I)
 
-In place of x0-hat(lambda) order 1 takes x0-hat at t, and order 2 (2M) its extrapolation to the middle of the step:
+In place of :math:`\hat x_0(\lambda)` order 1 takes :math:`\hat x_0` at t, and order 2 (2M) its extrapolation to the
+middle of the step:
 
 .. math:: D = \hat x_{0,t} + \frac{h}{2 h_\text{before}} (\hat x_{0,t} - \hat x_{0,\text{before}})
 
-so that the ODE's integral term becomes alpha_s (1 - e^{-h}) D, and the SDE's alpha_s (1 - e^{-2h}) D.
+so that the ODE's integral term becomes :math:`\alpha_s (1 - e^{-h}) D`, and the SDE's :math:`\alpha_s (1 - e^{-2h}) D`.
 """
 
 import torch

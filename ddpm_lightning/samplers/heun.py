@@ -8,11 +8,11 @@ __all__ = ["HeunSampler"]
 
 
 class HeunSampler(Sampler):
-    """Heun's second-order solver of the probability-flow ODE (Karras et al. 2022, arXiv 2206.00364, algorithm 1).
+    r"""Heun's second-order solver of the probability-flow ODE (Karras et al. 2022, arXiv 2206.00364, algorithm 1).
 
-    In EDM's coordinates y = x / alpha and k = sigma / alpha = exp(gamma/2), for any schedule, the ODE is dy / dk =
-    eps-hat. An Euler step of it is DDIM. Heun's step takes the mean of eps-hat at both ends of that step. A step costs
-    two evaluations of the network, the decoder one: 2 steps - 1 in all.
+    In EDM's coordinates :math:`y = x / \alpha` and :math:`k = \sigma / \alpha = e^{\gamma/2}`, for any schedule, the
+    ODE is :math:`dy / dk = \hat\epsilon`. An Euler step of it is DDIM. Heun's step takes the mean of eps-hat at both
+    ends of that step. A step costs two evaluations of the network, the decoder one: 2 steps - 1 in all.
     """
 
     @property

@@ -43,12 +43,13 @@ InpaintingFactory = Callable[[Sampler, Tensor, Tensor], InpaintingSampler]
 
 
 class ReplacementSampler(InpaintingSampler):
-    """Any sampler, with the known pixels of each x_s replaced by a draw of q(x_s | x_0 = known).
+    r"""Any sampler, with the known pixels of each x_s replaced by a draw of :math:`q(x_s | x_0 = \text{known})`.
 
     With ``resamplings`` = 1 (Song et al. 2021, arXiv 2011.13456, appendix I.2) the known pixels of x_s do not depend on
-    the unknown pixels of x_t, and the samples do not follow p(x_0 | known). RePaint (Lugmayr et al. 2022, arXiv
-    2201.09865, algorithm 1) takes each step several times: it goes back from x_s to x_t by q(x_t | x_s), one step and
-    not the paper's ten, and draws x_s again. This takes x_s towards its distribution given the known pixels.
+    the unknown pixels of x_t, and the samples do not follow :math:`p(x_0 | \text{known})`. RePaint (Lugmayr et al.
+    2022, arXiv 2201.09865, algorithm 1) takes each step several times: it goes back from x_s to x_t by
+    :math:`q(x_t | x_s)`, one step and not the paper's ten, and draws x_s again. This takes x_s towards its distribution
+    given the known pixels.
 
     Args:
         resamplings: how often each step is taken, at least 1.
@@ -77,7 +78,8 @@ class ReplacementSampler(InpaintingSampler):
 
 
 class MomentMatchingSampler(InpaintingSampler):
-    """Any sampler, run with the score of p(x_t | known pixels) as :class:`MMPSDenoiser` approximates it.
+    r"""Any sampler, run with the score of :math:`p(x_t | \text{known pixels})` as :class:`MMPSDenoiser` approximates
+    it.
 
     Each evaluation of the network comes with ``iterations`` + 1 gradients.
 

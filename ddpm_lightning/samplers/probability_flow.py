@@ -1,8 +1,9 @@
 r"""The probability-flow ODE (Song et al. 2021, arXiv 2011.13456, section 4.3): an invertible map between states, and
 the density that it gives them.
 
-Take units in which alpha^2 + sigma^2 = 1: z = x / n with n^2 = alpha^2 + sigma^2, a = alpha / n and s = sigma / n. For
-any schedule the ODE in gamma = -log SNR, and the change of the density along it, are
+Take units in which :math:`\alpha^2 + \sigma^2 = 1`: :math:`z = x / n` with :math:`n^2 = \alpha^2 + \sigma^2`,
+:math:`a = \alpha / n` and :math:`s = \sigma / n`. For any schedule the ODE in :math:`\gamma = -\log \mathrm{SNR}`, and
+the change of the density along it, are
 
 .. math::
 
@@ -43,10 +44,11 @@ _Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Divergence:
-    """The trace of the field's Jacobian, as sum_k e_k . J e_k with the vectors e_k of a subclass."""
+    r"""The trace of the field's Jacobian, as :math:`\sum_k e_k \cdot J e_k` with the vectors e_k of a subclass."""
 
     def vectors(self, z: Tensor, generators: Generators = None) -> Tensor:
-        """e_k, ``[K, B or 1, C, *space]``, with sum_k e_k e_k^T = I in expectation; the same all along the path."""
+        r"""e_k, ``[K, B or 1, C, *space]``, with :math:`\sum_k e_k e_k^T = I` in expectation; the same all along the
+        path."""
         raise NotImplementedError
 
 
@@ -112,7 +114,8 @@ class ProbabilityFlow:
         self.steps, self.tolerance, self.max_steps = steps, tolerance, max_steps
 
     def encode(self, model: DiffusionModel, x1: Tensor, **cond: Any) -> Tensor:
-        """x_T of states ``x1`` ``[B, C, *space]``, float64, by ``steps`` steps. For an image x_0, give alpha_1 x_0."""
+        r"""x_T of states ``x1`` ``[B, C, *space]``, float64, by ``steps`` steps. For an image x_0, give
+        :math:`\alpha_1 x_0`."""
         z, _ = _passage(model, x1, _still(_field(model, cond)), self.steps, up=True)
         return z
 
@@ -170,9 +173,12 @@ class ProbabilityFlow:
         generators: Generators = None,
         **cond: Any,
     ) -> FlowLikelihood:
-        """The density of x_1 / alpha_1 at ``x0``, the first state read as an image, else as :meth:`log_likelihood`.
+        r"""The density of :math:`x_1 / \alpha_1` at ``x0``, the first state read as an image, else as
+        :meth:`log_likelihood`.
 
-        log p(x_0) = log p(x_1 = alpha_1 x_0) + D log alpha_1, as ``metrics.dequantized_log_prob`` asks for it.
+        .. math:: \log p(x_0) = \log p(x_1 = \alpha_1 x_0) + D \log \alpha_1
+
+        as ``metrics.dequantized_log_prob`` asks for it.
         """
         log_alpha = model.schedule.log_alpha(model.grid[1].to(x0.device))
         x1 = torch.exp(log_alpha) * x0.double()
@@ -222,7 +228,7 @@ def _passage(model: DiffusionModel, x: Tensor, slope: _Slope, steps: int, *, up:
 
 
 def _field(model: DiffusionModel, cond: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    """(z, t) -> dz / d gamma."""
+    r""":math:`(z, t) \to dz / d\gamma`."""
     schedule, denoiser = model.schedule, model.reverse_process.denoiser
 
     def field(z: Tensor, t: Tensor) -> Tensor:

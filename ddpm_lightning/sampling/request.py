@@ -45,8 +45,8 @@ class SampleRequest:
             for all classes in turn.
         vectors: conditions of a vector-conditional model, for example [[0.27]] or [[0.26],[0.28]], which the images
             take in turn.
-        fields: .npy file of the conditions of a field-conditional model, [C, *space] or [m, C, *space], which the
-            images take in turn.
+        fields: .npy file of the conditions of a field-conditional model, ``[C, *space]`` or ``[m, C, *space]``,
+            which the images take in turn.
         guidance_scale: of classifier-free guidance, for a class-conditional model trained with label_dropout: 1 is the
             model itself, at half the cost; above 1 draws sharper images of the class. With a guide, of autoguidance.
         guide: folder of a run, or checkpoint, of a weaker model of the same data, which the samples are pushed away

@@ -1,4 +1,4 @@
-"""Noise schedules: gamma(t) = -log SNR(t) and the time grids that chains and samplers run on."""
+r"""Noise schedules: :math:`\gamma(t) = -\log \mathrm{SNR}(t)` and the time grids that chains and samplers run on."""
 
 from ddpm_lightning.schedules.base import Schedule
 from ddpm_lightning.schedules.chains import BetaChain, CosineChain, LinearChain

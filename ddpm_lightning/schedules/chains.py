@@ -1,4 +1,4 @@
-"""Discrete chains: a list of betas, held as one float64 table of -log(alpha-bar)."""
+r"""Discrete chains: a list of betas, held as one float64 table of :math:`-\log \bar\alpha`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,9 +17,12 @@ __all__ = ["BetaChain", "CosineChain", "LinearChain"]
 class BetaChain(Schedule):
     r"""A chain given by its step variances beta_1..beta_T.
 
-    With L_i = -log(alpha-bar_i) = -sum_{j<=i} log(1 - beta_j) and L_0 = 0:
+    With
 
-    .. math:: \gamma(i/T) = \log(1/\bar\alpha_i - 1) = L_i + \log(1 - e^{-L_i})
+    .. math::
+
+        L_i &= -\log \bar\alpha_i = -\sum_{j \le i} \log(1 - \beta_j), \quad L_0 = 0 \\
+        \gamma(i/T) &= \log(1/\bar\alpha_i - 1) = L_i + \log(1 - e^{-L_i})
 
     Between grid points L is interpolated linearly. This is a continuous process whose restriction to the grid is
     exactly the chain, so a sampler may stop at any t.
@@ -55,7 +58,7 @@ class BetaChain(Schedule):
         return torch.take(table, lower), torch.take(table, lower + 1), position - lower
 
     def neg_log_alpha_bar(self, t: Tensor) -> Tensor:
-        """L(t) = -log alpha-bar(t)."""
+        r""":math:`L(t) = -\log \bar\alpha(t)`."""
         return torch.lerp(*self._segment(t))
 
     def gamma(self, t: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class BetaChain(Schedule):
         return neg_log_alpha_bar + log1mexp(neg_log_alpha_bar)
 
     def gamma_slope(self, t: Tensor) -> Tensor:
-        """L'(t) / (1 - exp(-L(t))), for t in (0, 1]."""
+        """:math:`L'(t) / (1 - e^{-L(t)})`, for t in (0, 1]."""
         start, end, fraction = self._segment(t)
         return (start - end) * self.T / torch.expm1(-torch.lerp(start, end, fraction))
 
@@ -120,5 +123,8 @@ class CosineChain(BetaChain):
 
 
 def betas_of(alpha_bar: Callable[[float], float], T: int, max_beta: float) -> list[float]:
-    """The T betas of a continuous alpha-bar, beta_i = 1 - alpha_bar(i/T) / alpha_bar((i-1)/T), clipped from above."""
+    r"""The T betas of a continuous alpha-bar, clipped from above:
+
+    .. math:: \beta_i = 1 - \bar\alpha(i/T) / \bar\alpha((i - 1)/T)
+    """
     return [min(1 - alpha_bar(i / T) / alpha_bar((i - 1) / T), max_beta) for i in range(1, T + 1)]

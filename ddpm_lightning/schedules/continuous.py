@@ -1,7 +1,7 @@
-"""Schedules that are functions of continuous time: any number of steps, and the limit of infinitely many.
+r"""Schedules that are functions of continuous time: any number of steps, and the limit of infinitely many.
 
-Their first state, t = 0, is already noisy, with SNR exp(-gamma_min); the data have no time of their own in [0, 1] and
-stand at t = -1 in the grid, where gamma is -inf.
+Their first state, t = 0, is already noisy, with SNR :math:`e^{-\gamma_{\min}}`; the data have no time of their own in
+[0, 1] and stand at t = -1 in the grid, where gamma is -inf.
 """
 
 import math
@@ -36,7 +36,7 @@ class ContinuousSchedule(Schedule):
         self.gamma_min, self.gamma_max, self.T = gamma_min, gamma_max, T
 
     def state_gamma(self, t: Tensor) -> Tensor:
-        """-log SNR(t) for t in [0, 1], float64."""
+        r""":math:`-\log \mathrm{SNR}(t)` for t in [0, 1], float64."""
         raise NotImplementedError
 
     def gamma(self, t: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ class LinearGamma(ContinuousSchedule):
 
 
 class CosineGamma(ContinuousSchedule):
-    r"""alpha = cos(phi), sigma = sin(phi) with an angle phi linear in t (Nichol & Dhariwal 2021, arXiv 2102.09672, in
-    continuous time), from ``gamma_min`` to ``gamma_max``:
+    r""":math:`\alpha = \cos\varphi, \sigma = \sin\varphi` with an angle linear in t (Nichol & Dhariwal 2021, arXiv
+    2102.09672, in continuous time), from ``gamma_min`` to ``gamma_max``:
 
     .. math::
 

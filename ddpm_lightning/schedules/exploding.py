@@ -12,7 +12,8 @@ __all__ = ["VarianceExploding"]
 
 
 class VarianceExploding(Schedule):
-    """alpha = 1, sigma^2 = exp(gamma), with the gamma of another schedule (Song et al. 2021, arXiv 2011.13456).
+    r""":math:`\alpha = 1, \sigma^2 = e^\gamma`, with the gamma of another schedule (Song et al. 2021, arXiv
+    2011.13456).
 
     x_t is that of the variance-preserving schedule divided by its alpha_t. Posteriors, the prior and with
     FixedSmallVariance the bound are the same in both units (FixedLargeVariance is another variance in each).

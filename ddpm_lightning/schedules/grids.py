@@ -46,7 +46,8 @@ def strided_grid(grid: Tensor, steps: int | None) -> Tensor:
 
 
 def logsnr_grid(schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
-    """States equally spaced in gamma = -log SNR. Of ``grid`` the new grid keeps the data, the first state and 1.
+    r"""States equally spaced in :math:`\gamma = -\log \mathrm{SNR}`. Of ``grid`` the new grid keeps the data, the first
+    state and 1.
 
     The other states may lie between the states of the chain, and ``steps`` may be larger than T. A single step has the
     last state only; a chain of one state takes a single step.
@@ -55,7 +56,8 @@ def logsnr_grid(schedule: Schedule, grid: Tensor, steps: int | None) -> Tensor:
 
 
 def karras_grid(schedule: Schedule, grid: Tensor, steps: int | None, rho: float = 7.0) -> Tensor:
-    """States equally spaced in (sigma/alpha)^(1/rho), sigma/alpha = exp(gamma/2), rho > 0; else as :func:`logsnr_grid`.
+    r"""States equally spaced in :math:`(\sigma/\alpha)^{1/\rho}`, :math:`\sigma/\alpha = e^{\gamma/2}`, rho > 0; else
+    as :func:`logsnr_grid`.
 
     The larger rho, the more states at low noise; ``logsnr_grid`` is the limit (Karras et al. 2022, arXiv 2206.00364,
     equation 5).
@@ -113,7 +115,7 @@ class LogSNRGrid(TimeGrid):
 
 
 class KarrasGrid(TimeGrid):
-    """States at equal distances in (sigma/alpha)^(1/rho): :func:`karras_grid`.
+    r"""States at equal distances in :math:`(\sigma/\alpha)^{1/\rho}`: :func:`karras_grid`.
 
     As LogSNRGrid's, they lie between the states of the chain, with the same outcome.
 

@@ -54,7 +54,7 @@ class LearnedGamma(ContinuousSchedule):
         return t + (height * step).sum(-1), 1 + (height * rate * step * (1 - step)).sum(-1)
 
     def interior(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """u(t) from 0 to 1, and du/dt."""
+        """:math:`u(t)` from 0 to 1, and :math:`du/dt`."""
         # made there: no copy to wait for
         ends, _ = self._g(torch.arange(2, dtype=torch.float64, device=t.device).reshape(-1, *(1,) * self.first.ndim))
         value, slope = self._g(t)
@@ -80,10 +80,11 @@ class LearnedGamma(ContinuousSchedule):
             self._interior_held = False
 
     def slope_ratio(self, t: Tensor) -> Tensor | None:
-        """du/dt at the fixed u(t), divided by its own value.
+        r""":math:`du/dt` at the fixed :math:`u(t)`, divided by its own value.
 
-        The second moment of an estimator L = gamma'(t) f(gamma(t)) at uniform t is the integral of gamma' f^2 over
-        gamma. At a fixed gamma only gamma' depends on the shape, so no gradient needs to pass through the network.
+        The second moment of an estimator :math:`L = \gamma'(t) f(\gamma(t))` at uniform t is
+        :math:`\int \gamma' f^2 \, d\gamma`. At a fixed gamma only gamma' depends on the shape, so no gradient needs to
+        pass through the network.
         """
         u, slope = self.interior(t.double().detach())
         # Where the shape changes, u keeps its value at another t. One Newton step gives that t to first order.
@@ -99,7 +100,7 @@ class PixelwiseGamma(LearnedGamma):
     not only on their ends, so the bound trains the shape too.
 
     Args:
-        shape: (C, H, W) of the images, or (C, *space) of fields of one to three dimensions.
+        shape: ``(C, H, W)`` of the images, or ``(C, *space)`` of fields of one to three dimensions.
         gamma_min: -log SNR of the first state, at the start of training.
         gamma_max: -log SNR of the last state, at the start of training, above ``gamma_min``.
         T: number of states x_1, ..., x_T of the discrete chain, at least 2.

@@ -21,7 +21,7 @@ class HierarchyModule(GenerativeModule):
         validation_bounds: estimators of the bound to run in validation: ConsistencyElbo, TrajectoryElbo or
             ImportanceWeightedElbo.
         test_bounds: estimators of the bound to run in test and predict.
-        shape: (C, *space) of the data.
+        shape: ``(C, *space)`` of the data.
         levels: number of grey levels; None for fields.
         optimizer: makes the optimiser of the model's parameters; None for a module that is only evaluated.
         lr_scheduler: makes a learning-rate scheduler, stepped after each optimiser step.

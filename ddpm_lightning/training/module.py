@@ -173,7 +173,7 @@ class DiffusionModule(GenerativeModule):
         label_dropout: probability that the network sees a training row of a conditional model without its conditions
             (label ``num_classes``, NaN in a vector or field), in [0, 1): 0.1 or 0.2 for classifier-free guidance.
             Bounds are those of the conditional model.
-        shape: (C, *space) of the data.
+        shape: ``(C, *space)`` of the data.
         levels: number of grey levels; None for fields.
         seed: seed of the training noise.
         eval_seed: seed of the noise in validation, test and predict.

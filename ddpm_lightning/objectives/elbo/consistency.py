@@ -17,20 +17,23 @@ class ConsistencyElbo(ElboEstimator):
 
     .. math::
 
-        \text{prior\_matching} &= E_{q(x_{T-1}|x_0)} \, \mathrm{KL}(q(x_T|x_{T-1}) \| p(x_T)) \\
+        \mathrm{prior\_matching} &= E_{q(x_{T-1}|x_0)} \, \mathrm{KL}(q(x_T|x_{T-1}) \| p(x_T)) \\
         \text{consistency} &= \sum_{t=1}^{T-1}
             E_{q(x_{t-1}, x_t, x_{t+1}|x_0)} [\log q(x_t|x_{t-1}) - \log p(x_t|x_{t+1})]
 
     The expectation is over the joint triple, because in the bound x_t lies on the path between its neighbours. The
-    often printed E_{q(x_{t-1}, x_{t+1}|x_0)} KL(q(x_t|x_{t-1}) || p(x_t|x_{t+1})) averages over a fresh x_t that knows
-    nothing of x_{t+1}. This is larger by about one nat for each dimension and step. It is the diagnostic
-    ``consistency_literal_kl`` and never enters the bound.
+    often printed
+
+    .. math:: E_{q(x_{t-1}, x_{t+1}|x_0)} \, \mathrm{KL}(q(x_t|x_{t-1}) \| p(x_t|x_{t+1}))
+
+    averages over a fresh x_t that knows nothing of :math:`x_{t+1}`. This is larger by about one nat for each dimension
+    and step. It is the diagnostic ``consistency_literal_kl`` and never enters the bound.
 
     Args:
         steps: as in every estimator.
         T: as in every estimator.
-        closed_entropy: take E log q(x_t|x_{t-1}) given x_{t-1} in closed form, as minus the entropy of the Gaussian,
-            not at the draw. The expectation is the same.
+        closed_entropy: take :math:`E \log q(x_t|x_{t-1})` given the state before in closed form, as minus the entropy
+            of the Gaussian, not at the draw. The expectation is the same.
     """
 
     name = "consistency"

@@ -17,8 +17,9 @@ class DenoisingElbo(ElboEstimator):
 
     .. math::
 
-        \text{prior\_matching} &= \mathrm{KL}(q(x_T|x_0) \| p(x_T)) \\
-        \text{denoising\_matching} &= \sum_{t=2}^T E_{q(x_t|x_0)} \, \mathrm{KL}(q(x_{t-1}|x_t, x_0) \| p(x_{t-1}|x_t))
+        \mathrm{prior\_matching} &= \mathrm{KL}(q(x_T|x_0) \| p(x_T)) \\
+        \mathrm{denoising\_matching} &= \sum_{t=2}^T
+            E_{q(x_t|x_0)} \, \mathrm{KL}(q(x_{t-1}|x_t, x_0) \| p(x_{t-1}|x_t))
 
     Each term averages over one random variable only: x_t, drawn afresh for each step.
     """

@@ -1,8 +1,8 @@
 r"""The common part of the three forms of the bound: states of the chain, and one sum over its reverse steps.
 
-Every form sums over the reverse steps p(x_n | x_{n+1}), n = 1..T-1, and adds the decoder p(x_0 | x_1) and the end x_T.
-Each step costs one evaluation of the network, the decoder one more. Only the ``[B]`` costs of a step are kept (without
-gradients).
+Every form sums over the reverse steps :math:`p(x_n | x_{n+1})`, n = 1..T-1, and adds the decoder :math:`p(x_0 | x_1)`
+and the end x_T. Each step costs one evaluation of the network, the decoder one more. Only the ``[B]`` costs of a step
+are kept (without gradients).
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ __all__ = ["ChainWalk", "ElboEstimator", "Window"]
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbouring states x_{n-1}, x_n, x_{n+1} of a chain, and n, a number or int64 ``[B]``."""
+    """Neighbouring states :math:`x_{n-1}, x_n, x_{n+1}` of a chain, and n, a number or int64 ``[B]``."""
 
     n: int | Tensor
     before: Tensor
@@ -33,7 +33,7 @@ class Window:
 
 
 class ChainWalk:
-    """Draws from q(x_1, ..., x_T | x_0): a window (x_{n-1}, x_n, x_{n+1}) for each chosen n.
+    r"""Draws from :math:`q(x_1, \dots, x_T | x_0)`: a window :math:`(x_{n-1}, x_n, x_{n+1})` for each chosen n.
 
     If all n are chosen, the windows belong to one draw of the whole path. The log ratios that a form adds up are then
     those of one path, and most of their noise cancels. If some n are chosen, each window is a draw of its own. Iterate

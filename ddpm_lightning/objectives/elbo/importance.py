@@ -24,11 +24,12 @@ class ImportanceWeightedElbo(ElboEstimator):
             w_k = \frac{p(x_0, x_1^k, \dots, x_T^k)}{q(x_1^k, \dots, x_T^k | x_0)}, \quad x^k \sim q
 
     The paths are independent draws of the trajectory form, whose bound this is at K = 1. In expectation the bound rises
-    with K, towards log p(x_0): slowly, where the logs of the weights are spread over many nats.
+    with K, towards :math:`\log p(x_0)`: slowly, where the logs of the weights are spread over many nats.
 
     ``reconstruction`` and ``path_log_ratio`` are means over the paths. ``jensen_gap`` is the mean of log w_k less the
     log of the mean of w_k: never above 0, it is what K paths gain over one. ``log_effective_paths`` is the log of
-    (sum w)^2 / sum w^2, between 0 (one path has all the weight, and more paths would still raise the bound) and log K.
+    :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, between 0 (one path has all the weight, and more paths would still raise the
+    bound) and log K.
 
     Args:
         samples: K, the number of paths, at least 1; each takes all T evaluations of the network.

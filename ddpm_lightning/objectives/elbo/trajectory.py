@@ -16,7 +16,7 @@ class TrajectoryElbo(ElboEstimator):
 
     .. math::
 
-        \log p(x_0|x_1) - \text{path\_log\_ratio}, \quad \text{path\_log\_ratio} = \sum_{t=1}^T \log q(x_t|x_{t-1})
+        \log p(x_0|x_1) - \mathrm{path\_log\_ratio}, \quad \mathrm{path\_log\_ratio} = \sum_{t=1}^T \log q(x_t|x_{t-1})
             - \sum_{t=2}^T \log p(x_{t-1}|x_t) - \log p(x_T)
     """
 
