@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.training import GenerativeModule
 
 __all__ = ["CudaGraphs"]
 
@@ -24,6 +25,7 @@ class CudaGraphs(Callback):
         """Raises:
         InputError: another device than one GPU; gradients are accumulated; a compiled network.
         """
+        assert isinstance(pl_module, GenerativeModule)
         network = pl_module.model.network
         if trainer.strategy.root_device.type != "cuda" or trainer.world_size > 1:
             raise InputError("CudaGraphs needs one GPU: leave the callback out, or give --trainer.devices 1")
