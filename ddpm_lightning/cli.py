@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -32,7 +33,11 @@ from ddpm_lightning.data.datamodule import ArrayDataModule
 from ddpm_lightning.data.own import instantiate_data
 from ddpm_lightning.errors import InputError, RunError
 from ddpm_lightning.failures import end
+from ddpm_lightning.first_screen import COMMANDS as ALL_COMMANDS
 from ddpm_lightning.first_screen import answered
+from ddpm_lightning.jobs.dry_run import DryRun
+from ddpm_lightning.jobs.submit import submit
+from ddpm_lightning.jobs.torchrun import meet_again, processes
 from ddpm_lightning.links import fact_of, follow_data, keep_scale
 from ddpm_lightning.loggers import in_run
 from ddpm_lightning.numbers import check_numbers, leaves
@@ -46,7 +51,7 @@ from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
 from ddpm_lightning.training.hardware import resolve
 
-__all__ = ["DiffusionCLI", "main"]
+__all__ = ["DiffusionCLI", "ParsedOnly", "main"]
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -106,6 +111,7 @@ class DiffusionCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
         self._more_callbacks = callbacks
+        self._dry_run: DryRun | None = None
         self._module = _module_of(sys.argv[1:] if args is None else args)
         # abbreviations would turn a misspelt option into another one
         parser_kwargs: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False, "prog": "ddpm"}
@@ -122,7 +128,7 @@ class DiffusionCLI(LightningCLI):
                 **parser_kwargs,
                 "description": "Train, evaluate and sample diffusion models. RUN is the folder of a run, or "
                 "--pretrained NAME. There are also: ddpm evaluate quality|ood|flow|forms|variance RUN, and "
-                "ddpm density|reweight|average|export RUN, ddpm sweep FILE, and ddpm new PROJECT.",
+                "ddpm density|reweight|average|export RUN, and ddpm sweep|submit|new.",
                 # argparse's own usage is a page of 80 options before the one line of the error
                 **{name: {**parser_kwargs, "usage": f"ddpm {name} [RUN] [options]"} for name in self.subcommands()},
             },
@@ -136,6 +142,14 @@ class DiffusionCLI(LightningCLI):
         left_out = {"validate": {"verbose"}, "test": {"verbose"}, "predict": {"return_predictions"}}
         lightning = {name: skip | left_out.get(name, set()) for name, skip in LightningCLI.subcommands().items()}
         return {**lightning, "sample": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            switch: dict[str, Any] = {"action": "store_true", "default": SUPPRESS}  # not in a configuration
+            parser.add_argument("--dry_run", help="Check what a job needs, in two steps; keep nothing.", **switch)
+            parser.add_argument("--no_device_check", help="--dry_run for another machine's devices.", **switch)
+        return parser
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -164,7 +178,11 @@ class DiffusionCLI(LightningCLI):
         if (config.model.decoder.get("init_args") or {}).get("levels") is not None:
             raise InputError("--model.decoder.init_args.levels follows the data: leave it out")
         run = Run(config.run_dir)
-        if not config.trainer.fast_dev_run:
+        if config.get("dry_run"):
+            self._dry_run = DryRun(run, config.trainer, bool(config.get("no_device_check")))
+        elif config.get("no_device_check"):
+            raise InputError("--no_device_check says what --dry_run is to leave out: give both, or neither")
+        elif not config.trainer.fast_dev_run:
             run.make()
         config.run_dir = config.trainer.default_root_dir = str(run.folder)
         self._resolve_hardware(config.trainer, run)
@@ -238,6 +256,11 @@ class DiffusionCLI(LightningCLI):
             writes = self.subcommand in ("fit", "validate", "test")
             tensorboard = partial(TensorBoardLogger, name="", version="", default_hp_metric=False)
             kwargs["logger"] = tensorboard(config.default_root_dir) if writes else False
+        kwargs |= processes(config.devices)
+        meet_again()
+        if self._dry_run:
+            kwargs |= self._dry_run.trainer_options(config.callbacks)
+            callbacks = kwargs.pop("callbacks")
         return super().instantiate_trainer(**kwargs, callbacks=[*callbacks, *self._more_callbacks])
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -253,18 +276,41 @@ class DiffusionCLI(LightningCLI):
                 raise
 
     def before_fit(self) -> None:
-        if self.trainer.is_global_zero:
-            model = self.model.model
-            network = model.network if isinstance(self.model, DiffusionModule) else model
-            parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-            data = self.datamodule
-            images = f" ({data.sizes['train']:,} training images)" if isinstance(data, ArrayDataModule) else ""
+        if self.trainer.is_global_zero and self._dry_run is None:
             fast = self.config_init["fit"].trainer.fast_dev_run
             where = "fast_dev_run keeps nothing" if fast else f"run folder {self.trainer.default_root_dir}"
-            print(
-                f"{type(network).__name__} with {parameters:,} parameters on {type(data).__name__}{images}; {where}",
-                flush=True,
-            )
+            print(f"{self._in_words()}; {where}", flush=True)
+
+    def after_fit(self) -> None:
+        if self._dry_run:
+            self._dry_run.report(self._in_words())
+
+    def _in_words(self) -> str:
+        """The model and the data."""
+        model = self.model.model
+        network = model.network if isinstance(self.model, DiffusionModule) else model
+        parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        data = self.datamodule
+        images = f" ({data.sizes['train']:,} training images)" if isinstance(data, ArrayDataModule) else ""
+        return f"{type(network).__name__} with {parameters:,} parameters on {type(data).__name__}{images}"
+
+
+class ParsedOnly(DiffusionCLI):
+    """Reads a command line, and does nothing."""
+
+    @property
+    def read(self) -> Namespace:
+        """What it says."""
+        return self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 class _BuiltOnly(DiffusionCLI):
@@ -367,6 +413,8 @@ def main(args: list[str] | None = None) -> None:
         words = _with_pretrained(words)
         if words[:1] == ["sweep"]:
             run_sweep(words[1:], DiffusionCLI, _BuiltOnly)
+        elif words[:1] == ["submit"]:
+            submit(words[1:], ALL_COMMANDS, lambda line: ParsedOnly(_of_a_run(with_shipped(line))).read)
         elif words[:1] in (["evaluate"], *([name] for name in COMMANDS)):
             run_command(words[0], words[1:])
         else:

@@ -19,6 +19,7 @@ COMMANDS = {
     "average": "the averaged weights of another width, after training with PowerAverages",
     "sweep": "train with many options, and find the best: docs/sweeps.md",
     "export": "write the model for use elsewhere: safetensors, diffusers, onnx, torch_export, web",
+    "submit": "write the job of a run, or of another command, for SLURM; with --go queue it",
     "new": "start a project of your own: data, network, configuration, test",
 }
 
@@ -70,6 +71,7 @@ _FIT: Options = [
     ("--trainer.accumulate_grad_batches N", "batches of an optimiser step"),
     ("--trainer.gradient_clip_val X", "longer gradients are scaled down to it"),
     ("", ""),
+    ("--dry_run", "what a job would need: two steps, a table; --no_device_check for another machine"),
     ("--print_config", "the resolved configuration, and nothing is run"),
     ("--model.schedule.help CLASS", "the arguments of a class"),
 ]

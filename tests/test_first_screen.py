@@ -55,6 +55,7 @@ def test_commands_and_evaluations_are_all_there() -> None:
         "average",
         "sweep",
         "export",
+        "submit",
         "new",
     ]
     assert [*first_screen.EVALUATIONS] == [*commands.EVALUATIONS]

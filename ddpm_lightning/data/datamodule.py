@@ -61,6 +61,8 @@ class ArrayDataModule(LightningDataModule):
     """Numbers in the condition ``vector`` of each row; None for data without."""
     field_channels: int | None = None
     """Channels of the condition ``field`` of each row; None for data without."""
+    planned_processes = 1
+    """Of a dry run: training batches are the first process's share among so many."""
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class ArrayDataModule(LightningDataModule):
         return {"mean": vectors.mean(0).tolist(), "std": torch.where(std > 0, std, 1.0).tolist()}
 
     def train_dataloader(self) -> TrainBatches:
-        rank, world = self._rank_and_world()
+        rank, world = self._rank_and_world() if self.planned_processes == 1 else (0, self.planned_processes)
         return TrainBatches(self._placed("train"), self.batch_size, self.seed, self._batches_done, rank, world)
 
     def val_dataloader(self) -> EvalBatches:

@@ -95,7 +95,8 @@ def resolve(
     if precision == "auto":
         on_gpu = accelerator in ("auto", "gpu", "cuda") and CUDAAccelerator.is_available()
         started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-        processes = max(started, num_nodes, devices if isinstance(devices, int) else 1)
+        # the command line hands over a number of devices as text
+        processes = max(started, num_nodes, int(devices) if str(devices).isdigit() else 1)
         chosen = choose_precision(on_gpu, processes)
         return accelerator, chosen.value, [*said, f"precision {chosen.value}: {chosen.why} (--trainer.precision auto)"]
     return accelerator, precision, said

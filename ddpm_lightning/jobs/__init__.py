@@ -1,0 +1,1 @@
+"""Jobs: a run on a cluster, queued, killed and started again."""
