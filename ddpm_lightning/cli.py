@@ -112,7 +112,9 @@ class DiffusionCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
         self._more_callbacks = callbacks
         self._dry_run: DryRun | None = None
-        self._module = _module_of(sys.argv[1:] if args is None else args)
+        words = sys.argv[1:] if args is None else args
+        self._module = _module_of(words)
+        self._command = words[0] if words[:1] and words[0] in self.subcommands() else None
         # abbreviations would turn a misspelt option into another one
         parser_kwargs: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False, "prog": "ddpm"}
         super().__init__(
@@ -144,6 +146,9 @@ class DiffusionCLI(LightningCLI):
         return {**lightning, "sample": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Options for the command that is asked for alone: to collect those of all five takes longer than to parse."""
+        if self._command not in (None, subcommand):
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             switch: dict[str, Any] = {"action": "store_true", "default": SUPPRESS}  # not in a configuration
