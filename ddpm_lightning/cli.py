@@ -15,6 +15,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -72,7 +73,7 @@ class _SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             # a path in a configuration that is copied with its run would lead back to the original
             config = Namespace({**vars(self.config), "ckpt_path": None})
-            Run.of(trainer).write(name, self.parser.dump(config, skip_none=False))
+            Run.of(trainer).write(name, self.parser.dump(config, skip_none=False, skip_validation=True))
 
 
 @contextmanager
@@ -223,6 +224,12 @@ class DiffusionCLI(LightningCLI):
             super().parse_arguments(parser, args)
         # before Lightning takes the seed
         check_numbers(self.config[self.config.subcommand].as_dict())
+
+    def _dump_config(self) -> None:
+        """As Lightning's, which checks all values again: most of the time of writing them."""
+        if not hasattr(self, "config_dump"):
+            as_text = {"skip_link_targets": False, "skip_none": False, "skip_validation": True, "format": "yaml"}
+            self.config_dump = yaml.safe_load(self.parser.dump(self.config, **as_text))[self.config.subcommand]
 
     def instantiate_classes(self) -> None:
         config = self.config[self.subcommand]

@@ -300,7 +300,8 @@ def main(cases: Path = OWN_CASES, seed: int = 0, max_se: float = 0.0045, batch: 
     read, results, missed, start = read_cases(cases), [], False, time.perf_counter()
     work = partial(evaluate, max_se=max_se, batch=batch, seed=seed)
     # one case a process with one thread each: the tensors are too small to be worth sharing among threads
-    context = multiprocessing.get_context("spawn")
+    # forked from a server that has imported this file once
+    context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=context) as pool:
         done = pool.map(work, read) if len(read) > 1 else map(work, read)
         for number, (case, (result, lines)) in enumerate(zip(read, done, strict=True), start=1):

@@ -173,6 +173,7 @@ def test_image_k_of_a_seed_is_the_same_in_any_batch(trained: Path, tmp_path: Pat
 
 def test_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_does(tiny: list[str], tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
+    tiny = [*tiny, "--data.batch_size=16", "--trainer.limit_train_batches=10", "--data.limit_val=20"]
     run_ddpm("fit", *tiny, f"--run_dir={straight}", "--trainer.max_epochs=3")
     # 13 steps stop in the middle of the second epoch
     run_ddpm("fit", *tiny, f"--run_dir={broken}", "--trainer.max_epochs=3", "--trainer.max_steps=13")
@@ -246,7 +247,7 @@ def test_two_processes_train_as_one_does(
     parts: list[str], tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
-    common = [*parts, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
+    common = [*parts, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--data.limit_val=60"]
     if "VarianceExploding" in "".join(parts):
         tiny = [option for option in tiny if "schedule" not in option]
     # one of them with the processes that Lightning starts
@@ -269,16 +270,16 @@ def test_two_processes_train_as_one_does(
 @real_mnist
 @pytest.mark.parametrize("config", ["mnist", "lecture", "mnist_likelihood"])
 def test_mnist_trains_and_is_tested(config: str, tmp_path: Path) -> None:
-    common = [f"--data.root={DATA_DIR}", f"--run_dir={tmp_path}", "--data.limit_val=32", "--data.limit_test=48"]
+    common = [f"--data.root={DATA_DIR}", f"--run_dir={tmp_path}", "--data.limit_val=4", "--data.limit_test=6"]
     # half precision is slow on a CPU without instructions for it
-    small = ["--data.batch_size=32", "--trainer.limit_train_batches=3", "--trainer.max_epochs=1"]
+    small = ["--data.batch_size=4", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
     small += ["--trainer.precision=32-true"]
     sampled = "--trainer.callbacks=[ddpm_lightning.callbacks.LastCheckpoint]"
     run_ddpm("fit", "-c", f"configs/{config}.yaml", *common, *small, sampled)
     bounds = "[{class_path: DenoisingElbo, init_args: {steps: 2}}]"
     run_ddpm("test", "-c", f"{tmp_path}/config.yaml", *common, "--ckpt_path=last", f"--model.test_bounds={bounds}")
     record = json.loads((tmp_path / "bound-test.json").read_text())
-    assert record["images"] == 48 and record["dims"] == 784
+    assert record["images"] == 6 and record["dims"] == 784
 
 
 class TestBadInput:

@@ -386,7 +386,7 @@ def test_learned_schedule_learns_through_the_discrete_bound() -> None:
     generator = torch.Generator().manual_seed(10)
     optimizer = torch.optim.Adam(schedule.parameters(), lr=0.02)
     start = exact(schedule)
-    for _ in range(200):
+    for _ in range(40):
         optimizer.zero_grad()
         objective(model, data(64, generator), generator).mean().backward()
         optimizer.step()

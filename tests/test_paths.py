@@ -86,8 +86,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fit", f"-c={ROOT}/configs/free_field.yaml", f"--data.root={folder}", f"--run_dir={folder}/run", "--data.dim=1",
         "--data.L=8", "--data.m2=[0.5,2.0]", "--data.n_train=256", "--data.n_val=8", "--data.n_test=8",
         "--data.batch_size=64", "--model.vector_conditional=true", "--model.network.padding=circular",
-        "--model.network.width=8", "--model.network.blocks=1", "--model.schedule.T=20", "--trainer.max_steps=30",
-        "--trainer.max_epochs=-1", "--trainer.limit_val_batches=0", "--model.lr_scheduler=null",
+        "--model.network.width=8", "--model.network.multipliers=[1,2]", "--model.schedule.T=20",
+        "--trainer.max_steps=30", "--trainer.max_epochs=-1",
+        "--trainer.limit_val_batches=0", "--model.lr_scheduler=null",
     ])  # fmt: skip
     return folder / "run"
 

@@ -127,7 +127,8 @@ def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(
 def test_lines_repeat_no_bound_and_are_few(tiny: list[str], tmp_path: Path) -> None:
     output = run_ddpm(
         "fit", *tiny, f"--run_dir={tmp_path}", "--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=5",
-        "--data.batch_size=600", "--trainer.log_every_n_steps=100", "--trainer.num_sanity_val_steps=1",
+        "--data.batch_size=16", "--trainer.limit_train_batches=2", "--data.limit_val=20",
+        "--trainer.log_every_n_steps=100", "--trainer.num_sanity_val_steps=1",
     )  # fmt: skip
     lines = [line for line in output.splitlines() if line.startswith("epoch ")]
     assert [line.split(" | ")[0] for line in lines] == ["epoch 4", "epoch 9", "epoch 11"]
