@@ -1,17 +1,14 @@
 """The command line: ``ddpm fit | validate | test | predict | sample``."""
 
-import logging
 import re
 import signal
 import sys
-import warnings
 from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from itertools import pairwise
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
@@ -44,15 +41,15 @@ from ddpm_lightning.loggers import in_run
 from ddpm_lightning.numbers import check_numbers, leaves
 from ddpm_lightning.own_code import failure_in_own_code, find_own_modules
 from ddpm_lightning.parse_errors import sentence
-from ddpm_lightning.pretrained import lay_out_pretrained
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.disk import disk_errors_in
 from ddpm_lightning.sweeps import run_sweep
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
 from ddpm_lightning.training.hardware import resolve
+from ddpm_lightning.words import folder_of, of_a_run, quieten, with_pretrained
 
-__all__ = ["DiffusionCLI", "ParsedOnly", "main"]
+__all__ = ["BuiltOnly", "DiffusionCLI", "ParsedOnly", "main"]
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -325,7 +322,7 @@ class ParsedOnly(DiffusionCLI):
         pass
 
 
-class _BuiltOnly(DiffusionCLI):
+class BuiltOnly(DiffusionCLI):
     """Parses and instantiates, and runs nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -350,103 +347,32 @@ def _module_of(args: list[str]) -> type[GenerativeModule]:
     return found
 
 
-_NOISE = (
-    "treespec, LeafSpec",
-    # the arguments are the command line's, with RUN spelled out
-    "args parameter is intended to run from within Python",
-    # meant for DataLoaders: each batch of ours carries its indices
-    "infer the batch indices",
-    # a checkpoint of fit is tested without the callbacks of fit
-    "callbacks used to create the checkpoint need to be provided",
-    # a run's folder may be moved, and gone on with
-    "The dirpath has changed",
-    "Checkpoint directory .* exists and is not empty",
-    # the averaged model is only ever evaluated
-    "in eval mode at the start of training",
-    # the scores of the bound are equal on all processes when they are logged
-    "sync_dist=True",
-)
-
-
-def _quieten() -> None:
-    """Silence what a user can do nothing about."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message=f".*{message}.*")
-
-
-def _of_a_run(args: list[str]) -> list[str]:
-    """``ddpm test RUN ...`` spelled out; and a configuration that lies in a run's folder means that run."""
-    command, *rest = args or [""]
-    if command in DiffusionCLI.subcommands() and rest and not rest[0].startswith("-"):
-        run = Run(rest[0])
-        run.config  # noqa: B018  # refuses a folder that holds no run
-        return [command, "-c", str(run.config_path), "--run_dir", str(run.folder), "--ckpt_path", "last", *rest[1:]]
-    if not any(word.split("=")[0] == "--run_dir" for word in rest):
-        for option, value in pairwise(rest):
-            run = Run(Path(value or ".").parent)
-            of_run = Path(value).name == "config.yaml" and run.checkpoints.is_dir()
-            if option in ("-c", "--config") and of_run:
-                return [*args, "--run_dir", str(run.folder)]
-    return args
-
-
-def _with_pretrained(words: list[str]) -> list[str]:
-    """``--pretrained NAME`` in the place of RUN: the model becomes a run, which all commands know."""
-    split = [part for word in words for part in (word.split("=", 1) if word.startswith("--pretrained=") else [word])]
-    if "--pretrained" not in split:
-        return words
-    if split.count("--pretrained") > 1:
-        raise InputError("give --pretrained NAME once: a command takes one model")
-    at = split.index("--pretrained")
-    name, rest = "".join(split[at + 1 : at + 2]), split[:at] + split[at + 2 :]
-    if rest[:1] == ["fit"]:
-        raise InputError(
-            "fit --pretrained: training cannot go on from averaged weights alone; start a run with -c CONFIG"
-        )
-    if rest[:1] == ["new"]:
-        raise InputError("new --pretrained: a project begins without a model; ddpm new PROJECT")
-    place = 2 if rest[:1] == ["evaluate"] else 1
-    if rest[place : place + 1] and not rest[place].startswith("-"):
-        raise InputError(f"give RUN or --pretrained NAME, not both {rest[place]} and {name}")
-    return [*rest[:place], str(lay_out_pretrained(name).folder), *rest[place:]]
-
-
 def main(args: list[str] | None = None) -> None:
     """The command line: one sentence and status 2 for bad input, 1 for all else that stops it (``failures.py``)."""
     words = sys.argv[1:] if args is None else args
     if answered(words):
         return
-    _quieten()
+    quieten()
     find_own_modules()
     words = with_shipped(["--help" if word == "--help_all" else word for word in words])
     try:
-        words = _with_pretrained(words)
+        words, of_runs = with_pretrained(words), DiffusionCLI.subcommands()
         if words[:1] == ["sweep"]:
-            run_sweep(words[1:], DiffusionCLI, _BuiltOnly)
+            run_sweep(words[1:], DiffusionCLI, BuiltOnly)
         elif words[:1] == ["submit"]:
-            submit(words[1:], ALL_COMMANDS, lambda line: ParsedOnly(_of_a_run(with_shipped(line))).read)
+            submit(
+                words[1:],
+                ALL_COMMANDS,
+                lambda line: ParsedOnly(of_a_run(with_shipped(line), DiffusionCLI.subcommands())).read,
+            )
         elif words[:1] in (["evaluate"], *([name] for name in COMMANDS)):
             run_command(words[0], words[1:])
         else:
-            DiffusionCLI(_of_a_run(words))
+            DiffusionCLI(of_a_run(words, of_runs))
     except Exception as error:
-        sys.exit(end(error, "ddpm", _folder_of(words)))
+        sys.exit(end(error, "ddpm", folder_of(words)))
     except KeyboardInterrupt as error:
         sys.exit(end(error, "ddpm"))
-
-
-def _folder_of(args: list[str]) -> Path | None:
-    """The run's folder that a command line names, if any."""
-    words = [word for each in args for word in each.split("=", 1)]
-    named = [value for option, value in pairwise(words) if option == "--run_dir"]
-    if not named and words[1:] and not words[1].startswith("-"):
-        named = [words[2] if words[0] == "evaluate" and words[2:] else words[1]]
-    if not named:
-        with suppress(Exception):  # what stopped the program may be one of these files
-            named = [str(loaded["run_dir"]) for loaded in configuration_files(args) if "run_dir" in loaded]
-    return Path(named[-1]).expanduser() if named else None
 
 
 _say = rank_zero_only(partial(print, flush=True))

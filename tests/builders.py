@@ -11,7 +11,7 @@ import torch
 from picture_files import pixels, save
 from torch import nn
 
-from ddpm_lightning.cli import DiffusionCLI, main
+from ddpm_lightning.cli import BuiltOnly, main
 from ddpm_lightning.networks import UNet
 from ddpm_lightning.objectives import ConsistencyElbo, DenoisingElbo, NoiseMSE, UniformTimes
 from ddpm_lightning.process import DiscretizedGaussian, EpsParameterization, FixedLargeVariance, TimeConditioning
@@ -91,13 +91,6 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 # --- command lines
-
-
-class BuiltOnly(DiffusionCLI):
-    """Parses and instantiates, and runs nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

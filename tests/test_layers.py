@@ -24,7 +24,7 @@ LAYERS = [
     ["sampling"],
     ["evaluation", "export", "pretrained", "projects"],
     ["callbacks", "interchange"],
-    ["trainer", "commands", "links", "jobs", "loggers", "sweeps"],
+    ["trainer", "commands", "links", "jobs", "loggers", "sweeps", "words"],
     ["first_screen", "parse_errors", "cli", "__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
