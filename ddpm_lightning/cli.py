@@ -225,7 +225,7 @@ class DiffusionCLI(LightningCLI):
     def _dump_config(self) -> None:
         """As Lightning's, which checks all values again: most of the time of writing them."""
         if not hasattr(self, "config_dump"):
-            as_text = {"skip_link_targets": False, "skip_none": False, "skip_validation": True, "format": "yaml"}
+            as_text = {"skip_link_targets": False, "skip_unset": False, "skip_validation": True, "format": "yaml"}
             self.config_dump = yaml.safe_load(self.parser.dump(self.config, **as_text))[self.config.subcommand]
 
     def instantiate_classes(self) -> None:

@@ -19,10 +19,10 @@ from torch.distributed import TCPStore
 from ddpm_lightning.cli import ParsedOnly
 from ddpm_lightning.configuration import with_shipped
 from ddpm_lightning.first_screen import COMMANDS
-from ddpm_lightning.jobs.ray_train import fit_on_ray
 from ddpm_lightning.jobs.slurm import SlurmJob
 from ddpm_lightning.jobs.submit import submit
 from ddpm_lightning.jobs.torchrun import meet_again, processes
+from ddpm_lightning.ray_train import fit_on_ray
 from ddpm_lightning.runs import Run
 
 pytestmark = pytest.mark.cli

@@ -25,7 +25,7 @@ LAYERS = [
     ["evaluation", "export", "pretrained", "projects"],
     ["callbacks", "interchange"],
     ["trainer", "commands", "links", "jobs", "loggers", "sweeps", "words"],
-    ["first_screen", "parse_errors", "cli", "__main__"],
+    ["first_screen", "parse_errors", "cli", "__main__", "ray_train"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 # within the first layer and the last there is an order too
@@ -41,6 +41,7 @@ WITHIN = {
     ("cli", "parse_errors"),
     ("__main__", "first_screen"),
     ("__main__", "cli"),
+    ("ray_train", "__main__"),
     ("", "pretrained"),  # when it is asked for
 }
 PLAIN = [unit for units in LAYERS[:4] for unit in units]

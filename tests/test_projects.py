@@ -64,21 +64,21 @@ def test_a_project_passes_its_own_test_trains_and_draws(folder: Path) -> None:
 
 
 def test_the_pictures_are_what_the_class_says(folder: Path) -> None:
-    (folder / "mine").mkdir()  # an empty folder is filled
-    new("mine", channels=2, size=5)
-    new("further/down/mine_2")
-    assert "shape = (2, 5, 5)" in (folder / "mine/mine/data.py").read_text()
-    with np.load(folder / "mine/pictures.npz") as file:
+    (folder / "swirls").mkdir()  # an empty folder is filled
+    new("swirls", channels=2, size=5)
+    new("further/down/swirls_2")
+    assert "shape = (2, 5, 5)" in (folder / "swirls/swirls/data.py").read_text()
+    with np.load(folder / "swirls/pictures.npz") as file:
         images, labels = file["images"].astype(float), file["labels"]
     assert images.shape == (640, 2, 5, 5) and np.bincount(labels).tolist() == [320, 320]
     down, across = images.mean(3).std(2).mean(1), images.mean(2).std(2).mean(1)
     assert ((across > down) == (labels == 1)).all()
-    config = read(folder / "further/down/mine_2/configs/default.yaml")
+    config = read(folder / "further/down/swirls_2/configs/default.yaml")
     assert (
         config["trainer"]["callbacks"]
         == yaml.safe_load((ROOT / "configs/base.yaml").read_text())["trainer"]["callbacks"]
     )
-    assert config["data"]["class_path"] == "mine_2.data.Pictures"
+    assert config["data"]["class_path"] == "swirls_2.data.Pictures"
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,16 @@ def test_the_pictures_are_what_the_class_says(folder: Path) -> None:
         ("x" * 300, "File name too long"),
         ("file", "file is there already, and is no folder"),
         ("link", "link is there already, and is no folder"),
-        ("file/mine", "file/mine cannot be made: file is no folder"),
+        ("file/swirls", "file/swirls cannot be made: file is no folder"),
         ("full", "full is there already, and is not empty"),
-        ("/proc/mine", "/proc/mine cannot be made: "),
+        ("/proc/swirls", "/proc/swirls cannot be made: "),
     ],
 )
 def test_what_cannot_be_a_project_is_refused(folder: Path, name: str, words: str) -> None:
-    (folder / "file").write_text("mine")
+    (folder / "file").write_text("swirls")
     (folder / "link").symlink_to("nowhere")
     (folder / "full").mkdir()
-    (folder / "full/file").write_text("mine")
+    (folder / "full/file").write_text("swirls")
     before = sorted(folder.rglob("*"))
     with pytest.raises(InputError) as refusal:
         new(name)
@@ -121,8 +121,8 @@ def test_half_a_project_is_never_left(folder: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(projects.np, "savez_compressed", full)
-    with pytest.raises(InputError, match="mine cannot be made: No space left on device"):
-        new("mine")
+    with pytest.raises(InputError, match="swirls cannot be made: No space left on device"):
+        new("swirls")
     assert [*folder.iterdir()] == []
 
 
@@ -131,9 +131,9 @@ def test_half_a_project_is_never_left(folder: Path, monkeypatch: pytest.MonkeyPa
     ("words", "message"),
     [
         ([], "missing: PROJECT"),
-        (["mine", "--channels", "0"], "--channels 0 must lie between 1 and 16"),
-        (["mine", "--size", "1000000"], "--size 1000000 must lie between 4 and 128"),
-        (["mine", "more"], "unrecognized arguments: more"),
+        (["swirls", "--channels", "0"], "--channels 0 must lie between 1 and 16"),
+        (["swirls", "--size", "1000000"], "--size 1000000 must lie between 4 and 128"),
+        (["swirls", "more"], "unrecognized arguments: more"),
         (["--pretrained", "mnist"], "new --pretrained: a project begins without a model"),
     ],
 )

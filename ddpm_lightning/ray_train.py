@@ -1,4 +1,4 @@
-"""``ddpm fit`` on Ray Train: ``python -m ddpm_lightning.jobs.ray_train --workers 2 -c configs/mnist.yaml``."""
+"""``ddpm fit`` on Ray Train: ``python -m ddpm_lightning.ray_train --workers 2 -c configs/mnist.yaml``."""
 
 import os
 import sys
