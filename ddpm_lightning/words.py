@@ -74,6 +74,11 @@ def with_pretrained(words: list[str]) -> list[str]:
         raise InputError(
             "fit --pretrained: training cannot go on from averaged weights alone; start a run with -c CONFIG"
         )
+    if rest[:1] == ["submit"]:
+        raise InputError(
+            f"submit --pretrained: ddpm sample --pretrained {name} --n 1 lays the model out as the run "
+            f"runs/pretrained/{name}, which submit takes as RUN"
+        )
     if rest[:1] == ["new"]:
         raise InputError("new --pretrained: a project begins without a model; ddpm new PROJECT")
     place = 2 if rest[:1] == ["evaluate"] else 1

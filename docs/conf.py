@@ -11,6 +11,7 @@ project = "ddpm_lightning"
 author = "the authors of ddpm_lightning"
 release = __version__
 language = "en"
+html_show_copyright = False
 
 # MathJax and its fonts are copied into the site, so that it needs no network
 extensions = [

@@ -238,6 +238,7 @@ def test_what_a_packed_folder_names_is_not_trusted(ours: Packed, tmp_path: Path)
         ("sample --pretrained", "there is no pretrained model without a name: there are digits, mnist"),
         ("sample --pretrained=../digits", "there is no pretrained model ../digits: there are "),
         ("sample --pretrained digits --pretrained=mnist", "give --pretrained NAME once: a command takes one model"),
+        ("submit test --pretrained digits", "lays the model out as the run runs/pretrained/digits, which submit takes"),
         ("sample runs/mine --pretrained digits", "give RUN or --pretrained NAME, not both runs/mine and digits"),
         ("export runs/mine --to onnx --pretrained=digits", "give RUN or --pretrained NAME, not both"),
         ("evaluate quality runs/mine --pretrained digits", "give RUN or --pretrained NAME, not both"),

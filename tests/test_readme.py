@@ -52,7 +52,7 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
     # a run stands for the configuration that it was started with
     config = "configs/mnist.yaml" if "mnist" in command else "configs/digits.yaml"
     arguments = [config if re.fullmatch(r"(runs/\w+|RUN)/config\.yaml", a) else a for a in arguments]
-    if not arguments[0].startswith("-"):
+    if not arguments[0].startswith("-") and arguments[0] != "sweep":
         arguments = ["-c", config, *arguments[1:]]
     if subcommand == "submit":
         return main([subcommand, *(word for word in arguments if word != "--go"), "--dry_run"])
