@@ -44,10 +44,11 @@ from ddpm_lightning.parse_errors import sentence
 from ddpm_lightning.runs import Run
 from ddpm_lightning.runs.disk import disk_errors_in
 from ddpm_lightning.sweeps import run_sweep
+from ddpm_lightning.sweeps.definition import FILE as SWEEP
 from ddpm_lightning.trainer import DiffusionTrainer
 from ddpm_lightning.training import DiffusionModule, GenerativeModule
 from ddpm_lightning.training.hardware import resolve
-from ddpm_lightning.words import folder_of, of_a_run, quieten, with_pretrained
+from ddpm_lightning.words import folder_of, of_a_run, quieten, refuse_late_command, with_pretrained
 
 __all__ = ["BuiltOnly", "DiffusionCLI", "ParsedOnly", "main"]
 
@@ -181,6 +182,8 @@ class DiffusionCLI(LightningCLI):
         if (config.model.decoder.get("init_args") or {}).get("levels") is not None:
             raise InputError("--model.decoder.init_args.levels follows the data: leave it out")
         run = Run(config.run_dir)
+        if self.subcommand == "fit" and (run.folder / SWEEP).is_file():
+            raise InputError(f"--run_dir {run.folder} is the folder of a sweep: give another one to a run")
         if config.get("dry_run"):
             self._dry_run = DryRun(run, config.trainer, bool(config.get("no_device_check")))
         elif config.get("no_device_check"):
@@ -356,6 +359,7 @@ def main(args: list[str] | None = None) -> None:
     find_own_modules()
     words = with_shipped(["--help" if word == "--help_all" else word for word in words])
     try:
+        refuse_late_command(words, ALL_COMMANDS)
         words, of_runs = with_pretrained(words), DiffusionCLI.subcommands()
         if words[:1] == ["sweep"]:
             run_sweep(words[1:], DiffusionCLI, BuiltOnly)

@@ -12,7 +12,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.pretrained import lay_out_pretrained
 from ddpm_lightning.runs import Run
 
-__all__ = ["folder_of", "of_a_run", "quieten", "with_pretrained"]
+__all__ = ["folder_of", "of_a_run", "quieten", "refuse_late_command", "with_pretrained"]
 
 _NOISE = (
     "treespec, LeafSpec",
@@ -51,7 +51,10 @@ def of_a_run(args: list[str], commands: Container[str]) -> list[str]:
     if command in commands and rest and not rest[0].startswith("-"):
         run = Run(rest[0])
         run.config  # noqa: B018  # refuses a folder that holds no run
-        return [command, "-c", str(run.config_path), "--run_dir", str(run.folder), "--ckpt_path", "last", *rest[1:]]
+        words = [command, "-c", str(run.config_path), "--ckpt_path", "last", *rest[1:]]
+        named = any(word.split("=")[0] == "--run_dir" for word in rest[1:])
+        # behind further configurations, which name a run_dir of their own
+        return words if named else [*words, "--run_dir", str(run.folder)]
     if not any(word.split("=")[0] == "--run_dir" for word in rest):
         for option, value in pairwise(rest):
             run = Run(Path(value or ".").parent)
@@ -85,6 +88,14 @@ def with_pretrained(words: list[str]) -> list[str]:
     if rest[place : place + 1] and not rest[place].startswith("-"):
         raise InputError(f"give RUN or --pretrained NAME, not both {rest[place]} and {name}")
     return [*rest[:place], str(lay_out_pretrained(name).folder), *rest[place:]]
+
+
+def refuse_late_command(words: list[str], commands: Container[str]) -> None:
+    """Refuse options that stand before the command; InputError."""
+    late = next((word for word in words if word in commands), None)
+    if words[:1] and words[0].startswith("-") and late:
+        others = " ".join(word for word in words if word != late)
+        raise InputError(f"write the command first: ddpm {late} {others}")
 
 
 def folder_of(args: list[str]) -> Path | None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ddpm_lightning.cli import main
 from ddpm_lightning.configuration import read
+from ddpm_lightning.words import of_a_run
 
 pytestmark = pytest.mark.cli
 # what a configuration leaves to the user
@@ -412,3 +413,11 @@ class TestBadInput:
         self, capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
     ) -> None:
         assert "--ckpt_path" in refused(capsys, "sample", "-c", f"{trained}/config.yaml", f"--run_dir={tmp_path}")
+
+
+def test_a_run_is_the_one_that_is_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever run_dir the configurations behind it name."""
+    words = of_a_run(["fit", str(trained), "-c", "configs/digits.yaml", "--trainer.max_steps=9"], ["fit"])
+    assert words[-2:] == ["--run_dir", str(trained)] and words.count("--run_dir") == 1
+    assert of_a_run(["test", str(trained), "--run_dir", "elsewhere"], ["test"])[-2:] == ["--run_dir", "elsewhere"]
+    assert "write the command first: ddpm fit -c a.yaml" in refused(capsys, "-c", "a.yaml", "fit")

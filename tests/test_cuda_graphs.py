@@ -16,7 +16,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 
 def test_a_cpu_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match="CudaGraphs needs one GPU: leave the callback out"):
+    with pytest.raises(InputError, match="CudaGraphs needs a GPU: leave the callback out"):
         DiffusionTrainer(default_root_dir=tmp_path, callbacks=[CudaGraphs()], accelerator="cpu", **QUIET).fit(
             build(), Digits()
         )
@@ -24,7 +24,7 @@ def test_a_cpu_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.Capture
     message = refused(
         capsys, "fit", "-c", "configs/digits.yaml", f"--run_dir={tmp_path}/r", "--trainer.accelerator=cpu", line
     )
-    assert "CudaGraphs needs one GPU" in message
+    assert "CudaGraphs needs a GPU" in message
 
 
 @gpu

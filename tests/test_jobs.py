@@ -107,6 +107,15 @@ def test_what_a_job_asks_for(tiny: list[str], capsys: pytest.CaptureFixture[str]
     options = options_of(text)
     assert options["array"] == "0-3" and options["ntasks-per-node"] == "1" and options["signal"] == "B:USR1@120"
     assert "ddpm_lightning sweep \\\n    'my sweep.yaml' &" in text
+    submit(
+        ["--sbatch", "exclusive", "sweep", "FILE", "--setup", "a b", "-c", "x", "--dry_run"], ["sweep"], lambda _: None
+    )
+    text = capsys.readouterr().out
+    assert (
+        "exclusive" in options_of(text)
+        and "a b\n" in text
+        and "sweep FILE -c x" in " ".join(text.split()).replace("\\ ", "")
+    )
     submit(["evaluate", "quality", "RUN", "--dry_run"], COMMANDS, lambda words: None)
     assert "no-requeue" in (options := options_of(capsys.readouterr().out)) and "signal" not in options
 
@@ -129,6 +138,9 @@ def test_the_shell_has_a_job_queued_again(tmp_path: Path, monkeypatch: pytest.Mo
         ("--nodes 0", "--nodes 0 must be 1 or more"),
         ("--gpus 0 --nodes 2", "--nodes 2 need GPUs"),
         ("--time soon", "--time soon is no time limit"),
+        ("--time 0-0:02", "--time 0-0:02 is too short: a job saves 120 seconds before its end"),
+        ("--array 3-0", "--array 3-0 goes from more to less"),
+        ("--mem banana", "--mem banana is no amount of memory"),
         ("--partition=a;b", "--partition a;b must be one word"),
         ("--array 0-", "--array 0- names no tasks"),
         ("--array 0-3", "--array 0-3: each task needs a run of its own"),

@@ -137,7 +137,7 @@ def test_it_ends_where_the_trainer_does_unless_told_otherwise() -> None:
         scheduler = WarmupDecay(torch.optim.SGD([parameter(1.0)], lr=1.0), total_steps=given)
         scheduler.ends_at(6)
         assert scheduler.total_steps == end
-    with pytest.raises(InputError, match=r"never ends: give --trainer\.max_epochs"):
+    with pytest.raises(InputError, match=r"which that is: give --trainer\.max_epochs"):
         WarmupDecay(torch.optim.SGD([parameter(1.0)], lr=1.0)).ends_at(float("inf"))
 
 
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on_with_the_same_rates_and_a_longer_one_with_its_own(
 @pytest.mark.cli
 def test_a_training_without_an_end_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*TINY, f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=-1"]
-    assert "WarmupDecay falls to 0 where training ends" in refused(capsys, "fit", *options)
+    assert "WarmupDecay falls to 0 at the last step" in refused(capsys, "fit", *options)
 
 
 # --- the scripts

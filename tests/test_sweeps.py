@@ -77,6 +77,14 @@ def _sweep(folder: Path, space: str = SPACE, **more: Any) -> Path:
         ("config: tiny.yaml\nspace: {a: {low: 1, high: 4, step: 2}}", "a whole number of steps of 2"),
         ("config: tiny.yaml\nspace: {a: {low: 1, high: 4, step: 1, log: true}}", "step = 1 goes with no log"),
         ("config: tiny.yaml\nsampler: best\nspace: {a: [1]}", "sampler: best must be one of tpe, random, grid"),
+        (
+            "config: tiny.yaml\nsampler: grid\nspace: {a: {low: 0, high: 2000000000}}",
+            "2,000,000,001 points is too large",
+        ),
+        (
+            "config: tiny.yaml\noptions: --a.init_args.b 1\nspace: {a.b: [1, 2]}",
+            "--a.init_args.b is given for all trials",
+        ),
         ("config: tiny.yaml\nsampler: grid\nspace: {a: {low: 1.0, high: 2.0}}", "a: a grid needs a list of values"),
         ("config: tiny.yaml\ntrials: many\nspace: {a: [1]}", "trials: many must be a whole number, 1 or more"),
         ("config: tiny.yaml\nprune_after: 0\nspace: {a: [1]}", "prune_after: 0 must be a whole number"),
@@ -145,6 +153,8 @@ def test_a_sweep_from_end_to_end(tmp_path: Path) -> None:
     dead.lock.close()
     output = run_ddpm("sweep", str(file))
     assert "trial 1 goes on" in output and "2 complete" in output
+    refusal = run_ddpm("fit", "-c", str(tmp_path / "tiny.yaml"), "--run_dir", str(folder), expect=2)
+    assert "is the folder of a sweep: give another one to a run" in refusal
     rows = _rows(folder)
     assert [(row["trial"], row["state"], row["validations"], row["step"]) for row in rows] == [
         ("0", "complete", "2", "4"),

@@ -27,8 +27,10 @@ class CudaGraphs(Callback):
         """
         assert isinstance(pl_module, GenerativeModule)
         network = pl_module.model.network
-        if trainer.strategy.root_device.type != "cuda" or trainer.world_size > 1:
-            raise InputError("CudaGraphs needs one GPU: leave the callback out, or give --trainer.devices 1")
+        if trainer.strategy.root_device.type != "cuda":
+            raise InputError("CudaGraphs needs a GPU: leave the callback out")
+        if trainer.world_size > 1:
+            raise InputError("CudaGraphs works on one GPU: leave the callback out, or give --trainer.devices 1")
         if trainer.accumulate_grad_batches > 1:
             raise InputError(
                 "CudaGraphs cannot accumulate gradients: leave it or --trainer.accumulate_grad_batches out"

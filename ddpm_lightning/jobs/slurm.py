@@ -15,9 +15,18 @@ MARK = "# written by ddpm submit"
 TASK = "{task}"
 """Stands for the number of the task of a job array."""
 
+LEAD = 120
 _TIME = re.compile(r"\d+(:\d\d?){0,2}|\d+-\d\d?(:\d\d?){0,2}")
 _ARRAY = re.compile(r"\d+(-\d+(:[1-9]\d*)?)?(,\d+(-\d+(:[1-9]\d*)?)?)*(%[1-9]\d*)?")
 _WORD = re.compile(r"[\w.@:+,/%=-]+")
+
+
+def _seconds(time: str) -> int:
+    """What SLURM reads: minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, minutes, seconds = ([*parts, 0, 0] if days or len(parts) == 3 else [0, *parts, 0])[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,14 @@ class SlurmJob:
             raise InputError(f"nodes = {self.nodes} need GPUs: a job without any is one process")
         if not _TIME.fullmatch(self.time):
             raise InputError(f"time = {self.time} is no time limit of SLURM: give it as 8:00:00 or 2-00:00:00")
+        if _seconds(self.time) <= LEAD:
+            raise InputError(f"time = {self.time} is too short: a job saves {LEAD} seconds before its end")
         if self.array is not None and not _ARRAY.fullmatch(self.array):
             raise InputError(f"array = {self.array} names no tasks: give them as 0-3, 1,5,7 or 0-9%2")
+        if self.array and any(int(a) > int(b) for a, b in re.findall(r"(\d+)-(\d+)", self.array)):
+            raise InputError(f"array = {self.array} goes from more to less: give it as 0-3")
+        if self.mem is not None and not re.fullmatch(r"\d+[KMGT]?", self.mem):
+            raise InputError(f"mem = {self.mem} is no amount of memory: give it as 64G")
         for what in ("job_name", "mem", "partition", "account"):
             value = getattr(self, what)
             if value is not None and not _WORD.fullmatch(value):
@@ -99,7 +114,7 @@ class SlurmJob:
             "job-name": self.job_name, "nodes": self.nodes, "ntasks-per-node": max(self.gpus, 1) if several else 1,
             "gpus-per-node": self.gpus or None, "cpus-per-task": self.cpus, "mem": self.mem, "time": self.time,
             "partition": self.partition, "account": self.account, "array": self.array,
-            "signal": ("" if saves else "B:") + "USR1@120" if goes_on else None,
+            "signal": ("" if saves else "B:") + f"USR1@{LEAD}" if goes_on else None,
             "open-mode": "append", "output": shlex.quote(str(log)),
         }  # fmt: skip
         lines = [f"--{name}={value}" for name, value in options.items() if value is not None]

@@ -4,7 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ def submit(words: Sequence[str], commands: Collection[str], parse: Callable[[lis
         InputError: options that do not fit together or cannot be read, a script that is not ours to overwrite.
         RunError: ``sbatch`` refused the job.
     """
-    own, command = _split(words)
+    own, command = _split(words, commands)
     if not command or command[0] not in commands:
         command = ["fit", *command]
     if command[0] == "submit":
@@ -59,7 +59,7 @@ def submit(words: Sequence[str], commands: Collection[str], parse: Callable[[lis
     call(run, own, "ddpm submit")
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split(words: Sequence[str], commands: Container[str]) -> tuple[list[str], list[str]]:
     """The words that concern the job, and those of its command."""
     known = {*(field.name for field in fields(SlurmJob)), "script", *_SWITCHES}
     own, command, values = list[str](), list[str](), 0
@@ -68,7 +68,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if word in ("-h", "--help") or (word.startswith("--") and name in known):
             own.append(word)
             values = 0 if equals or name in _SWITCHES else 99 if name in ("sbatch", "setup") else 1
-        elif values and not word.startswith("--"):
+        elif values and not (word.startswith("-") or word in commands or Path(word).is_dir()):
             own.append(word)
             values -= 1
         else:

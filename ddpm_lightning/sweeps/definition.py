@@ -1,5 +1,6 @@
 """What a sweep is: the file that describes it, and what a sweep that has begun keeps of this file."""
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ import yaml
 from ddpm_lightning.configuration import read, shipped
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.runs import Run
-from ddpm_lightning.sweeps.space import Option, read_space, refuse_own, word
+from ddpm_lightning.sweeps.space import LARGEST_GRID, Option, read_space, refuse_own, short_name, word
 
 __all__ = ["FILE", "Definition"]
 
@@ -86,8 +87,13 @@ class Definition:
         space = read_space(loaded.pop("space", None), str(path))
         _check_values(loaded, str(path))
         if loaded.get("sampler") == "grid":
-            for name, option in space.items():
-                option.points(f"{path}: space: {name}")
+            points = math.prod(len(option.points(f"{path}: space: {name}")) for name, option in space.items())
+            if points > LARGEST_GRID:
+                raise InputError(f"{path}: a grid of {points:,} points is too large: take another sampler")
+        for each in words:
+            option = each.partition("=")[0].removeprefix("--")
+            if each.startswith("--") and short_name(option) in map(short_name, space):
+                raise InputError(f"--{option} is given for all trials, and is in space too: leave one out")
         return cls(Run(folder or run_dir).folder, configs, tuple(words), space, **loaded)
 
     def save(self) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from ddpm_lightning.errors import InputError
 
-__all__ = ["Option", "Range", "Values", "read_space", "refuse_own", "shown", "word"]
+__all__ = ["LARGEST_GRID", "Option", "Range", "Values", "read_space", "refuse_own", "short_name", "shown", "word"]
 
 Scalar = bool | int | float | str | None
+LARGEST_GRID = 10_000
 _OWN = ("run_dir", "ckpt_path", "config", "print_config", "trainer.default_root_dir", "trainer.fast_dev_run")
 
 
@@ -54,7 +55,10 @@ class Range:
         step = self.step or (1 if self.is_whole and not self.log else None)
         if step is None:
             raise InputError(f"{where}: a grid needs a list of values, or a range with a step")
-        return [type(self.low)(self.low + k * step) for k in range(round((self.high - self.low) / step) + 1)]
+        count = round((self.high - self.low) / step) + 1
+        if count > LARGEST_GRID:
+            raise InputError(f"{where}: a grid of {count:,} points is too large: give a larger step")
+        return [type(self.low)(self.low + k * step) for k in range(count)]
 
     def suggested(self, trial: Any, name: str) -> Scalar:
         if self.is_whole:
@@ -99,15 +103,15 @@ def read_space(space: Any, file: str) -> dict[str, Option]:
         if not isinstance(name, str) or name.startswith("-"):
             raise InputError(f"{where}: write the name of an option without dashes, as in model.optimizer.lr")
         refuse_own(name, f"{file}: space")
-        short = _short(name)
-        if short in map(_short, options):
+        short = short_name(name)
+        if short in map(short_name, options):
             raise InputError(f"{where} is there twice")
         options[name] = _range(values, where) if isinstance(values, Mapping) else _values(values, where)
     # --model.schedule LinearGamma comes before --model.schedule.T 100, which belongs to it
-    return dict(sorted(options.items(), key=lambda item: _short(item[0]).count(".")))
+    return dict(sorted(options.items(), key=lambda item: short_name(item[0]).count(".")))
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     return name.replace(".init_args.", ".")
 
 

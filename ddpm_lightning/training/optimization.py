@@ -124,8 +124,8 @@ def make_scheduler(
 def _naming(option: str) -> Iterator[None]:
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        raise (error if str(error).startswith("--") else InputError(f"{option}: {error}")) from None
     except Exception as error:
         remedy = ""
         if "Muon" in str(error):

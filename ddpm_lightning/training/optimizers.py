@@ -134,7 +134,7 @@ class WarmupDecay(LRScheduler):
             return
         if steps == float("inf"):
             raise InputError(
-                "--model.lr_scheduler WarmupDecay falls to 0 where training ends, and this one never ends: give "
+                "--model.lr_scheduler WarmupDecay falls to 0 at the last step, and it is not known which that is: give "
                 "--trainer.max_epochs, --trainer.max_steps or --model.lr_scheduler.total_steps"
             )
         self.total_steps = int(steps)
