@@ -487,6 +487,9 @@ def test_a_failing_download_is_one_message_and_leaves_nothing(
     say(caught, str(error).split("\n")[-1] or "EOFError")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["t10k-labels-idx1-ubyte"]
     assert not list(tmp_path.rglob(".unfinished-*"))
+    with pytest.raises(InputError, match="download failed"):
+        MNIST("new/data").prepare_data()
+    assert not Path("new").exists()
     assert "B/s" not in capsys.readouterr().err
     assert socket.getdefaulttimeout() is None
 

@@ -65,6 +65,7 @@ def _sweep(folder: Path, space: str = SPACE, **more: Any) -> Path:
         ("config: tiny.yaml\nspace: {a: [.nan]}", "a: nan must be a finite number"),
         ("config: tiny.yaml\nspace: {--a: [1]}", "write the name of an option without dashes"),
         ("config: tiny.yaml\nspace: {run_dir: [a]}", "run_dir is the sweep's own affair"),
+        ("config: tiny.yaml\noptions: --dry_run\nspace: {a: [1]}", "dry_run is the sweep's own affair"),
         ("config: tiny.yaml\noptions: --ckpt_path last\nspace: {a: [1]}", "ckpt_path is the sweep's own affair"),
         ("config: tiny.yaml\nspace: {m.n.k: [1], m.n.init_args.k: [2]}", "m.n.init_args.k is there twice"),
         ("config: tiny.yaml\nspace: {a: {low: 1}}", "a: a range needs high"),

@@ -111,6 +111,7 @@ class OfficialData(ImageDataModule):
 
     def _fetch(self, missing: list[str]) -> None:
         print(f"downloading {self.title} ({self.megabytes} MB) to {self.raw}", file=sys.stderr, flush=True)
+        made = [folder for folder in (self.raw, *self.raw.parents) if not folder.exists()]
         try:
             self.raw.mkdir(parents=True, exist_ok=True)
             # torchvision writes straight to its target and takes any file of the right name for a whole one. So it
@@ -120,6 +121,9 @@ class OfficialData(ImageDataModule):
                 for name in missing:
                     os.replace(folder / self.folder / name, self.raw / name)
         except (OSError, RuntimeError, EOFError, zlib.error, http.client.HTTPException) as error:
+            with contextlib.suppress(OSError):  # one that holds files stays
+                for folder in made:
+                    folder.rmdir()
             why = " ".join(str(error).split()) or type(error).__name__
             raise self._missing_error(missing, f"and the download failed ({why})") from None
 

@@ -13,7 +13,10 @@ __all__ = ["LARGEST_GRID", "Option", "Range", "Values", "read_space", "refuse_ow
 
 Scalar = bool | int | float | str | None
 LARGEST_GRID = 10_000
-_OWN = ("run_dir", "ckpt_path", "config", "print_config", "trainer.default_root_dir", "trainer.fast_dev_run")
+_OWN = (
+    "run_dir", "ckpt_path", "config", "print_config", "trainer.default_root_dir", "trainer.fast_dev_run", "dry_run",
+    "no_device_check",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
