@@ -69,7 +69,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
         if least is not None and value < least:
             raise InputError(f"--trainer.{name} {value} must be {least:g} or more")
         if (name in _ABOVE_ZERO and value <= 0) or (name in _NOT_ZERO and value == 0):
-            raise InputError(f"--trainer.{name} {value} leaves nothing to do: it must be above 0")
+            raise InputError(f"--trainer.{name} {value:g} leaves nothing to do: it must be above 0")
         if name in (*PARTS, "val_check_interval") and isinstance(value, float) and value > 1 and not value.is_integer():
             raise InputError(
                 f"--trainer.{name} {value} is a part of the whole: it must be at most 1.0, or a whole number"

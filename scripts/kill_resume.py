@@ -11,7 +11,7 @@ SIGTERM at a random moment. Each resumption has another --seed_everything. Compa
 to the bit, with all counts and all states of callbacks, what TensorBoard shows, and the bound that ``ddpm test``
 measures. Exit status 1 if anything differs or a checkpoint is lost.
 
-A run is a process of its own: a fork of this one, which has imported everything.
+A run is a process of its own: a fork of one that has imported everything, and has not looked at a GPU.
 """
 
 import importlib.util
@@ -121,7 +121,9 @@ class Training:
         """``ddpm`` in a process group of its own, its output in a file."""
         self.log = self.folder / f"{command}.out"
         arguments = [command, *self.options, f"--run_dir={self.folder}", *options]
-        self.process = multiprocessing.get_context("fork").Process(target=become_ddpm, args=(arguments, self.log))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ddpm_lightning.cli"])
+        self.process = context.Process(target=become_ddpm, args=(arguments, self.log))
         self.process.start()
 
     def fit(self, seed: int) -> None:

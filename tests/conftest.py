@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     for name in ("config.yaml", "stdout.txt"):
         (copy / name).write_text((copy / name).read_text().replace(str(shared), str(copy)))
     return copy
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Lightning leaves the process group of a strategy: what is measured after it would be gathered in that."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def pytest_collection_finish() -> None:

@@ -257,7 +257,7 @@ def test_two_processes_train_as_one_does(
     # the batch of 128 is shared, so an epoch has the steps that it has on one process
     assert output.count("epoch 0 | step 10 ") == 1
     monkeypatch.chdir(ROOT)
-    main(["fit", *tiny, f"--run_dir={tmp_path}/one", *common])
+    main(["fit", *tiny, f"--run_dir={tmp_path}/one", *common, "--trainer.accelerator=cpu"])
     one, two_ = (losses(tmp_path / name) for name in ("one", "two"))
     # sums in another order are all that differs
     assert len(one) == 10 and one == pytest.approx(two_, rel=1e-4)

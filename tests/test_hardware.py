@@ -111,7 +111,7 @@ def test_mps_is_refused_in_one_sentence(capsys: pytest.CaptureFixture[str], tmp_
 
 def test_a_run_keeps_the_precision_it_began_with(machine: Any, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    first = ["fit", "-c", "configs/digits.yaml", "--run_dir", run, "--trainer.precision", "auto"]
+    first = ["fit", "-c", "configs/digits.yaml", "--run_dir", run, "--trainer.precision", "auto", "--trainer.accelerator=cpu"]
     short = ["--trainer.logger", "false", "--model.network.width", "8", "--trainer.max_steps"]
     machine(AVX512, 2.0)
     assert "precision bf16-mixed: bfloat16 has 2.00 times the speed of float32" in run_ddpm(*first, *short, "1")
@@ -128,6 +128,7 @@ def test_a_run_keeps_the_precision_it_began_with(machine: Any, tmp_path: Path) -
 def test_what_is_asked_for_wins(machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(AVX512)
     monkeypatch.chdir(Path(__file__).parents[1])
-    cli = BuiltOnly(["fit", "-c", "configs/mnist.yaml", f"--run_dir={tmp_path}", "--trainer.precision=32-true"])
+    options = [f"--run_dir={tmp_path}", "--trainer.precision=32-true", "--trainer.accelerator=cpu"]
+    cli = BuiltOnly(["fit", "-c", "configs/mnist.yaml", *options])
     assert cli.trainer.precision == "32-true"
     assert yaml.safe_load(Path("configs/mnist.yaml").read_text())["trainer"]["precision"] == "auto"

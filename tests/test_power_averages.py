@@ -282,7 +282,7 @@ def test_from_the_command_line(tiny_averages: list[str], tmp_path: Path, capsys:
 @pytest.mark.cli
 def test_two_processes_keep_the_averages_of_one(tiny_averages: list[str], tmp_path: Path) -> None:
     two = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
-    run_ddpm("fit", *tiny_averages, f"--run_dir={tmp_path}/one")
+    run_ddpm("fit", *tiny_averages, f"--run_dir={tmp_path}/one", "--trainer.accelerator=cpu")
     run_ddpm_pair("fit", *tiny_averages, f"--run_dir={tmp_path}/two", *two)
     a, b = (Snapshots(Run(tmp_path / name)) for name in ("one", "two"))
     assert a.steps() == b.steps() == [5, 10, 15, 20]

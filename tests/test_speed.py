@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders import build, equal, state, trainer
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_lightning.data import Batch, Digits
+from ddpm_lightning.data import Batch, Digits, Fields
 from ddpm_lightning.data.batches import Split
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import SimpleUNet, UNet
@@ -325,3 +326,12 @@ def test_auto_looks_at_the_free_memory(monkeypatch: pytest.MonkeyPatch, free: in
     moved.clear()
     Elsewhere("cuda", on_device=True).train_dataloader()
     assert moved == ["cuda"]
+
+
+def test_auto_leaves_in_their_file_what_is_read_row_by_row(tmp_path: Path) -> None:
+    np.save(tmp_path / "fields.npy", np.random.default_rng(0).normal(size=(40, 1, 4, 4)).astype(np.float32))
+    for memory_gb, place in ((0.0, "cpu"), (1.0, "meta")):
+        data = Fields(path=str(tmp_path / "fields.npy"), batch_size=4, memory_gb=memory_gb)
+        data.trainer = Elsewhere("meta").trainer
+        split = data.val_dataloader().split
+        assert split.in_memory is (memory_gb > 0) and split.images.device.type == place

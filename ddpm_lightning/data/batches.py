@@ -56,6 +56,11 @@ class Split:
         return batch.map(Tensor.pin_memory) if self.pinned else batch
 
     @property
+    def in_memory(self) -> bool:
+        """False where rows are read from a file when they are asked for."""
+        return all(isinstance(values, Tensor) for values in (self.images, self.labels, *self.cond.values()))
+
+    @property
     def nbytes(self) -> int:
         """Of all that it holds."""
         return self.images.nbytes + self.labels.nbytes + sum(values.nbytes for values in self.cond.values())

@@ -44,9 +44,9 @@ class ArrayDataModule(LightningDataModule):
         seed: order of the training images.
         limit_val: validate on the first that many images only; None for the whole split.
         limit_test: the same for test and predict.
-        on_device: keep the uint8 images on the model's device and pick the batches there; "auto" does where they take
-            less than half of a GPU's free memory. Otherwise a GPU gets each batch from page-locked memory, without
-            waiting for it. The batches are the same.
+        on_device: keep the data on the model's device and pick the batches there; "auto" does where they lie in memory
+            and take less than half of a GPU's free memory. Otherwise a GPU gets each batch from page-locked memory,
+            without waiting for it. The batches are the same.
     """
 
     shape: tuple[int, ...]
@@ -141,7 +141,8 @@ class ArrayDataModule(LightningDataModule):
             return split
         on_device = self.on_device
         if on_device == "auto":
-            on_device = device.type != "cuda" or split.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+            fits = device.type != "cuda" or split.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+            on_device = fits and split.in_memory
         return split.to(device) if on_device else replace(split, pinned=device.type == "cuda")
 
     def _rank_and_world(self) -> tuple[int, int]:
