@@ -15,20 +15,21 @@ def follow_data(model: Namespace, data: LightningDataModule) -> None:
     """Fill in, in place, arguments of the network and the encoder that are null, in the configuration of a model.
 
     ``channels`` are the data's, ``num_classes`` too where the model is class-conditional, ``vector_size`` and
-    ``vector_scale`` where it is told a vector, and ``out_channels`` twice as many where the variance is learned. A
-    network within a network is filled in, too. What is given stays; a network that has no such arguments is left as it
-    is.
+    ``vector_scale`` where it is told a vector, and ``out_channels`` where the parameterisation or a learned variance
+    needs more than the data's. A network within a network is filled in, too. What is given stays; a network that has no
+    such arguments is left as it is.
     """
     if "network" not in model:
         return
     channels = data.shape[0]  # type: ignore[attr-defined]  # checked
-    module, _, name = model.variance.class_path.rpartition(".")
-    outputs = getattr(import_module(module), name).network_outputs
-    known = {"channels": channels}
+    levels = data.levels  # type: ignore[attr-defined]
+    outputs = _class(model.parameterization).output_channels(channels, levels)
+    outputs += (_class(model.variance).network_outputs - 1) * channels
+    known = {"channels": channels, "levels": levels}
     if len(data.shape) != 3:  # type: ignore[attr-defined]  # for pictures it stays null, as in older checkpoints
         known["dims"] = len(data.shape) - 1  # type: ignore[attr-defined]
-    if outputs > 1:
-        known["out_channels"] = outputs * channels
+    if outputs > channels:
+        known["out_channels"] = outputs
     if model.class_conditional:
         known["num_classes"] = getattr(data, "num_classes", None)
     told = (("vector_conditional", ("vector_size", "vector_scale")), ("field_conditional", ("field_channels",)))
@@ -52,6 +53,12 @@ def keep_scale(described: Namespace, data: LightningDataModule) -> None:
     for name, values in (fact_of(data, "scale") or {}).items():
         if isinstance(arguments, Namespace) and name in arguments:
             arguments[name] = list(values)
+
+
+def _class(part: Namespace) -> Any:
+    """The class of a part of a configuration."""
+    module, _, name = part.class_path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _fill(part: Any, known: dict[str, Any]) -> None:

@@ -111,7 +111,8 @@ def test_mps_is_refused_in_one_sentence(capsys: pytest.CaptureFixture[str], tmp_
 
 def test_a_run_keeps_the_precision_it_began_with(machine: Any, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    first = ["fit", "-c", "configs/digits.yaml", "--run_dir", run, "--trainer.precision", "auto", "--trainer.accelerator=cpu"]
+    first = ["fit", "-c", "configs/digits.yaml", "--run_dir", run, *("--trainer.accelerator", "cpu")]
+    first += ["--trainer.precision", "auto"]
     short = ["--trainer.logger", "false", "--model.network.width", "8", "--trainer.max_steps"]
     machine(AVX512, 2.0)
     assert "precision bf16-mixed: bfloat16 has 2.00 times the speed of float32" in run_ddpm(*first, *short, "1")

@@ -351,7 +351,9 @@ def test_a_schedule_that_is_shorter_than_training_is_refused_or_ends_it(
             trainer(tmp_path, LastCheckpoint(), **steps).fit(tiny(**module), five_batches())
     trainer(tmp_path / "fits", LastCheckpoint(), max_epochs=-1, max_steps=7).fit(tiny(**module), five_batches())
     last = tmp_path / "open/checkpoints/last.ckpt"
-    capsys.readouterr()
+    assert capsys.readouterr().out == ""
+    trainer(tmp_path / "short", LastCheckpoint(), max_epochs=-1, max_steps=5).fit(tiny(**module), five_batches())
+    assert "training has 5 steps, and --model.lr_scheduler.total_steps is 7" in capsys.readouterr().out
     for ckpt_path in (None, last):
         runner = trainer(tmp_path / "open", LastCheckpoint(), max_epochs=None, max_time="00:01:00:00")
         runner.fit(tiny(**module), five_batches(), ckpt_path=ckpt_path)

@@ -173,8 +173,12 @@ class UNet(nn.Module):
                 h = interpolate(self.grow[level](h), scale_factor=2.0, mode="nearest")
             for block in cast(nn.ModuleList, self.up[level]):
                 h = block(torch.cat((h, skips.pop()), dim=1), embedding)
-        output: Tensor = self.out_conv(silu(self.out_norm(h)))
-        return output.to(x.dtype)
+        return self._output(silu(self.out_norm(h)), x, embedding).to(x.dtype)
+
+    def _output(self, h: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
+        """What is returned, from the features ``[B, widths[0], *space]`` of the last block."""
+        output: Tensor = self.out_conv(h)
+        return output
 
     def _embed(self, x: Tensor, t: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:
         embedding: Tensor = self.time_mlp(self.sinusoids(t).to(x.dtype))

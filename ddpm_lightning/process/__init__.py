@@ -26,6 +26,7 @@ from ddpm_lightning.process.measurement import (
 )
 from ddpm_lightning.process.model import DiffusionModel
 from ddpm_lightning.process.parameterization import (
+    CategoricalParameterization,
     EpsParameterization,
     Parameterization,
     Prediction,
@@ -49,6 +50,7 @@ __all__ = [
     "AutoguidedDenoiser",
     "AverageOperator",
     "CategoricalDecoder",
+    "CategoricalParameterization",
     "ClassifierDenoiser",
     "ClassifierFreeDenoiser",
     "ClippedDenoiser",

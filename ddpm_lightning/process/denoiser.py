@@ -34,12 +34,12 @@ class NetworkDenoiser(Denoiser):
     variance.
 
     Args:
-        network: called as ``network(x, c, **cond)`` with the scalar c of ``conditioning``; returns
-            ``[B, outputs * C, *space]``.
+        network: called as ``network(x, c, **cond)`` with the scalar c of ``conditioning``; returns the channels that
+            ``parameterization`` needs, and C more where ``outputs`` is 2.
         schedule: gives alpha_t and sigma_t.
-        parameterization: meaning of the network's output (of its first C channels).
+        parameterization: meaning of the network's output.
         conditioning: the scalar that the network is given for t.
-        outputs: 2 for a network whose second C channels belong to the reverse variance, else 1.
+        outputs: 2 for a network whose last C channels belong to the reverse variance, else 1.
     """
 
     def __init__(
@@ -69,7 +69,8 @@ class NetworkDenoiser(Denoiser):
         output = self.network(x.to(dtype), level.expand(x_t.shape[0]), **cond).to(x_t.dtype)
         if self.outputs == 1:
             return self.parameterization.predict(output, x_t, *self.scales(x_t, t))
-        output, variance_output = output.split(x_t.shape[1], dim=1)
+        channels = x_t.shape[1]
+        output, variance_output = output.split((output.shape[1] - channels, channels), dim=1)
         prediction = self.parameterization.predict(output, x_t, *self.scales(x_t, t))
         return replace(prediction, variance_output=variance_output)
 

@@ -33,11 +33,15 @@ class Encoder(nn.Module):
         # forward-mode differentiation, of which the fused kernels of attention know nothing, and which torch 2.11 gets
         # wrong in inference mode, in which the Trainer validates and tests
         gradients = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients), sdpa_kernel(SDPBackend.MATH):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*torch.jit.script")  # torch's own
-                time = t.clone()  # made here, so none of inference mode
-                rate: Tensor = torch.func.jvp(lambda t: self(schedule, x0, t), (time,), (torch.ones_like(time),))[1]
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradients),
+            sdpa_kernel(SDPBackend.MATH),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", message=".*torch.jit.script")  # torch's own
+            time = t.clone()  # made here, so none of inference mode
+            rate: Tensor = torch.func.jvp(lambda t: self(schedule, x0, t), (time,), (torch.ones_like(time),))[1]
         return rate
 
 

@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ddpm_lightning.errors import InputError
+
 __all__ = [
+    "CategoricalParameterization",
     "EpsParameterization",
     "Parameterization",
     "Prediction",
@@ -49,6 +52,11 @@ class Prediction:
 
 class Parameterization:
     """Meaning of the network's output. ``alpha_t``, ``sigma_t`` are ``[B, 1, ...]``, images ``[B, C, *space]``."""
+
+    @classmethod
+    def output_channels(cls, channels: int, levels: int | None) -> int:
+        """Channels of the output for images of that many channels and grey levels (None for fields)."""
+        return channels
 
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
         """Canonical form of the network's ``output``."""
@@ -124,3 +132,39 @@ class ScoreParameterization(Parameterization):
 
     def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         return -eps / sigma_t
+
+
+class CategoricalParameterization(Parameterization):
+    r"""The output is a distribution over the grey levels of each pixel, as it is before x_t is seen in that pixel:
+    logits :math:`\ell_k`, ``[B, C levels, *space]``, the levels of one channel after another. What x_t says of the
+    pixel is added exactly, by Bayes' rule:
+
+    .. math::
+
+        p(x_0 = v_k | x_t) \propto e^{\ell_k} \, N(x_t; \alpha_t v_k, \sigma_t^2), \qquad
+        \hat x_0 = \sum_k v_k \, p(x_0 = v_k | x_t)
+
+    Equal logits are the best guess for pixels that are independent and have equally likely levels. So a network need
+    not learn how to remove noise that is smaller than the distance of the levels. The idea of predicting
+    :math:`p(x_0 | x_t)` level by level is that of Austin et al. 2021 (arXiv 2107.03006, section 3.3).
+    :class:`~ddpm_lightning.networks.LevelsUNet` gives such logits. Needs ``levels`` times the memory of the images.
+    """
+
+    @classmethod
+    def output_channels(cls, channels: int, levels: int | None) -> int:
+        if levels is None:
+            raise InputError(f"{cls.__name__} is for grey levels, and fields have none: use VParameterization")
+        return channels * levels
+
+    def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
+        levels = output.shape[1] // x_t.shape[1]
+        v = torch.linspace(-1, 1, levels, dtype=x_t.dtype, device=x_t.device)
+        # the levels last, where LevelsUNet has them in memory: the softmax is twice as fast so
+        logits = output.unflatten(1, (-1, levels)).movedim(2, -1)
+        noise = (x_t / sigma_t)[..., None] - (alpha_t / sigma_t)[..., None] * v
+        posterior = torch.addcmul(logits, noise, noise, value=-0.5).softmax(-1)
+        x0 = (posterior * v).sum(-1)
+        return Prediction(x0=x0, eps=(x_t - alpha_t * x0) / sigma_t, output=output)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        raise InputError("CategoricalParameterization has no error of its own: give the objective another target")

@@ -42,6 +42,7 @@ class AveragedModule(RestorableModule):
     """
 
     shape: tuple[int, ...]
+    levels: int | None
     conditions: Sequence[str]
     num_classes: int | None
 
@@ -103,12 +104,12 @@ class AveragedModule(RestorableModule):
         if not isinstance(strategy, ShardedStrategy) or self.trainer.state.fn != "fit" or self._sharded is not None:
             return
         assert isinstance(self.model, DiffusionModel)  # setup
-        network, variance = self.model.network, self.model.reverse_process.variance
+        network, parts = self.model.network, (self.model.denoiser.parameterization, self.model.reverse_process.variance)
         sizes = {"label": self.num_classes or 1} if "label" in self.conditions else {}
         for model in (self.model, self.ema_model):
             model.to(strategy.root_device)
             synchronise(model)
-        shard_network(network, strategy.mesh, partial(check_network, network, variance, self.shape, sizes))
+        shard_network(network, strategy.mesh, partial(check_network, network, *parts, self.shape, self.levels, sizes))
         self._sharded = ShardedWeights(self.ema_model.network, strategy.mesh)
 
     @contextmanager

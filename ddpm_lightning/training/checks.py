@@ -9,7 +9,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import AdaptedNetwork
 from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.own_code import failure_in_own_code
-from ddpm_lightning.process import Decoder, DiffusionModel, GenerativeModel, ReverseVariance
+from ddpm_lightning.process import Decoder, DiffusionModel, GenerativeModel, Parameterization, ReverseVariance
 
 __all__ = ["check_bounds", "check_network", "check_options", "check_part", "check_shapes"]
 
@@ -39,8 +39,10 @@ def check_part(name: str, value: float) -> None:
 
 def check_network(
     network: nn.Module,
+    parameterization: Parameterization,
     variance: ReverseVariance,
     shape: tuple[int, ...],
+    levels: int | None,
     conditions: Mapping[str, int],
     label_dropout: float = 0.0,
 ) -> None:
@@ -48,7 +50,8 @@ def check_network(
     of the vector and channels of the field. With a dropout, the last row has none.
 
     Raises:
-        InputError: it does not take images of ``shape``, or does not return what the variance needs.
+        InputError: it does not take images of ``shape``, or does not return what the parameterisation and the variance
+            need.
     """
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     # in half precision Lightning changes torch's default type while it has the module make its parts
@@ -82,13 +85,15 @@ def check_network(
     if not isinstance(output, Tensor):
         raise InputError(f"{name} returns a {type(output).__name__} and no tensor{_CALL}")
     channels, *rest = shape
-    expected = [variance.network_outputs * channels, *rest]
+    needed = parameterization.output_channels(channels, levels)
+    expected = [needed + (variance.network_outputs - 1) * channels, *rest]
     if list(output.shape) != [len(x), *expected]:
-        twice = variance.network_outputs == 1 and list(output.shape[1:]) == [2 * channels, *rest]
+        twice = variance.network_outputs == 1 and list(output.shape[1:]) == [needed + channels, *rest]
         learned = ", or train its variance too, with --model.variance LearnedRangeVariance" if twice else ""
+        under = type(variance if needed == channels else parameterization).__name__
         raise InputError(
             f"{name} returns {list(output.shape[1:])} for images of shape {list(shape)}: "
-            f"under {type(variance).__name__} it must return {expected}; "
+            f"under {under} it must return {expected}; "
             f"set --model.network.init_args.out_channels {expected[0]} where it has that option{learned}"
         )
 

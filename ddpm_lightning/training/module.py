@@ -234,7 +234,7 @@ class DiffusionModule(GenerativeModule):
         conditions = chosen_conditions(flags, sizes, label_dropout)
         if clip_x0 and scale is not None:
             raise InputError("--model.clip_x0 true clips x0 to [-1, 1], and fields go further: set it to false")
-        check_network(network, variance, tuple(shape), conditions, label_dropout)
+        check_network(network, parameterization, variance, tuple(shape), levels, conditions, label_dropout)
         model = DiffusionModel(network, schedule, parameterization, conditioning, variance, decoder, clip_x0, encoder)
         check_shapes(model, tuple(shape))
         super().__init__(

@@ -139,7 +139,8 @@ class ExactResume(Callback):
             self._validated.append(loop.batch_progress.total.ready)
 
     def _end_with_schedule(self, trainer: Trainer, changes: bool) -> None:
-        """Have no step after the last one of a learning-rate schedule, which torch would end with a traceback."""
+        """Have no step after the last one of a learning-rate schedule, which torch would end with a traceback; and say
+        it where training ends long before the schedule, whose last part is what anneals the weights."""
         ends = [getattr(config.scheduler, "total_steps", None) for config in trainer.lr_scheduler_configs]
         self._schedule_end = end = min((end for end in ends if end is not None), default=None)
         if end is None:
@@ -154,6 +155,12 @@ class ExactResume(Callback):
             )
         else:
             self._schedule_end = None
+            if steps < end:
+                _say(
+                    trainer,
+                    f"the learning rate does not come to its end: training has {steps:,.0f} steps, and "
+                    f"--model.lr_scheduler.total_steps is {end:,}",
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self._schedule_end:

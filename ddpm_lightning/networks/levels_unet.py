@@ -1,0 +1,82 @@
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from ddpm_lightning.networks.unet import UNet
+
+__all__ = ["LevelsUNet"]
+
+
+class LevelsUNet(UNet):
+    r"""A U-Net that returns a logit for each grey level of each pixel: (x ``[B, C, *space]``, t ``[B]``) to ``[B, C
+    levels, *space]``, the levels of one channel after another. All are 0 at first.
+
+    .. math:: \ell_{ik} = \sum_{j=1}^{\text{rank}} o_{ij} \, \phi_j(k) + b_k(\text{histogram of } x, t)
+
+    The U-Net gives each pixel i a few numbers o, the coefficients of smooth functions of the level k (cosines) and of
+    peaks at the lowest and the highest level. What the pixels of an image share is in b, from a perceptron of the
+    image's histogram: an image that was resampled has greys of its own, and saturated pixels of one value.
+
+    For :class:`~ddpm_lightning.process.CategoricalParameterization`.
+
+    Args:
+        channels: C; None for 1. On the command line None is the data's number, and so for ``levels``.
+        levels: number of grey levels; None for 256.
+        rank: number of functions of the level, at least 3; as many as there are levels can give any logits.
+        context: width of the perceptron; 0 for none, and b = 0.
+        options: width, multipliers, blocks and the other arguments of :class:`UNet`.
+    """
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        levels: int | None = None,
+        rank: int = 24,
+        context: int = 256,
+        **options: Any,
+    ) -> None:
+        colours, self.levels = channels or 1, 256 if levels is None else levels
+        if self.levels < 2 or rank < 3 or context < 0:
+            raise ValueError(f"need levels >= 2, rank >= 3 and context >= 0, got {self.levels}, {rank} and {context}")
+        rank = min(rank, self.levels)
+        super().__init__(channels, out_channels=rank * colours, **options)
+        k = torch.arange(self.levels)
+        peaks = [(k == end).float() for end in (0, self.levels - 1)]
+        cosines = [torch.cos(math.pi * j * (k + 0.5) / self.levels) for j in range(1, rank - 1)]
+        self.register_buffer("_functions", torch.stack(peaks + cosines), persistent=False)
+        self.context: nn.ModuleDict | None = None
+        if context:
+            values = colours * self.levels
+            self.context = nn.ModuleDict(
+                {
+                    "histogram": nn.Linear(values, context),
+                    "embedding": nn.Linear(4 * self.width, context),
+                    "out": nn.Linear(context, values),
+                }
+            )
+            for parameter in self.context["out"].parameters():
+                nn.init.zeros_(parameter)
+
+    def _output(self, h: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
+        # products with a constant matrix, in float32 at least: the logits of 256 levels need more than 8 bits
+        coefficients = self.out_conv(h).unflatten(1, (x.shape[1], -1))
+        with torch.autocast(x.device.type, enabled=False):
+            functions = self.get_buffer("_functions").to(torch.promote_types(coefficients.dtype, torch.float32))
+            coefficients = coefficients.to(functions.dtype)
+            logits = coefficients.movedim(2, -1) @ functions
+        if self.context is not None:
+            hidden = self.context["histogram"]((self._histogram(x) + 0.05).log() + 1)
+            shared = self.context["out"](silu(hidden + self.context["embedding"](embedding)))
+            logits = logits + shared.view(*x.shape[:2], *(1,) * (x.ndim - 2), -1).to(logits.dtype)
+        return logits.movedim(-1, 2).flatten(1, 2)
+
+    def _histogram(self, x: Tensor) -> Tensor:
+        """Pixels at each level, ``[B, C levels]``; one between two levels counts for both, by its distances."""
+        place = (x.flatten(2).clamp(-1, 1) + 1) * (0.5 * (self.levels - 1))
+        below = place.floor().clamp(max=self.levels - 2)
+        share, below = place - below, below.long()
+        counts = place.new_zeros(*place.shape[:2], self.levels)
+        return counts.scatter_add(2, below, 1 - share).scatter_add(2, below + 1, share).flatten(1)
