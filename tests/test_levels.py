@@ -110,6 +110,7 @@ def test_the_logits_are_functions_of_the_level_and_of_the_histogram() -> None:
     assert int(torch.linalg.matrix_rank(apart.flatten(0, -2), rtol=1e-9)) == 5
     histogram = network._histogram(torch.tensor([[[-1.0, -0.875], [5.0, 0.25]], [[0.0, 0.0], [-7.0, 1.0]]])[None])
     assert histogram.view(2, 9).tolist() == [[1.5, 0.5, 0, 0, 0, 1, 0, 0, 1], [1, 0, 0, 0, 2, 0, 0, 0, 1]]
+    assert network(x.fill_(torch.nan), t).isnan().all()
     # without the perceptron, and at first
     assert LevelsUNet(1, 9, context=0, **SMALL).context is None
     first = LevelsUNet(1, 9, **SMALL)

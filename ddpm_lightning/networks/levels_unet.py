@@ -68,15 +68,18 @@ class LevelsUNet(UNet):
             coefficients = coefficients.to(functions.dtype)
             logits = coefficients.movedim(2, -1) @ functions
         if self.context is not None:
-            hidden = self.context["histogram"]((self._histogram(x) + 0.05).log() + 1)
+            counts = ((self._histogram(x) + 0.05).log() + 1).to(x.dtype)
+            hidden = self.context["histogram"](counts)
             shared = self.context["out"](silu(hidden + self.context["embedding"](embedding)))
             logits = logits + shared.view(*x.shape[:2], *(1,) * (x.ndim - 2), -1).to(logits.dtype)
         return logits.movedim(-1, 2).flatten(1, 2)
 
     def _histogram(self, x: Tensor) -> Tensor:
         """Pixels at each level, ``[B, C levels]``; one between two levels counts for both, by its distances."""
-        place = (x.flatten(2).clamp(-1, 1) + 1) * (0.5 * (self.levels - 1))
-        below = place.floor().clamp(max=self.levels - 2)
+        fine = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+        place = (fine.clamp(-1, 1) + 1) * (0.5 * (self.levels - 1))
+        # NaN has no place; by its share it reaches the output all the same
+        below = place.floor().nan_to_num().clamp(max=self.levels - 2)
         share, below = place - below, below.long()
         counts = place.new_zeros(*place.shape[:2], self.levels)
         return counts.scatter_add(2, below, 1 - share).scatter_add(2, below + 1, share).flatten(1)

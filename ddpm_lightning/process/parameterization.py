@@ -159,7 +159,7 @@ class CategoricalParameterization(Parameterization):
     def predict(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Prediction:
         levels = output.shape[1] // x_t.shape[1]
         v = torch.linspace(-1, 1, levels, dtype=x_t.dtype, device=x_t.device)
-        # the levels last, where LevelsUNet has them in memory: the softmax is twice as fast so
+        # the levels last, where LevelsUNet has them in memory: this takes half the time so
         logits = output.unflatten(1, (-1, levels)).movedim(2, -1)
         noise = (x_t / sigma_t)[..., None] - (alpha_t / sigma_t)[..., None] * v
         posterior = torch.addcmul(logits, noise, noise, value=-0.5).softmax(-1)
