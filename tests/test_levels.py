@@ -11,6 +11,7 @@ from conftest import run_ddpm
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.export import load_model
 from ddpm_lightning.networks import LevelsUNet, UNet
 from ddpm_lightning.objectives import ContinuousElbo, NoiseMSE, StratifiedTimes
 from ddpm_lightning.process import (
@@ -21,6 +22,8 @@ from ddpm_lightning.process import (
     GammaConditioning,
     LearnedRangeVariance,
 )
+from ddpm_lightning.runs import Run
+from ddpm_lightning.samplers import DDIMSampler
 from ddpm_lightning.schedules import LinearGamma, PixelwiseGamma, Schedule, VarianceExploding
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1}
@@ -112,11 +115,11 @@ def test_the_logits_are_functions_of_the_level_and_of_the_histogram() -> None:
     assert histogram.view(2, 9).tolist() == [[1.5, 0.5, 0, 0, 0, 1, 0, 0, 1], [1, 0, 0, 0, 2, 0, 0, 0, 1]]
     assert network(x.fill_(torch.nan), t).isnan().all()
     # without the perceptron, and at first
-    assert LevelsUNet(1, 9, context=0, **SMALL).context is None
+    assert LevelsUNet(1, 9, context=0, **SMALL).shared is None
     first = LevelsUNet(1, 9, **SMALL)
     assert first(torch.zeros(1, 1, 8, 8), torch.zeros(1)).abs().max() == 0
     plain, same = UNet(1, out_channels=9, **SMALL), LevelsUNet(1, 9, **SMALL)
-    assert {name for name, _ in same.named_parameters() if "context" not in name} == {
+    assert {name for name, _ in same.named_parameters() if "shared" not in name} == {
         name for name, _ in plain.named_parameters()
     }
 
@@ -170,6 +173,11 @@ def test_on_the_command_line_it_follows_the_data(tiny: list[str], tmp_path: Path
     run_ddpm("fit", *tiny, *parts, "CategoricalParameterization", f"--run_dir={run}", "--trainer.max_epochs=1")
     assert "denoising    elbo" in run_ddpm("test", run, "--data.limit_test=8")
     assert "4 images" in run_ddpm("sample", run, "--n=4", "--steps=3", f"--out={tmp_path}/samples")
+    run_ddpm("export", run, "--to=safetensors", f"--out={tmp_path}/model.safetensors")
+    model, (module, _) = load_model(tmp_path / "model.safetensors"), Run(run).load()
+    x_T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = [DDIMSampler()(each, x_T, generators=torch.Generator()) for each in (model, module.ema_model)]
+    torch.testing.assert_close(*drawn)
     plain = ["--model.parameterization", "CategoricalParameterization", "--trainer.max_steps=1"]
     run_ddpm("fit", *tiny, *plain, f"--run_dir={tmp_path}/plain")  # a UNet gets as many channels as there are levels
     assert "out_channels: 17" in (tmp_path / "plain/config.yaml").read_text()

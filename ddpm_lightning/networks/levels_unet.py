@@ -1,5 +1,6 @@
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class LevelsUNet(UNet):
         levels: number of grey levels; None for 256.
         rank: number of functions of the level, at least 3; as many as there are levels can give any logits.
         context: width of the perceptron; 0 for none, and b = 0.
-        options: width, multipliers, blocks and the other arguments of :class:`UNet`.
+        width: and all that follow: see :class:`UNet`.
     """
 
     def __init__(
@@ -36,28 +37,45 @@ class LevelsUNet(UNet):
         levels: int | None = None,
         rank: int = 24,
         context: int = 256,
-        **options: Any,
+        width: int = 32,
+        multipliers: Sequence[int] = (1, 2, 2),
+        blocks: int | Sequence[int] = 2,
+        attention: Sequence[int] = (),
+        heads: int = 1,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        time_scale: float = 1000.0,
+        fourier: Sequence[float] = (),
+        dims: int | None = None,
+        padding: Literal["zeros", "circular"] = "zeros",
+        vector_size: int | None = None,
+        field_channels: int | None = None,
+        vector_scale: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        colours, self.levels = channels or 1, 256 if levels is None else levels
-        if self.levels < 2 or rank < 3 or context < 0:
-            raise ValueError(f"need levels >= 2, rank >= 3 and context >= 0, got {self.levels}, {rank} and {context}")
-        rank = min(rank, self.levels)
-        super().__init__(channels, out_channels=rank * colours, **options)
-        k = torch.arange(self.levels)
-        peaks = [(k == end).float() for end in (0, self.levels - 1)]
-        cosines = [torch.cos(math.pi * j * (k + 0.5) / self.levels) for j in range(1, rank - 1)]
+        colours, levels = channels or 1, 256 if levels is None else levels
+        if levels < 2 or rank < 3 or context < 0:
+            raise ValueError(f"need levels >= 2, rank >= 3 and context >= 0, got {levels}, {rank} and {context}")
+        functions = min(rank, levels)
+        super().__init__(
+            channels, width, multipliers, blocks, attention, heads, dropout, num_classes, functions * colours,
+            time_scale, fourier, dims, padding, vector_size, field_channels, vector_scale,
+        )  # fmt: skip
+        self.levels, self.rank, self.context = levels, rank, context
+        k = torch.arange(levels)
+        peaks = [(k == end).float() for end in (0, levels - 1)]
+        cosines = [torch.cos(math.pi * j * (k + 0.5) / levels) for j in range(1, functions - 1)]
         self.register_buffer("_functions", torch.stack(peaks + cosines), persistent=False)
-        self.context: nn.ModuleDict | None = None
+        self.shared: nn.ModuleDict | None = None
         if context:
-            values = colours * self.levels
-            self.context = nn.ModuleDict(
+            values = colours * levels
+            self.shared = nn.ModuleDict(
                 {
                     "histogram": nn.Linear(values, context),
-                    "embedding": nn.Linear(4 * self.width, context),
+                    "embedding": nn.Linear(4 * width, context),
                     "out": nn.Linear(context, values),
                 }
             )
-            for parameter in self.context["out"].parameters():
+            for parameter in self.shared["out"].parameters():
                 nn.init.zeros_(parameter)
 
     def _output(self, h: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
@@ -67,11 +85,11 @@ class LevelsUNet(UNet):
             functions = self.get_buffer("_functions").to(torch.promote_types(coefficients.dtype, torch.float32))
             coefficients = coefficients.to(functions.dtype)
             logits = coefficients.movedim(2, -1) @ functions
-        if self.context is not None:
+        if self.shared is not None:
             counts = ((self._histogram(x) + 0.05).log() + 1).to(x.dtype)
-            hidden = self.context["histogram"](counts)
-            shared = self.context["out"](silu(hidden + self.context["embedding"](embedding)))
-            logits = logits + shared.view(*x.shape[:2], *(1,) * (x.ndim - 2), -1).to(logits.dtype)
+            hidden = self.shared["histogram"](counts)
+            common = self.shared["out"](silu(hidden + self.shared["embedding"](embedding)))
+            logits = logits + common.view(*x.shape[:2], *(1,) * (x.ndim - 2), -1).to(logits.dtype)
         return logits.movedim(-1, 2).flatten(1, 2)
 
     def _histogram(self, x: Tensor) -> Tensor:
