@@ -139,6 +139,20 @@ def test_what_does_not_fit_is_refused() -> None:
         build(network=UNet(1, **SMALL), parameterization=CategoricalParameterization())
 
 
+def test_a_network_of_logits_is_refused_where_it_does_not_fit() -> None:
+    categorical = {"parameterization": CategoricalParameterization()}
+    for options, words in (
+        ({"network": LevelsUNet(1, 18, **SMALL), **categorical}, "made for 18 grey levels and the data have 17"),
+        ({"network": LevelsUNet(1, 17, **SMALL)}, "give it --model.parameterization CategoricalParameterization"),
+        (
+            {"network": LevelsUNet(1, 17, **SMALL), **categorical, "variance": LearnedRangeVariance()},
+            "LevelsUNet has no output for LearnedRangeVariance",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            build(**options)
+
+
 @pytest.mark.parametrize("exploding", [False, True])
 def test_it_trains_under_any_schedule(exploding: bool) -> None:
     schedule: Schedule = LinearGamma(-9.0, 5.0, T=12)

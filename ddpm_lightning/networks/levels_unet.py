@@ -26,7 +26,7 @@ class LevelsUNet(UNet):
     Args:
         channels: C; None for 1. On the command line None is the data's number, and so for ``levels``.
         levels: number of grey levels; None for 256.
-        rank: number of functions of the level, at least 3; as many as there are levels can give any logits.
+        rank: number of functions of the level, at least 3; as many as there are levels can give any distribution.
         context: width of the perceptron; 0 for none, and b = 0.
         width: and all that follow: see :class:`UNet`.
     """

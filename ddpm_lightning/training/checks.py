@@ -6,10 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.networks import AdaptedNetwork
+from ddpm_lightning.networks import AdaptedNetwork, LevelsUNet
 from ddpm_lightning.objectives import ElboEstimator
 from ddpm_lightning.own_code import failure_in_own_code
-from ddpm_lightning.process import Decoder, DiffusionModel, GenerativeModel, Parameterization, ReverseVariance
+from ddpm_lightning.process import (
+    CategoricalParameterization,
+    Decoder,
+    DiffusionModel,
+    GenerativeModel,
+    Parameterization,
+    ReverseVariance,
+)
 
 __all__ = ["check_bounds", "check_network", "check_options", "check_part", "check_shapes"]
 
@@ -53,6 +60,8 @@ def check_network(
         InputError: it does not take images of ``shape``, or does not return what the parameterisation and the variance
             need.
     """
+    if isinstance(network, LevelsUNet):
+        _check_levels(network, parameterization, variance, levels)
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     # in half precision Lightning changes torch's default type while it has the module make its parts
     x = torch.zeros(2, *shape, device=device, dtype=torch.float32)
@@ -96,6 +105,26 @@ def check_network(
             f"under {under} it must return {expected}; "
             f"set --model.network.init_args.out_channels {expected[0]} where it has that option{learned}"
         )
+
+
+def _check_levels(
+    network: LevelsUNet, parameterization: Parameterization, variance: ReverseVariance, levels: int | None
+) -> None:
+    """Refuse, with an InputError, what a network of logits cannot be used with."""
+    if levels is None:
+        raise InputError("LevelsUNet is for grey levels, and fields have none: use UNet")
+    if network.levels != levels:
+        raise InputError(
+            f"LevelsUNet is made for {network.levels} grey levels and the data have {levels}: "
+            f"set --model.network.init_args.levels to {levels}, or leave it out and it follows the data"
+        )
+    if not isinstance(parameterization, CategoricalParameterization):
+        raise InputError(
+            "LevelsUNet returns logits of grey levels: give it --model.parameterization CategoricalParameterization, "
+            "or use UNet"
+        )
+    if variance.network_outputs > 1:
+        raise InputError(f"LevelsUNet has no output for {type(variance).__name__}: use another variance, or UNet")
 
 
 def _axes(shape: Sequence[int]) -> str:

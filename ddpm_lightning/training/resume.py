@@ -155,11 +155,11 @@ class ExactResume(Callback):
             )
         else:
             self._schedule_end = None
-            if steps < end:
+            if steps < end - 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 _say(
                     trainer,
                     f"the learning rate does not come to its end: training has {steps:,.0f} steps, and "
-                    f"--model.lr_scheduler.total_steps is {end:,}",
+                    f"--model.lr_scheduler.total_steps is {end:,}: make them equal to anneal the weights",
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
