@@ -67,7 +67,7 @@ MEANT = {
 ZERO = {
     "seed", "eval_seed", "offset", "dropout", "blocks", "vlb_weight", "eta", "free_nats", "warmup", "carry",
     "interpolate_to", "patience", "min_delta", "weight_decay", "discount", "guidance_scale", "jump", "correction",
-    "simulation_seed", "split_seed", "memory_gb",
+    "simulation_seed", "split_seed", "memory_gb", "context",
 }  # fmt: skip
 
 
