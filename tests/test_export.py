@@ -62,7 +62,13 @@ def models() -> dict[str, DiffusionModel]:
     parts = {
         "eps": (unet(), LinearChain(20), EpsParameterization(), TimeConditioning(), FixedLargeVariance()),
         "lecture": (SimpleUNet(), CosineChain(20), EpsParameterization(), GammaConditioning(), FixedSmallVariance()),
-        "v": (unet(fourier=(1.0, 2.0)), LearnedGamma(), VParameterization(), GammaConditioning(), FixedLargeVariance()),
+        "v": (
+            unet(fourier=(1.0, 2.0), patch=2),
+            LearnedGamma(),
+            VParameterization(),
+            GammaConditioning(),
+            FixedLargeVariance(),
+        ),
         "analytic": (
             unet(num_classes=3),
             LinearGamma(-5.0, 5.0),

@@ -122,6 +122,7 @@ def test_the_logits_are_functions_of_the_level_and_of_the_histogram() -> None:
     assert {name for name, _ in same.named_parameters() if "shared" not in name} == {
         name for name, _ in plain.named_parameters()
     }
+    assert LevelsUNet(2, 9, patch=2, **SMALL)(x.float(), t.float()).shape == (3, 18, 8, 8)
 
 
 @pytest.mark.parametrize("options", [{"levels": 1}, {"rank": 2}, {"context": -1}])

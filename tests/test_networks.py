@@ -315,6 +315,7 @@ def test_init_arguments_are_attributes() -> None:
                 "out_channels": 5,
                 "time_scale": 10.0,
                 "fourier": [2.0],
+                "patch": 2,
             },
         ),
     ]

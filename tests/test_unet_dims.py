@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import AdaptedNetwork, FeatureClassifier, SimpleUNet, UNet
+from ddpm_lightning.networks.patches import from_patches, to_patches
 from ddpm_lightning.objectives import (
     ConsistencyElbo,
     ContinuousElbo,
@@ -108,6 +110,35 @@ def test_a_periodic_network_commutes_with_shifts_by_its_stride(dims: int, condit
     # by less than the stride it does not, and with zeros beyond the edge not at all
     assert deviation(net, dims, 1, torch.float64) > 1e-2
     assert deviation(make(), dims, 4, torch.float64) > 1e-2
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_patches_are_channels_and_back(dims: int) -> None:
+    x = torch.arange(2 * 3 * math.prod(SPACES[dims])).view(2, 3, *SPACES[dims])
+    patches = to_patches(x, 4)
+    assert patches.shape == (2, 3 * 4**dims, *(size // 4 for size in SPACES[dims]))
+    assert torch.equal(from_patches(patches, 4), x) and to_patches(x, 1).equal(x)
+    # a pixel's channels are its patch, channel by channel
+    corner = x[(slice(None), slice(None), *(slice(4),) * dims)]
+    assert torch.equal(patches.flatten(2)[:, :, 0], corner.flatten(1))
+    if dims == 2:
+        assert torch.equal(patches, pixel_unshuffle(x, 4))
+
+
+@pytest.mark.parametrize("conditions", [{}, {"vector_size": 2, "field_channels": 1}], ids=["plain", "conditions"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_network_of_patches(dims: int, conditions: dict[str, int]) -> None:
+    make = partial(network, dims, multipliers=(1, 2), attention=(1,), fourier=(0.5,), patch=2, **conditions)
+    net = make(padding="circular")
+    # the patch is one more factor of its stride
+    assert deviation(net, dims, 4, torch.float64) < 1e-13 < 1e-2 < deviation(net, dims, 2, torch.float64)
+    assert net.float()(torch.randn(2, 2, *SPACES[dims]), torch.rand(2)).shape == (2, 2, *SPACES[dims])
+    learned = make(out_channels=4)
+    assert learned(torch.randn(2, 2, *SPACES[dims]), torch.rand(2)).shape == (2, 4, *SPACES[dims])
+    with pytest.raises(ValueError, match=r"not divisible by 4: .* or a smaller patch"):
+        net(torch.randn(2, 2, *(6,) * dims), torch.rand(2))
+    with pytest.raises(ValueError, match="patch and every entry of multipliers"):
+        make(patch=0)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -51,6 +51,7 @@ class LevelsUNet(UNet):
         vector_size: int | None = None,
         field_channels: int | None = None,
         vector_scale: Mapping[str, Sequence[float]] | None = None,
+        patch: int = 1,
     ) -> None:
         colours, levels = channels or 1, 256 if levels is None else levels
         if levels < 2 or rank < 3 or context < 0:
@@ -59,6 +60,7 @@ class LevelsUNet(UNet):
         super().__init__(
             channels, width, multipliers, blocks, attention, heads, dropout, num_classes, functions * colours,
             time_scale, fourier, dims, padding, vector_size, field_channels, vector_scale,
+            patch,
         )  # fmt: skip
         self.levels, self.rank, self.context = levels, rank, context
         k = torch.arange(levels)
@@ -80,7 +82,7 @@ class LevelsUNet(UNet):
 
     def _output(self, h: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
         # products with a constant matrix, in float32 at least: the logits of 256 levels need more than 8 bits
-        coefficients = self.out_conv(h).unflatten(1, (x.shape[1], -1))
+        coefficients = h.unflatten(1, (x.shape[1], -1))
         with torch.autocast(x.device.type, enabled=False):
             functions = self.get_buffer("_functions").to(torch.promote_types(coefficients.dtype, torch.float32))
             coefficients = coefficients.to(functions.dtype)

@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 from ddpm_lightning.networks.conditions import check_conditions
 from ddpm_lightning.networks.convolutions import CONVOLUTIONS
 from ddpm_lightning.networks.embedding import FourierFeatures, SinusoidalEmbedding
+from ddpm_lightning.networks.patches import from_patches, to_patches
 
 __all__ = ["UNet"]
 
@@ -32,8 +33,8 @@ M = TypeVar("M", bound=nn.Module)
 class UNet(nn.Module):
     """Residual U-Net: (x ``[B, C, *space]``, t ``[B]``) to ``[B, out_channels, *space]``. Its output is 0 at first.
 
-    Level i works at 1 / 2**i of the full resolution with ``width * multipliers[i]`` channels. The last convolution
-    of every residual branch and of the network starts at zero, so every block starts as its shortcut.
+    Level i works at 1 / (patch 2**i) of the image's resolution with ``width * multipliers[i]`` channels. The last
+    convolution of every residual branch and of the network starts at zero, so every block starts as its shortcut.
 
     Args:
         channels: image channels C of the input; None for 1, and on the command line for the data's.
@@ -56,13 +57,15 @@ class UNet(nn.Module):
             period of one level.
         dims: dimensions of space, 1 to 3; None for 2, and on the command line for the data's.
         padding: what convolutions see beyond the edge: "zeros", or "circular" for periodic lattices. With "circular"
-            the network commutes with shifts of its input by the total stride ``2 ** (len(multipliers) - 1)``, to
-            rounding.
+            the network commutes with shifts of its input by the total stride ``patch * 2 ** (len(multipliers) - 1)``,
+            to rounding.
         vector_size: numbers in a condition ``vector``; None for none, and on the command line for the data's where the
             model is told it.
         field_channels: channels of a condition ``field``, which joins the input; None as for the vector.
         vector_scale: ``mean`` and ``std`` of each number of the vector, by which it is standardised; None for 0 and 1,
             and on the command line for those of the training data.
+        patch: side of the patches whose pixels become the channels of one pixel; 1 for none. With 2 a network for
+            images costs a quarter, and good samples come sooner; the noise between neighbours is modelled less well.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class UNet(nn.Module):
         vector_size: int | None = None,
         field_channels: int | None = None,
         vector_scale: Mapping[str, Sequence[float]] | None = None,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         channels = 1 if channels is None else channels
@@ -93,7 +97,7 @@ class UNet(nn.Module):
         self.channels, self.out_channels, self.num_classes = channels, out_channels, num_classes
         self.width, self.multipliers, self.blocks = width, multipliers, blocks
         self.attention, self.heads, self.dropout = attention, heads, dropout
-        self.time_scale, self.fourier = time_scale, fourier
+        self.time_scale, self.fourier, self.patch = time_scale, fourier, patch
         counts = [blocks] * len(multipliers) if isinstance(blocks, int) else list(blocks)
         self._check_arguments(counts)
         widths = [width * multiplier for multiplier in multipliers]
@@ -113,7 +117,8 @@ class UNet(nn.Module):
         self.features = FourierFeatures(fourier)
         # a condition field and whether it is there
         given = 0 if field_channels is None else field_channels + 1
-        self.stem = conv(channels * self.features.copies + given, widths[0], 3, padding=1)
+        pixels = patch**self._space_dims
+        self.stem = conv((channels * self.features.copies + given) * pixels, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
             nn.ModuleList(block(widths[i], widths[i], i) for _ in range(counts[i])) for i in levels
         )
@@ -124,7 +129,7 @@ class UNet(nn.Module):
             nn.ModuleList(block(2 * widths[i], widths[i], i) for _ in range(counts[i])) for i in levels
         )
         self.out_norm = _group_norm(widths[0])
-        self.out_conv = _zeroed(conv(widths[0], out_channels or channels, 3, padding=1))
+        self.out_conv = _zeroed(conv(widths[0], (out_channels or channels) * pixels, 3, padding=1))
         self.vector_mlp: nn.Module | None = None
         if vector_size is not None:
             moments = vector_scale or {"mean": [0.0] * vector_size, "std": [1.0] * vector_size}
@@ -147,7 +152,7 @@ class UNet(nn.Module):
         """``[B, out_channels, *space]`` in the dtype of ``x``, under autocast too.
 
         Args:
-            x: images ``[B, C, *space]``; each size is divisible by ``2 ** (len(multipliers) - 1)``.
+            x: images ``[B, C, *space]``; each size is divisible by ``patch * 2 ** (len(multipliers) - 1)``.
             t: one real number for each image, ``[B]``.
             label: classes ``[B]``, int64, in 0..num_classes; None (or ``num_classes``) is "no class".
             vector: conditions ``[B, vector_size]``; None, or a row with NaN, is "no vector".
@@ -158,7 +163,7 @@ class UNet(nn.Module):
         h = self.features(x)
         if self.field_channels is not None:
             h = torch.cat((h, _with_presence(field, (x.shape[0], self.field_channels, *x.shape[2:]), x)), dim=1)
-        h = self.stem(h)
+        h = self.stem(to_patches(h, self.patch))
         skips: list[Tensor] = []
         for level, stage in enumerate(self.down):
             for block in cast(nn.ModuleList, stage):
@@ -173,12 +178,12 @@ class UNet(nn.Module):
                 h = interpolate(self.grow[level](h), scale_factor=2.0, mode="nearest")
             for block in cast(nn.ModuleList, self.up[level]):
                 h = block(torch.cat((h, skips.pop()), dim=1), embedding)
-        return self._output(silu(self.out_norm(h)), x, embedding).to(x.dtype)
+        h = from_patches(self.out_conv(silu(self.out_norm(h))), self.patch)
+        return self._output(h, x, embedding).to(x.dtype)
 
     def _output(self, h: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
-        """What is returned, from the features ``[B, widths[0], *space]`` of the last block."""
-        output: Tensor = self.out_conv(h)
-        return output
+        """What is returned, from the last convolution's ``[B, out_channels, *space]``."""
+        return h
 
     def _embed(self, x: Tensor, t: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:
         embedding: Tensor = self.time_mlp(self.sinusoids(t).to(x.dtype))
@@ -195,8 +200,8 @@ class UNet(nn.Module):
 
     def _check_arguments(self, counts: Sequence[int]) -> None:
         levels = len(self.multipliers)
-        if min(self.channels, self.width, *self.multipliers, *counts) < 1 or not levels:
-            raise ValueError("channels, width, every entry of multipliers and every entry of blocks must be >= 1")
+        if min(self.channels, self.width, self.patch, *self.multipliers, *counts) < 1 or not levels:
+            raise ValueError("channels, width, patch and every entry of multipliers and blocks must be >= 1")
         if len(counts) != levels:
             raise ValueError(f"blocks has {len(counts)} entries for {levels} levels (multipliers): give one for each")
         if self.heads < 1:
@@ -237,11 +242,12 @@ class UNet(nn.Module):
                 f"expected x of shape [B, {self.channels}, {space}], got {list(x.shape)}: the network has "
                 f"dims = {self._space_dims} and channels = {self.channels}"
             )
-        divisor = 2 ** (len(self.multipliers) - 1)
+        divisor = self.patch * 2 ** (len(self.multipliers) - 1)
         if any(size % divisor for size in x.shape[2:]):
+            smaller = " or a smaller patch" if self.patch > 1 else ""
             raise ValueError(
                 f"the image's size {' x '.join(map(str, x.shape[2:]))} is not divisible by {divisor}: pad the images, "
-                f"or give fewer multipliers (each one after the first halves the size)"
+                f"or give fewer multipliers (each one after the first halves the size){smaller}"
             )
         if t.shape != x.shape[:1]:
             raise ValueError(f"expected t of shape [{x.shape[0]}], one for each image, got {list(t.shape)}")

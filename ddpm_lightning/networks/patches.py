@@ -1,0 +1,24 @@
+"""Pixels of small patches as channels, and back, in any number of dimensions (Hoogeboom et al. 2023, arXiv 2301.11093,
+section 3.2)."""
+
+from torch import Tensor
+
+__all__ = ["from_patches", "to_patches"]
+
+
+def to_patches(x: Tensor, side: int) -> Tensor:
+    """``[B, C, *space]`` to ``[B, C side**d, *space / side]`` in d dimensions; ``side`` divides each size."""
+    dims = x.ndim - 2
+    for axis in range(dims):
+        x = x.unflatten(2 + 2 * axis, (-1, side))
+    return x.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2)).flatten(1, 1 + dims)
+
+
+def from_patches(x: Tensor, side: int) -> Tensor:
+    """The inverse of :func:`to_patches`: ``[B, C side**d, *space]`` to ``[B, C, *space side]``."""
+    dims = x.ndim - 2
+    x = x.unflatten(1, (-1, *(side,) * dims))
+    x = x.permute(0, 1, *(axis + place for axis in range(2, 2 + dims) for place in (dims, 0)))
+    for axis in range(dims):
+        x = x.flatten(2 + axis, 3 + axis)
+    return x
