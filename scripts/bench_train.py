@@ -210,7 +210,7 @@ def lecture(size: int, device: torch.device, compiled: bool) -> Group:
 
 
 def unet(size: int, device: torch.device, compiled: bool, width: int) -> Group:
-    """The U-Net of configs/mnist.yaml with one switch after the other."""
+    """The U-Net of configs/mnist_classes.yaml, without classes, with one switch after the other."""
     torch.manual_seed(0)
     contest = Contest(UNet(1, width=width, multipliers=(1, 2, 4), blocks=1), size, device)
     adamw = partial(torch.optim.AdamW, lr=1e-4)

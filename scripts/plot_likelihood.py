@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""MNIST, bits/dim against training FLOPs: draws a table of measured points.
+
+    python scripts/plot_likelihood.py --out docs/likelihood_flops.png
+
+The table says for each model on which images the points were measured. Its points are [PFLOP, bits/dim, standard
+error]; those of a line belong to one training, all others to a training each.
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ddpm_lightning.command_line import run_script
+
+
+def main(out: Path, table: Path = Path("docs/likelihood.json")) -> None:
+    """Draw the points.
+
+    Args:
+        out: picture
+        table: JSON file, a list of {model, where, points}
+    """
+    figure = Figure(figsize=(8, 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for model in json.loads(table.read_text()):
+        pflop, bits, errors = zip(*model["points"], strict=True)
+        label = model["model"]
+        if model.get("line"):
+            axes.plot(pflop, bits, label=f"{label}; {model['where']}", lw=1, color="0.4")
+        else:
+            axes.errorbar(pflop, bits, errors, label=label, marker="o", ms=4, capsize=2, ls="none")
+    axes.set(xscale="log", xlabel="PFLOP of training (forward and backward)", ylabel="bits/dim")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)
