@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.export import load_model
 from ddpm_lightning.networks import LevelsUNet, UNet
-from ddpm_lightning.objectives import ContinuousElbo, NoiseMSE, StratifiedTimes
+from ddpm_lightning.objectives import ContinuousElbo, NoiseMSE, StratifiedTimes, WeightedMSE
 from ddpm_lightning.process import (
     CategoricalDecoder,
     CategoricalParameterization,
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="fields have none: use VParameterization"):
         CategoricalParameterization.output_channels(1, None)
     with pytest.raises(InputError, match="give the objective another target"):
-        CategoricalParameterization().target(*(torch.zeros(1, 1, 1, 1),) * 4)
+        WeightedMSE(StratifiedTimes(), target=CategoricalParameterization())
     with pytest.raises(InputError, match=r"under CategoricalParameterization it must return \[17, 8, 8\].*channels 17"):
         build(network=UNet(1, **SMALL), parameterization=CategoricalParameterization())
 

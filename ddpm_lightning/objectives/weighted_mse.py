@@ -58,6 +58,8 @@ class WeightedMSE(Objective):
         super().__init__()
         if T is not None:
             at_least(1, "None stands for the model's own", T=T)
+        if target is not None:  # one without an error of its own is refused here, not in the first step
+            target.target(*torch.ones(4, 1))
         self.times, self.target, self.weighting, self.continuous, self.T = times, target, weighting, continuous, T
 
     def forward(self, model: DiffusionModel, x0: Tensor, generators: Generators = None, **cond: Any) -> Tensor:

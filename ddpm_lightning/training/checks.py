@@ -84,6 +84,8 @@ def check_network(
     except Exception as error:
         labels = f" with labels from 0 to {last_label}" if "label" in cond else ""
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, IndexError) and "label" in cond:
+            what += f" (its num_classes must be {conditions['label']}, as the data's)"
         reason = failure_in_own_code(error) or what
         call = _CALL if isinstance(error, TypeError) and not isinstance(network, AdaptedNetwork) else ""
         raise InputError(

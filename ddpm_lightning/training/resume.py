@@ -156,9 +156,10 @@ class ExactResume(Callback):
         else:
             self._schedule_end = None
             if steps < end - 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                taken = "1 step" if steps == 1 else f"{steps:,.0f} steps"
                 _say(
                     trainer,
-                    f"the learning rate does not come to its end: training has {steps:,.0f} steps, and "
+                    f"the learning rate does not come to its end: training has {taken}, and "
                     f"--model.lr_scheduler.total_steps is {end:,}: make them equal to anneal the weights",
                 )
 
