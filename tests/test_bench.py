@@ -15,7 +15,7 @@ from conftest import ROOT
 from ddpm_lightning.command_line import call
 from ddpm_lightning.errors import InputError
 
-SHORT = ["--batch_size", "2", "3", "--rounds=2", "--steps=1", "--warm_up=1"]
+SHORT = ["--rounds=1", "--steps=1", "--warm_up=1", "--batch_size", "2"]
 Script = Callable[[str], dict[str, Any]]
 Run = Callable[..., dict[str, Any]]
 
@@ -56,8 +56,8 @@ def is_sound(group: dict[str, Any]) -> bool:
 def test_bench_train_reports_rates_ratios_and_overhead(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     only = ["--width=8", "--only", "lecture", "unet", "overhead", "--overhead_steps=20"]
     groups = run("bench_train.py", *SHORT, *only)["groups"]
-    names = [(name, size) for size in (2, 3) for name in ("lecture", "unet")]
-    assert [(group["group"], group["batch_size"]) for group in groups] == [*names, ("overhead", 8)]
+    names = [("lecture", 2), ("unet", 2), ("overhead", 8)]
+    assert [(group["group"], group["batch_size"]) for group in groups] == names
     lecture, unet = groups[:2]
     without, defaults = "bf16 without channels_last", "package float32 defaults"
     against = ["package step", "package step + average", "package Trainer", defaults, "package bf16 defaults"]
@@ -99,7 +99,7 @@ def test_bench_train_against_diffusers_or_without(run: Run, capsys: pytest.Captu
 
 def test_bench_bound_reports_rates_and_memory(run: Run) -> None:
     options = ["--width=8", "--forms", "denoising", "trajectory", "--timed_T=3", "--T", "6", "3", "--precision=bf16"]
-    record = run("bench_bound.py", *SHORT, *options)
+    record = run("bench_bound.py", *SHORT, "3", *options)
     assert [group["batch_size"] for group in record["groups"]] == [6, 9]
     for group in record["groups"]:
         assert list(group["rows"]) == ["training forward", "forward", "denoising bound", "trajectory bound"]
@@ -117,7 +117,7 @@ def test_bench_bound_reports_rates_and_memory(run: Run) -> None:
 def test_bench_sample_compares_all(run: Run) -> None:
     pytest.importorskip("diffusers", reason="pip install 'ddpm-lightning[export]'")
     options = ["--ddim_steps=2", "--ancestral_steps=2", "--tiny"]
-    groups = run("bench_sample.py", *SHORT, *options)["groups"]
+    groups = run("bench_sample.py", *SHORT, "3", "--rounds=2", *options)["groups"]
     assert [list(group["rows"]) for group in groups] == 2 * [
         ["diffusers", "package"],
         ["diffusers", "plain loop", "package"],

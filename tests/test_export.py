@@ -224,7 +224,7 @@ def told(name: str, count: int) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("name", ["none", "all"])
 def test_a_model_of_lines_takes_its_conditions_with_it(name: str, tmp_path: Path) -> None:
     """One dimension of space, vectors and fields: the file, the program and the ONNX graph answer as the model does."""
     onnx = pytest.importorskip("onnxruntime", reason="pip install 'ddpm-lightning[export]'")

@@ -116,7 +116,7 @@ def test_log_likelihood_under_a_prior_that_is_not_the_last_state_s(world: str) -
     """A chain that leaves much of the image in x_T: log p(x_1) = log q(x_1) + log p(x_T) - log q(x_T)."""
     model = optimal_model(WORLDS[world], BetaChain([0.02, 0.1, 0.3, 0.2]))
     at_first, at_last = (preserving(gamma) for gamma in model.schedule.gamma(model.grid[[1, -1]]))
-    x1 = first_states(WORLDS[world], 6, *at_first)
+    x1 = first_states(WORLDS[world], 2, *at_first)
     result = ProbabilityFlow(30, max_steps=123).log_likelihood(model, x1)
     prior = model.prior(result.x_T).log_prob(result.x_T)
     last = state_log_prob(WORLDS[world], result.x_T, *at_last)
@@ -127,7 +127,7 @@ def test_log_likelihood_under_a_prior_that_is_not_the_last_state_s(world: str) -
 
 
 def test_hutchinson_is_unbiased() -> None:
-    """One image, 2,000 draws, against the exact trace on the same grid."""
+    """One image, 500 draws, against the exact trace on the same grid."""
     schedule = LinearGamma(-6.0, 8.0)
     model, flow = optimal_model(CORRELATED, schedule), ProbabilityFlow(5, max_steps=23)
     x1 = first_states(CORRELATED, 1, *preserving(schedule.gamma(model.grid[1])))
@@ -136,11 +136,11 @@ def test_hutchinson_is_unbiased() -> None:
     for probes in (1, 4):
         draws = flow.log_likelihood(
             model,
-            x1.expand(2000, -1, -1, -1),
+            x1.expand(500, -1, -1, -1),
             divergence=HutchinsonDivergence(probes),
             generators=torch.Generator().manual_seed(1),
         ).log_prob
-        assert_mean(draws, exact, max_se=0.1)
+        assert_mean(draws, exact, max_se=0.2)
         spread.append(float(draws.std()))
     assert spread[0] > 0.1 and spread[1] == pytest.approx(spread[0] / 2, rel=0.15)
 

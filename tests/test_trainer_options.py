@@ -149,6 +149,11 @@ def test_a_validation_within_an_epoch_has_its_line(tiny: list[str], tmp_path: Pa
 LEFT_OUT = {"base", "cifar10", "fashion_mnist"}
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem not in LEFT_OUT)
 NOT_A_UNET = {"hvae_digits", "hvae_mnist", "lecture"}
+FEW_STEPS = ["--model.schedule.T=50"]  # of a callback that samples with all steps
+SMALLER = {
+    **dict.fromkeys(("free_field", "ising", "phi4"), FEW_STEPS),
+    "mnist_levels": ["--model.network.blocks=[1]", "--model.network.rank=3"],
+}
 BRIEFLY = {
     "clip early_stopping profiler": [],
     "batch_size": ["--trainer.callbacks.init_val=2", "--trainer.callbacks.max_trials=2"],
@@ -167,7 +172,7 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("overlays", BRIEFLY)
 def test_every_overlay_runs_on_every_config(overlays: str, config: str, mnist_root: Path, tmp_path: Path) -> None:
     brief, embedded = BRIEFLY.get(overlays, []), "digits" in config or config == "quickstart"
-    small = [] if config in NOT_A_UNET else ["--model.network.width=8"]
+    small = [] if config in NOT_A_UNET else ["--model.network.width=8", *SMALLER.get(config, [])]
     output = run_ddpm(
         "fit", "-c", f"configs/{config}.yaml", *(f"--config=configs/overlays/{name}.yaml" for name in overlays.split()),
         f"--run_dir={tmp_path}", *small, *brief, "--trainer.max_steps=2", "--trainer.limit_train_batches=2",
