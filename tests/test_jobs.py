@@ -180,6 +180,8 @@ def test_a_dry_run_says_what_a_run_needs_and_keeps_nothing(
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     text = run_ddpm("fit", f"{trained}", "--dry_run", "--trainer.max_epochs=3")
     assert "20 done, 30 in all" in text
+    text = run_ddpm("fit", f"{trained}", "--dry_run", "--trainer.max_epochs=-1", "--trainer.max_steps=21")
+    assert "20 done, 21 in all" in text and "dry run done" in text  # one step is enough
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
     monkeypatch.chdir(ROOT)
     for options, words in (

@@ -120,11 +120,11 @@ class DryRun(Callback):
         now = time.perf_counter()
         self._times.append(now - self._start)
         self._start = now
-        if len(self._times) == 2 or self._times[0] > _SLOW:
-            trainer.should_stop = True
-            self._memory = _peak(pl_module.device)
-            states = [optimizer.state_dict() for optimizer in trainer.optimizers]
-            self._checkpoint = sum(x.nbytes for x in _tensors([pl_module.state_dict(), *states]))
+        # after each of them: a training may have one step only
+        self._memory = _peak(pl_module.device)
+        states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        self._checkpoint = sum(x.nbytes for x in _tensors([pl_module.state_dict(), *states]))
+        trainer.should_stop = len(self._times) == 2 or self._times[0] > _SLOW
 
     def report(self, configuration: str) -> None:
         """Print the table.
