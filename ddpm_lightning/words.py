@@ -29,6 +29,8 @@ _NOISE = (
     "in eval mode at the start of training",
     # the scores of the bound are equal on all processes when they are logged
     "sync_dist=True",
+    # before the first validation; after one it is an error
+    "could not find the monitored key in the returned metrics",
     # all inputs of an ONNX graph have one number of images
     "The axis name: batch will not be used",
 )
