@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ddpm_lightning.command_line import run_script
+from ddpm_lightning.errors import InputError
 
 
 def main(out: Path, table: Path = Path("docs/likelihood.json")) -> None:
@@ -22,6 +23,8 @@ def main(out: Path, table: Path = Path("docs/likelihood.json")) -> None:
         out: picture
         table: JSON file, a list of {model, where, points}
     """
+    if not table.is_file():
+        raise InputError(f"--table {table} is no file: give one such as docs/likelihood.json")
     figure = Figure(figsize=(8, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     for model in json.loads(table.read_text()):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import run_script
+from PIL import Image
 
 from ddpm_lightning.cli import main
 from ddpm_lightning.process import AnalyticVariance, LearnedRangeVariance, ReverseVariance
@@ -249,6 +250,19 @@ def test_compare_choices_trains_once_and_reports_every_variance(tmp_path: Path) 
 def test_compare_choices_refuses_bad_input(option: str, words: str) -> None:
     done = run_script("compare_choices.py", option)
     assert done.returncode == 2 and words in done.stderr
+
+
+# --- plot_likelihood
+
+
+def test_the_points_of_the_page_are_drawn(tmp_path: Path) -> None:
+    done = run_script("plot_likelihood.py", f"--out={tmp_path}/a.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (880, 506) and len(picture.convert("L").getcolors()) > 50
+    wrong = run_script("plot_likelihood.py", f"--out={tmp_path}/b.png", "--table=nothing.json")
+    assert wrong.returncode == 2 and "--table nothing.json is no file" in wrong.stderr
+    assert not (tmp_path / "b.png").exists()
 
 
 # --- compare_hierarchies

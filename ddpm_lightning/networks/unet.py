@@ -65,7 +65,8 @@ class UNet(nn.Module):
         vector_scale: ``mean`` and ``std`` of each number of the vector, by which it is standardised; None for 0 and 1,
             and on the command line for those of the training data.
         patch: side of the patches whose pixels become the channels of one pixel; 1 for none. With 2 a network for
-            images costs a quarter, and good samples come sooner; the noise between neighbours is modelled less well.
+            images costs a quarter, and good samples come sooner (docs/quality.md); the configurations for likelihood
+            do without.
     """
 
     def __init__(
