@@ -8,6 +8,8 @@ __all__ = ["from_patches", "to_patches"]
 
 def to_patches(x: Tensor, side: int) -> Tensor:
     """``[B, C, *space]`` to ``[B, C side**d, *space / side]`` in d dimensions; ``side`` divides each size."""
+    if side == 1:
+        return x  # in its own memory format
     dims = x.ndim - 2
     for axis in range(dims):
         x = x.unflatten(2 + 2 * axis, (-1, side))
@@ -16,6 +18,8 @@ def to_patches(x: Tensor, side: int) -> Tensor:
 
 def from_patches(x: Tensor, side: int) -> Tensor:
     """The inverse of :func:`to_patches`: ``[B, C side**d, *space]`` to ``[B, C, *space side]``."""
+    if side == 1:
+        return x
     dims = x.ndim - 2
     x = x.unflatten(1, (-1, *(side,) * dims))
     x = x.permute(0, 1, *(axis + place for axis in range(2, 2 + dims) for place in (dims, 0)))
