@@ -85,6 +85,10 @@ def test_a_gpu_takes_bfloat16_where_it_has_it(
     assert resolve("cpu", "auto")[1] == "32-true"
 
 
+def test_half_precision_without_scaled_gradients_is_told() -> None:
+    assert resolve("cpu", "16-mixed")[2] == [] and "16-mixed" in resolve("cpu", "16-true")[2][0]
+
+
 def test_the_speed_is_a_ratio_and_leaves_torch_as_it_was() -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     assert 0.01 < hardware._speed_of_half(seconds=0.05) < 100

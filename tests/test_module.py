@@ -12,7 +12,7 @@ from torch import nn
 
 from ddpm_lightning.data import Digits
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.networks import SimpleUNet, UNet
+from ddpm_lightning.networks import AdaptedNetwork, SimpleUNet, UNet
 from ddpm_lightning.objectives import (
     ContinuousElbo,
     ContinuousNegativeElbo,
@@ -233,6 +233,10 @@ def test_class_conditional_model_sees_the_label() -> None:
         ({"network": SimpleUNet(channels=3)}, ["SimpleUNet", "[1, 8, 8]"]),
         ({"network": UNet(1, width=8, multipliers=(1, 1, 1, 1, 1))}, ["UNet", "[1, 8, 8]", "16"]),
         ({"network": UNet(1, width=8, out_channels=2)}, ["[2, 8, 8]", "[1, 8, 8]"]),
+        (
+            {"network": AdaptedNetwork(UNet(1, width=8, out_channels=2))},
+            ["[2, 8, 8]", "--model.network.init_args.network.init_args.out_channels 1"],
+        ),
         ({"class_conditional": True}, ["num_classes"]),
         ({"test_bounds": [DenoisingElbo(), DenoisingElbo(steps=2)]}, ["--model.test_bounds", "denoising"]),
     ],

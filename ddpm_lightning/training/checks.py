@@ -102,10 +102,11 @@ def check_network(
         twice = variance.network_outputs == 1 and list(output.shape[1:]) == [needed + channels, *rest]
         learned = ", or train its variance too, with --model.variance LearnedRangeVariance" if twice else ""
         under = type(variance if needed == channels else parameterization).__name__
+        inner = "network.init_args." if isinstance(network, AdaptedNetwork) else ""
         raise InputError(
             f"{name} returns {list(output.shape[1:])} for images of shape {list(shape)}: "
             f"under {under} it must return {expected}; "
-            f"set --model.network.init_args.out_channels {expected[0]} where it has that option{learned}"
+            f"set --model.network.init_args.{inner}out_channels {expected[0]} where it has that option{learned}"
         )
 
 

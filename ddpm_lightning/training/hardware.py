@@ -99,6 +99,8 @@ def resolve(
         processes = max(started, num_nodes, int(devices) if str(devices).isdigit() else 1)
         chosen = choose_precision(on_gpu, processes)
         return accelerator, chosen.value, [*said, f"precision {chosen.value}: {chosen.why} (--trainer.precision auto)"]
+    if precision == "16-true":
+        said.append("precision 16-true: gradients are not scaled, so small ones become 0; 16-mixed scales them")
     return accelerator, precision, said
 
 
