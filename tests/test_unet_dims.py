@@ -137,7 +137,7 @@ def test_a_network_of_patches(dims: int, conditions: dict[str, int]) -> None:
     assert learned(torch.randn(2, 2, *SPACES[dims]), torch.rand(2)).shape == (2, 4, *SPACES[dims])
     with pytest.raises(ValueError, match=r"not divisible by 4: .* or a smaller patch"):
         net(torch.randn(2, 2, *(6,) * dims), torch.rand(2))
-    with pytest.raises(ValueError, match="patch and every entry of multipliers"):
+    with pytest.raises(ValueError, match="patch must be at least 1, got 0"):
         make(patch=0)
 
 

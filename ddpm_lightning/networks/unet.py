@@ -201,12 +201,12 @@ class UNet(nn.Module):
 
     def _check_arguments(self, counts: Sequence[int]) -> None:
         levels = len(self.multipliers)
-        if min(self.channels, self.width, self.patch, *self.multipliers, *counts) < 1 or not levels:
-            raise ValueError("channels, width, patch and every entry of multipliers and blocks must be >= 1")
+        sizes = {name: [getattr(self, name)] for name in ("channels", "width", "patch", "heads")}
+        for name, entries in {**sizes, "multipliers": self.multipliers, "blocks": counts or [1]}.items():
+            if min(entries, default=0) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if len(counts) != levels:
             raise ValueError(f"blocks has {len(counts)} entries for {levels} levels (multipliers): give one for each")
-        if self.heads < 1:
-            raise ValueError(f"heads must be at least 1, got {self.heads}")
         for level in self.attention:
             if not 0 <= level < levels:
                 raise ValueError(f"attention names level {level}, but the levels are 0..{levels - 1}")
