@@ -31,6 +31,8 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
         if "data" in missing and len(missing) > 2:
             return f"nothing says what to work on: ddpm {command} -c configs/mnist.yaml, or ddpm {command} RUN"
         return "missing: " + ", ".join(f"--{name}" for name in missing)
+    if found := re.match(r"argument (\S+): ignored explicit argument '(.*)'", text):
+        return f"{found[1]} takes no value: leave out ={found[2]}"
     if not (found := re.match(r'Parser key "([^"]+)":', text)):
         return text
     option, reasons = f"--{found[1]}", text[found.end() :].strip()
@@ -41,7 +43,8 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
     if wrong := re.match(
         r"Expected an? (?:<class '(\w+)'>|typing.Literal\[(.*?)\])\.?.*?(?:Got|Given) value: (.*)", reasons
     ):
-        return f"{option} {wrong[3]} cannot be read as {wrong[1] or _types(wrong[2])}"
+        value = wrong[3].partition(". Got value: Namespace(")[0]  # of the part that it was meant for
+        return f"{option} {value} cannot be read as {wrong[1] or _types(wrong[2])}"
     if wrong := re.search(r"Option '([^']+)' is not accepted", reasons):
         part = re.search(r"class_path '([^']+)'", reasons)
         return f"{option}.{wrong[1]}: {_arguments(part[1] if part else '', wrong[1])}"
@@ -58,8 +61,8 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
 
 def _types(listed: str) -> str:
     """``<class 'float'>, list[float]`` in words."""
-    names = re.sub(r"<class '([\w.]+)'>", r"\1", listed).replace("NoneType", "null").replace("'", "")
-    return " or ".join(names.split(", "))
+    names = re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", listed)
+    return " or ".join(dict.fromkeys(names.replace("NoneType", "null").replace("'", "").split(", ")))
 
 
 def _meant(word: str, known: Iterable[str]) -> str:

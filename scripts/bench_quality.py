@@ -21,7 +21,8 @@ over the samples; how much another seed of the training changes it, several runs
 distance of --n training images.
 
 Rows are added to OUT/quality.json as they come. A project that has passed its marks is not trained again, so that this
-may be stopped and started, and projects may be added later. At the end it writes OUT/quality.png and prints the table.
+may be stopped and started, and projects and seeds may be added later, or at the same time by other processes. At the
+end it writes OUT/quality.png and prints the table.
 OUT/samples-*.png shows the first samples of each at its last mark.
 """
 
@@ -44,6 +45,7 @@ from typing import Any, Literal
 
 import torch
 from bench_tools import flops_of, seconds_now
+from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -492,10 +494,11 @@ class Results:
 
     @contextmanager
     def changed(self) -> Iterator[Record]:
-        """What is in the file, to be changed."""
-        record = self.read()
-        yield record
-        self.run.write("quality.json", record)
+        """What is in the file, to be changed by one process at a time."""
+        with FileLock(self.run.folder / ".quality.lock"):
+            record = self.read()
+            yield record
+            self.run.write("quality.json", record)
 
     def has(self, key: str, marks: list[float]) -> bool:
         rows = self.read()["projects"].get(key, {}).get("rows", [])

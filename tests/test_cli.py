@@ -359,6 +359,13 @@ class TestBadInput:
             (["--data.batch_size=0"], ["--data.batch_size"]),
             (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt does not exist"]),
             (["--ckpt_path=best"], ["best.ckpt does not exist"]),
+            (["--model.network.width=0"], ["--model.network.width = 0 must be 1 or more\n"]),
+            (["--model.optimizer.lr=nan"], ["--model.optimizer.lr nan cannot be read as float\n"]),
+            (
+                ["--trainer.precision=fp8"],
+                ["--trainer.precision fp8 cannot be read as auto or 32-true or ", "16 or bf16"],
+            ),
+            (["--dry_run=yes"], ["--dry_run takes no value: leave out =yes\n"]),
         ],
     )
     def test_arguments(

@@ -137,7 +137,7 @@ def test_a_network_of_patches(dims: int, conditions: dict[str, int]) -> None:
     assert learned(torch.randn(2, 2, *SPACES[dims]), torch.rand(2)).shape == (2, 4, *SPACES[dims])
     with pytest.raises(ValueError, match=r"not divisible by 4: .* or a smaller patch"):
         net(torch.randn(2, 2, *(6,) * dims), torch.rand(2))
-    with pytest.raises(ValueError, match="patch must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="patch = 0 must be 1 or more"):
         make(patch=0)
 
 
@@ -221,9 +221,9 @@ def test_a_vector_is_standardised() -> None:
 @pytest.mark.parametrize(
     ("arguments", "given", "words"),
     [
-        ({"dims": 4}, {}, "dims must be 1, 2 or 3, got 4"),
-        ({"padding": "reflect"}, {}, "padding must be zeros or circular"),
-        ({"vector_size": 0}, {}, "vector_size must be None or at least 1"),
+        ({"dims": 4}, {}, "dims = 4 must be 1, 2 or 3"),
+        ({"padding": "reflect"}, {}, "padding = reflect must be zeros or circular"),
+        ({"vector_size": 0}, {}, "vector_size = 0 must be 1 or more"),
         ({"vector_scale": {"mean": [0.0], "std": [1.0]}}, {}, "vector_scale must hold mean and std, None numbers each"),
         ({"vector_size": 2, "vector_scale": {"mean": [0.0, 0.0], "std": [1.0, 0.0]}}, {}, "each std positive"),
         ({"vector_size": 1, "vector_scale": {"mean": [0.0]}}, {}, "vector_scale must hold mean and std, 1 numbers"),

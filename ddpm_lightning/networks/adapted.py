@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm_lightning.networks.arguments import at_least, positive
 from ddpm_lightning.networks.conditions import refuse_conditions
 
 __all__ = ["AdaptedNetwork"]
@@ -32,10 +33,8 @@ class AdaptedNetwork(nn.Module):
         self, network: nn.Module, time_scale: float = 1000.0, label: str | None = None, num_classes: int | None = None
     ) -> None:
         super().__init__()
-        if not 0 < time_scale < float("inf"):
-            raise ValueError(f"time_scale must be positive and finite, got {time_scale}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be None or at least 1, got {num_classes}")
+        positive(time_scale=time_scale)
+        at_least(1, num_classes=1 if num_classes is None else num_classes)
         self.network, self.time_scale, self.label, self.num_classes = network, time_scale, label, num_classes
         known = signature(network.forward).parameters
         self._label = label or next((name for name in _LABELS if name in known), None)

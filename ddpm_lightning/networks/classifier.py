@@ -1,5 +1,7 @@
 from torch import Tensor, nn
 
+from ddpm_lightning.networks.arguments import at_least
+
 __all__ = ["FeatureClassifier"]
 
 
@@ -24,8 +26,7 @@ class FeatureClassifier(nn.Module):
         self, channels: int = 1, size: int = 28, num_classes: int = 10, width: int = 24, num_features: int = 64
     ) -> None:
         super().__init__()
-        if min(channels, size, num_classes, width, num_features) < 1:
-            raise ValueError("channels, size, num_classes, width and num_features must be at least 1")
+        at_least(1, channels=channels, size=size, num_classes=num_classes, width=width, num_features=num_features)
         self.channels, self.size, self.num_classes = channels, size, num_classes
         self.width, self.num_features = width, num_features
         convolutions, inputs, pixels = [_convolution(channels, width, 1)], width, size

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ddpm_lightning.networks.arguments import positive
+
 __all__ = ["FourierFeatures", "SinusoidalEmbedding"]
 
 
@@ -28,9 +30,10 @@ class SinusoidalEmbedding(nn.Module):
     def __init__(self, dim: int, scale: float = 1000.0, max_period: float = 10_000.0) -> None:
         super().__init__()
         if dim < 4 or dim % 2:
-            raise ValueError(f"dim must be even and at least 4, got {dim}")
-        if not (scale > 0 and max_period >= 1):
-            raise ValueError(f"need scale > 0 and max_period >= 1, got scale={scale}, max_period={max_period}")
+            raise ValueError(f"dim = {dim} must be even and 4 or more")
+        positive(scale=scale)
+        if not max_period >= 1:
+            raise ValueError(f"max_period = {max_period:g} must be 1 or more")
         self.dim, self.scale, self.max_period = dim, scale, max_period
 
     def forward(self, t: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ class FourierFeatures(nn.Module):
     def __init__(self, frequencies: Sequence[float] = ()) -> None:
         super().__init__()
         if not all(f > 0 for f in frequencies):
-            raise ValueError(f"Fourier frequencies must be positive, got {list(frequencies)}")
+            raise ValueError(f"fourier = {list(frequencies)} must hold positive frequencies")
         self.frequencies = frequencies
         self.copies = 1 + 2 * len(frequencies)
 

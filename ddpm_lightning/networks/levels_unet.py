@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from ddpm_lightning.networks.arguments import at_least
 from ddpm_lightning.networks.unet import UNet
 
 __all__ = ["LevelsUNet"]
@@ -54,8 +55,9 @@ class LevelsUNet(UNet):
         patch: int = 1,
     ) -> None:
         colours, levels = channels or 1, 256 if levels is None else levels
-        if levels < 2 or rank < 3 or context < 0:
-            raise ValueError(f"need levels >= 2, rank >= 3 and context >= 0, got {levels}, {rank} and {context}")
+        at_least(2, levels=levels)
+        at_least(3, rank=rank)
+        at_least(0, context=context)
         functions = min(rank, levels)
         super().__init__(
             channels, width, multipliers, blocks, attention, heads, dropout, num_classes, functions * colours,

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
+from ddpm_lightning.networks.arguments import at_least
 from ddpm_lightning.networks.unet import _group_norm, _zeroed
 
 __all__ = ["ResidualStack"]
@@ -22,11 +23,8 @@ class ResidualStack(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, width: int, blocks: int, factor: int = 1, up: bool = False) -> None:
         super().__init__()
-        for name, size in {"inputs": inputs, "outputs": outputs, "width": width, "factor": factor}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if blocks < 0:
-            raise ValueError(f"blocks must be at least 0, got {blocks}")
+        at_least(1, inputs=inputs, outputs=outputs, width=width, factor=factor)
+        at_least(0, blocks=blocks)
         self.factor, self.up = factor, up
         kernel = 3 if factor == 1 or up else 2 * factor - 1
         stride = 1 if up else factor

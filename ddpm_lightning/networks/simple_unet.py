@@ -1,5 +1,6 @@
 from torch import Tensor, nn
 
+from ddpm_lightning.networks.arguments import at_least
 from ddpm_lightning.networks.conditions import refuse_conditions
 
 __all__ = ["SimpleUNet"]
@@ -23,8 +24,7 @@ class SimpleUNet(nn.Module):
     def __init__(self, channels: int | None = None) -> None:
         super().__init__()
         channels = 1 if channels is None else channels
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        at_least(1, channels=channels)
         self.channels = channels
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, padding=1), nn.ReLU()

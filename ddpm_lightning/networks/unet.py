@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
+from ddpm_lightning.networks.arguments import at_least, positive
 from ddpm_lightning.networks.conditions import check_conditions
 from ddpm_lightning.networks.convolutions import CONVOLUTIONS
 from ddpm_lightning.networks.embedding import FourierFeatures, SinusoidalEmbedding
@@ -201,10 +202,10 @@ class UNet(nn.Module):
 
     def _check_arguments(self, counts: Sequence[int]) -> None:
         levels = len(self.multipliers)
-        sizes = {name: [getattr(self, name)] for name in ("channels", "width", "patch", "heads")}
-        for name, entries in {**sizes, "multipliers": self.multipliers, "blocks": counts or [1]}.items():
+        at_least(1, channels=self.channels, width=self.width, patch=self.patch, heads=self.heads)
+        for name, entries in {"multipliers": self.multipliers, "blocks": counts or [1]}.items():
             if min(entries, default=0) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} = {getattr(self, name)} must hold numbers that are 1 or more")
         if len(counts) != levels:
             raise ValueError(f"blocks has {len(counts)} entries for {levels} levels (multipliers): give one for each")
         for level in self.attention:
@@ -216,17 +217,16 @@ class UNet(nn.Module):
                     f"{level}, which has attention"
                 )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not self.time_scale > 0:
-            raise ValueError(f"time_scale must be positive, got {self.time_scale}")
+            raise ValueError(f"dropout = {self.dropout:g} must lie in [0, 1)")
+        positive(time_scale=self.time_scale)
         if self._space_dims not in (1, 2, 3):
-            raise ValueError(f"dims must be 1, 2 or 3, got {self.dims}")
+            raise ValueError(f"dims = {self.dims} must be 1, 2 or 3")
         if self.padding not in CONVOLUTIONS:
-            raise ValueError(f"padding must be zeros or circular, got {self.padding}")
-        for name in ("num_classes", "out_channels", "vector_size", "field_channels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be None or at least 1, got {value}")
+            raise ValueError(f"padding = {self.padding} must be zeros or circular")
+        optional = {
+            name: getattr(self, name) for name in ("num_classes", "out_channels", "vector_size", "field_channels")
+        }
+        at_least(1, **{name: value for name, value in optional.items() if value is not None})
         if self.vector_scale is not None:
             lengths = [len(self.vector_scale.get(name, ())) for name in ("mean", "std")]
             if lengths != [self.vector_size] * 2 or not all(std > 0 for std in self.vector_scale["std"]):
