@@ -10,7 +10,13 @@ from ddpm_lightning.checkpoints.descriptions import parameters_of
 
 __all__ = ["sentence"]
 
-_ROOMS = ("schedules", "networks", "process", "objectives", "samplers", "data", "callbacks", "training")
+_OURS = ("schedules", "networks", "process", "objectives", "samplers", "data", "callbacks", "training")
+_ROOMS = (
+    *(f"ddpm_lightning.{room}" for room in _OURS),
+    "torch.optim",
+    "torch.optim.lr_scheduler",
+    "lightning.pytorch.callbacks",
+)
 
 
 def sentence(message: str, options: Iterable[str], command: str) -> str:
@@ -48,6 +54,8 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
     if wrong := re.search(r"Option '([^']+)' is not accepted", reasons):
         part = re.search(r"class_path '([^']+)'", reasons)
         return f"{option}.{wrong[1]}: {_arguments(part[1] if part else '', wrong[1])}"
+    if wrong := re.search(r"Subtypes: \[(<class '(?:int|float)'>.*?)\] Errors: .*? Given value: (.*?)\. Got", reasons):
+        return f"{option} {wrong[2]} cannot be read as {_types(wrong[1])}"
     if wrong := re.search(r"Expected a dot import path string: (\S+)", reasons):
         if wrong[1] in _classes():
             return f"{option} {wrong[1]}: {wrong[1]} is no class for this option"
@@ -71,7 +79,7 @@ def _meant(word: str, known: Iterable[str]) -> str:
 
 
 def _classes() -> list[str]:
-    rooms = (import_module(f"ddpm_lightning.{room}") for room in _ROOMS)
+    rooms = map(import_module, _ROOMS)
     return [name for room in rooms for name in room.__all__ if isinstance(getattr(room, name), type)]
 
 

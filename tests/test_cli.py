@@ -360,11 +360,16 @@ class TestBadInput:
             (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt does not exist"]),
             (["--ckpt_path=best"], ["best.ckpt does not exist"]),
             (["--model.network.width=0"], ["--model.network.width = 0 must be 1 or more\n"]),
-            (["--model.optimizer.lr=nan"], ["--model.optimizer.lr nan cannot be read as float\n"]),
+            (["--model.optimizer.lr=nan"], ["--model.optimizer.lr nan cannot be read as float or torch.Tensor\n"]),
+            (
+                ["--model.optimizer=MuonAdamW", "--model.optimizer.lr=nan"],
+                ["--model.optimizer.lr nan cannot be read as float\n"],
+            ),
             (
                 ["--trainer.precision=fp8"],
                 ["--trainer.precision fp8 cannot be read as auto or 32-true or ", "16 or bf16"],
             ),
+            (["--model.optimizer=Adaam"], ["--model.optimizer Adaam: there is no such class: did you mean Adam?"]),
             (["--dry_run=yes"], ["--dry_run takes no value: leave out =yes\n"]),
         ],
     )
