@@ -25,6 +25,8 @@ TRAINING = [
     "--data.limit_val=9", "--data.eval_batch_size=2", "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1",
     "--trainer.gradient_clip_val=0.1", "--trainer.accelerator=cpu", "--model.ema_decay=0.5",
 ]  # fmt: skip
+# the output's kernel has one row, which one of the processes has none of
+MUON = ["--model.optimizer=MuonAdamW", "--trainer.max_steps=3"]
 SHARDED = ["-c", "configs/overlays/fsdp.yaml", "--trainer.devices=2"]
 EVALUATION = ["--data.limit_test=25", "--data.eval_batch_size=8", "--trainer.accelerator=cpu"]
 REFUSED = {
@@ -62,6 +64,7 @@ def two_processes(folder: Path, tiny: list[str]) -> None:
     torch.distributed.barrier()
     for name in ("broken", "torn", "handed_back"):
         fit(name, "--ckpt_path=last", seed=7)
+    fit("muon_two", *MUON)
     common = ["-c", f"{folder}/two/config.yaml", f"--ckpt_path={folder}/two/checkpoints/last.ckpt", *EVALUATION]
     for command in (["test"], ["sample", "--n=7", "--steps=3"]):
         main([*command, *common, f"--run_dir={folder}/two"])
@@ -85,6 +88,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> tuple[Pat
         # a checkpoint with tensors of another layout than sharded ones can have
         other_layout = ["--trainer.max_steps=13", "--model.channels_last=true"]
         main(["fit", *tiny, *TRAINING, f"--run_dir={folder}/handed_back", *other_layout])
+        main(["fit", *tiny, *TRAINING, f"--run_dir={folder}/muon_one", *MUON])
         output = run_pair(two_processes, folder, tiny)
         main(["fit", *tiny, *TRAINING, f"--run_dir={folder}/handed_over", "--ckpt_path=last"])
         common = ["-c", f"{folder}/two/config.yaml", f"--ckpt_path={folder}/two/checkpoints/last.ckpt", *EVALUATION]
@@ -124,6 +128,12 @@ def test_two_processes_train_as_one_does(runs: tuple[Path, str]) -> None:
         for name, value in values.items():
             assert torch.allclose(value, theirs["state"][number][name], rtol=1e-3, atol=1e-7), (number, name)
     assert sorted(path.name for path in (folder / "two/samples").iterdir()) == ["step_0000010.png", "step_0000020.png"]
+
+
+def test_muon_takes_the_same_steps(runs: tuple[Path, str]) -> None:
+    one, two = (weights(runs[0] / f"muon_{name}" / "checkpoints/last.ckpt") for name in ("one", "two"))
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], rtol=0, atol=1e-4), name
 
 
 @pytest.mark.parametrize("name", ["broken", "torn"])

@@ -1,5 +1,4 @@
-"""Pixels of small patches as channels, and back, in any number of dimensions (Hoogeboom et al. 2023, arXiv 2301.11093,
-section 3.2)."""
+"""Pixels of small patches as channels, and back, in 1 to 3 dimensions (Hoogeboom et al. 2023, arXiv 2301.11093)."""
 
 from torch import Tensor
 
@@ -21,8 +20,7 @@ def from_patches(x: Tensor, side: int) -> Tensor:
     if side == 1:
         return x
     dims = x.ndim - 2
+    space = [side * size for size in x.shape[2:]]
     x = x.unflatten(1, (-1, *(side,) * dims))
     x = x.permute(0, 1, *(axis + place for axis in range(2, 2 + dims) for place in (dims, 0)))
-    for axis in range(dims):
-        x = x.flatten(2 + axis, 3 + axis)
-    return x
+    return x.reshape(*x.shape[:2], *space)

@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LRScheduler
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.training.sharding import part_of, whole
 
 __all__ = ["MuonAdamW", "WarmupDecay"]
 
@@ -20,7 +21,7 @@ class MuonAdamW(Optimizer):
     A convolution's kernel ``[out, in, k, k]`` is the matrix ``[out, in k k]``. Its step is the orthogonal matrix
     nearest to the momentum, by five iterations of Newton and Schulz, times 0.2 sqrt(max(rows, columns)): so it has the
     size of a step of AdamW, and one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). Matrices of one
-    shape are stacked, which spares a GPU many small kernels.
+    shape are stacked, which spares a GPU many small kernels. Of sharded weights each process works out the whole steps.
 
     Args:
         params: the weights.
@@ -79,11 +80,12 @@ class MuonAdamW(Optimizer):
         for index, parameter in enumerate(parameters):
             by_shape.setdefault(parameter.shape, []).append(index)
         for indices in by_shape.values():
-            matrices = torch.stack([steps[index].flatten(1) for index in indices])
+            matrices = torch.stack([whole(steps[index]).flatten(1) for index in indices])
             scale = 0.2 * max(matrices.shape[1:]) ** 0.5
             of_shape = [parameters[index] for index in indices]
             changes = _orthogonal(matrices).view(len(indices), *of_shape[0].shape).unbind()
-            torch._foreach_add_(of_shape, changes, alpha=-scale * group["lr"])
+            parts = [part_of(change, parameter) for change, parameter in zip(changes, of_shape, strict=True)]
+            torch._foreach_add_(of_shape, parts, alpha=-scale * group["lr"])
 
     def _adamw(self, parameters: list[Any], group: dict[str, Any]) -> None:
         for parameter in parameters:

@@ -23,9 +23,11 @@ __all__ = [
     "ShardedWeights",
     "check_shardable",
     "local_part",
+    "part_of",
     "refuse_unknown_sharding",
     "shard_network",
     "synchronise",
+    "whole",
 ]
 
 
@@ -81,7 +83,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         mine = Strategy.lightning_module_state_dict(self)
-        state = {name: _part(value, mine.get(name)) for name, value in checkpoint["state_dict"].items()}
+        state = {name: part_of(value, mine.get(name)) for name, value in checkpoint["state_dict"].items()}
         Strategy.load_model_state_dict(self, {"state_dict": state}, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -126,7 +128,12 @@ def _whole(value: Any) -> Any:
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), value)
 
 
-def _part(value: Any, like: Any) -> Any:
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together on every process, which all must call; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(value: Any, like: Any) -> Any:
     """This process's part of a tensor that all have, sharded as ``like``; the tensor where that is not sharded."""
     if not (isinstance(like, DTensor) and torch.is_tensor(value) and value.shape == like.shape):
         return value
@@ -138,7 +145,7 @@ def _optimizer_part(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str,
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     of = dict(zip(numbers, parameters, strict=False))  # the optimiser itself refuses another number of them
     parts = {
-        number: {name: _part(value, of.get(number)) for name, value in values.items()}
+        number: {name: part_of(value, of.get(number)) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     return {**state, "state": parts}
