@@ -92,7 +92,7 @@ def _load_file(path: Path, extended_by: tuple[Path, ...] = ()) -> Any:
     except (OSError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         asked = f" (which {extended_by[-1]} extends)" if extended_by else ""
-        is_name = not path.suffix and path.parent == Path()
+        is_name = not path.suffix and path.parent in (Path(), Path("overlays"))
         known = f"; by name there are {', '.join(_all_shipped())}" if is_name else ""
         raise ConfigurationError(f"the configuration {path}{asked} cannot be read: {what}{known}") from None
     return _load(text, f"{path}")

@@ -46,15 +46,15 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
         option, reasons = f"{option}.{inner[1]}", inner[2]
     # of an argument of a part: what jsonargparse says of the whole part
     reasons = reasons.partition(" Expected a <class 'NoneType'> Given value type: <class 'jsonargparse._util.Nest")[0]
+    reasons, _, part = reasons.partition(". Got value: Namespace(")
     if wrong := re.match(
         r"Expected an? (?:<class '(\w+)'>|typing.Literal\[(.*?)\])\.?.*?(?:Got|Given) value: (.*)", reasons
     ):
-        value = wrong[3].partition(". Got value: Namespace(")[0]  # of the part that it was meant for
-        return f"{option} {value} cannot be read as {wrong[1] or _types(wrong[2])}"
+        return f"{option} {wrong[3]} cannot be read as {wrong[1] or _types(wrong[2])}"
     if wrong := re.search(r"Option '([^']+)' is not accepted", reasons):
-        part = re.search(r"class_path '([^']+)'", reasons)
-        return f"{option}.{wrong[1]}: {_arguments(part[1] if part else '', wrong[1])}"
-    if wrong := re.search(r"Subtypes: \[(<class '(?:int|float)'>.*?)\] Errors: .*? Given value: (.*?)\. Got", reasons):
+        owner = re.search(r"class_path[ =]'([^']+)'", reasons + part)
+        return f"{option}.{wrong[1]}: {_arguments(owner[1] if owner else '', wrong[1])}"
+    if wrong := re.search(r"Subtypes: \[(<class '(?:int|float)'>.*?)\] Errors: .*? Given value: (.*)", reasons):
         return f"{option} {wrong[2]} cannot be read as {_types(wrong[1])}"
     if wrong := re.search(r"Expected a dot import path string: (\S+)", reasons):
         if wrong[1] in _classes():
@@ -85,7 +85,8 @@ def _classes() -> list[str]:
 
 def _arguments(class_path: str, wrong: str) -> str:
     try:
-        known = [*parameters_of(resolve_name(class_path))]
+        # the weights of an optimiser and the optimiser of a schedule are no options
+        known = [name for name in parameters_of(resolve_name(class_path)) if name not in ("params", "optimizer")]
     except (ValueError, ImportError, AttributeError, TypeError):
         return "there is no such argument"
     name = class_path.rpartition(".")[2]

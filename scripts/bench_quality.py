@@ -10,7 +10,7 @@ All projects train on the same images, one after another, each in a process of i
     diffusers                               the network, optimiser, warm-up and average of diffusers' example of
                                             unconditional training, float32
     denoising-diffusion-pytorch             its Unet (dim 64), GaussianDiffusion and Trainer with their defaults
-    NAME-small                              the same with a network of 1.6 M parameters, as mnist_classes.yaml's
+    NAME-small                              the same with a network of about 1.5 M parameters
     NAME-small-as-ours                      that, and its batch size and learning rate (64, 2e-3)
 
 The clock runs from the first step. It stands still in validations and while samples are drawn and judged. Images are

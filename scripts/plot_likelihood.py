@@ -9,35 +9,40 @@ error]; those of a line belong to one training, all others to a training each.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from ddpm_lightning.command_line import run_script
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.figures import drawn, save_png
 
 
 def main(out: Path, table: Path = Path("docs/likelihood.json")) -> None:
     """Draw the points.
 
     Args:
-        out: picture
+        out: picture, a PNG
         table: JSON file, a list of {model, where, points}
     """
     if not table.is_file():
         raise InputError(f"--table {table} is no file: give one such as docs/likelihood.json")
-    figure = Figure(figsize=(8, 4.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 5.6), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for model in json.loads(table.read_text()):
-        pflop, bits, errors = zip(*model["points"], strict=True)
-        label = model["model"]
-        if model.get("line"):
-            axes.plot(pflop, bits, label=f"{label}; {model['where']}", lw=1, color="0.4")
-        else:
-            axes.errorbar(pflop, bits, errors, label=label, marker="o", ms=4, capsize=2, ls="none")
+    try:
+        for model in json.loads(table.read_text()):
+            pflop, bits, errors = zip(*model["points"], strict=True)
+            style: dict[str, Any] = (
+                {"lw": 1, "color": "0.4"} if model.get("line") else {"marker": "o", "ms": 4, "ls": ""}
+            )
+            where = f"; {model['where']}" if model.get("line") else ""
+            axes.errorbar(pflop, bits, None if where else errors, label=model["model"] + where, capsize=2, **style)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"--table {table} is no list of {{model, where, points}}: {error}") from None
     axes.set(xscale="log", xlabel="PFLOP of training (forward and backward)", ylabel="bits/dim")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(out)
+    save_png(drawn(figure), out)
 
 
 if __name__ == "__main__":

@@ -254,9 +254,13 @@ def test_the_points_of_the_page_are_drawn(tmp_path: Path) -> None:
     done = run_script("plot_likelihood.py", f"--out={tmp_path}/a.png")
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (880, 506) and len(picture.convert("L").getcolors()) > 50
+        assert picture.size == (880, 616) and len(picture.convert("L").getcolors()) > 50
     wrong = run_script("plot_likelihood.py", f"--out={tmp_path}/b.png", "--table=nothing.json")
     assert wrong.returncode == 2 and "--table nothing.json is no file" in wrong.stderr
+    for text in ("{bad", '[{"model": "m", "points": [[1, 2]]}]'):
+        (tmp_path / "table.json").write_text(text)
+        wrong = run_script("plot_likelihood.py", f"--out={tmp_path}/b.png", f"--table={tmp_path}/table.json")
+        assert wrong.returncode == 2 and "table.json is no list of {model, where, points}: " in wrong.stderr
     assert not (tmp_path / "b.png").exists()
 
 

@@ -59,7 +59,7 @@ def save_model(model: DiffusionModel, path: Path, scale: Mapping[str, Sequence[f
     save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, path, metadata=metadata)
 
 
-def load_model(path: Path) -> DiffusionModel:
+def load_model(path: str | Path) -> DiffusionModel:
     """The model in a file of :func:`save_model`, on the CPU, in evaluation mode.
 
     No code is taken from the file: it names trusted classes, and others are refused.
@@ -67,6 +67,7 @@ def load_model(path: Path) -> DiffusionModel:
     Raises:
         InputError: no such file, no model in it, a class that is not trusted, weights of another network.
     """
+    path = Path(path)
     try:
         if not path.is_file():
             raise FileNotFoundError("there is no such file")

@@ -39,11 +39,11 @@ class UNet(nn.Module):
 
     Args:
         channels: image channels C of the input; None for 1, and on the command line for the data's.
-        width: channels at full resolution when the multiplier is 1.
-        multipliers: channels of each level in units of ``width``, full resolution first.
+        width: channels of a level whose multiplier is 1.
+        multipliers: channels of each level in units of ``width``, the finest level 0 first.
         blocks: residual blocks of each level on the way down, and as many on the way up; one number for all levels
-            or one for each. Fewer at full resolution is cheaper at nearly the same number of parameters.
-        attention: levels (0 = full resolution) whose blocks end in self-attention; with the last level the middle too.
+            or one for each. Fewer at level 0 is cheaper at nearly the same number of parameters.
+        attention: levels whose blocks end in self-attention; with the last level the middle too.
         heads: attention heads; must divide the channels of the levels with attention. One, as in Ho et al. 2020: on
             a CPU in bfloat16, the cost of few pixels grows with the number of heads.
         dropout: probability of dropping an activation in a residual branch, in [0, 1).
@@ -245,10 +245,11 @@ class UNet(nn.Module):
             )
         divisor = self.patch * 2 ** (len(self.multipliers) - 1)
         if any(size % divisor for size in x.shape[2:]):
-            smaller = " or a smaller patch" if self.patch > 1 else ""
+            ways = ["fewer multipliers (each one after the first halves the size)"] if len(self.multipliers) > 1 else []
+            ways += ["a smaller patch"] if self.patch > 1 else []
             raise ValueError(
                 f"the image's size {' x '.join(map(str, x.shape[2:]))} is not divisible by {divisor}: pad the images, "
-                f"or give fewer multipliers (each one after the first halves the size){smaller}"
+                f"or give {' or '.join(ways)}"
             )
         if t.shape != x.shape[:1]:
             raise ValueError(f"expected t of shape [{x.shape[0]}], one for each image, got {list(t.shape)}")
