@@ -541,7 +541,7 @@ def curves(record: Record) -> Tensor:
     axes.axhline(floor["frechet"], color="0.5", ls=":", label="training images")
     axes.set(xscale="log", yscale="log", xlabel=f"minutes of training ({facts['clock']} time)")
     axes.set(ylabel="Frechet distance", title=f"{facts['n']} samples, DDIM, {facts['steps']} steps; {facts['device']}")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(fontsize=7)
     return drawn(figure)
 
 
