@@ -66,14 +66,14 @@ def main(
         lr: largest learning rates to choose from, by default 1e-3 2e-3 4e-3 8e-3
         seeds: trainings of each optimiser with its best learning rate
         times: times at which each image's bound is evaluated
-        only: optimisers whose name contains this, by default all
+        only: an optimiser, or all whose name contains this; by default all
         device: where the bound is evaluated, cpu or cuda
         data_root: folder that holds MNIST/raw, where the data need one
         out: folder
     """
     at_least(1, steps=steps, seeds=seeds, batch_size=batch_size, times=times)
     rates, rows = lr or [1e-3, 2e-3, 4e-3, 8e-3], []
-    chosen = {name: optimizer for name, optimizer in OPTIMIZERS.items() if only in name}
+    chosen = [only] if only in OPTIMIZERS else [name for name in OPTIMIZERS if only in name]
     if not chosen:
         raise InputError(f"--only {only}: none of {', '.join(OPTIMIZERS)}")
 

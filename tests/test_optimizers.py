@@ -181,4 +181,6 @@ def test_each_optimiser_takes_the_rate_with_the_best_validation(tmp_path: Path) 
         scores = {float(rate): bits for rate, bits in row["validation"].items()}
         assert row["lr"] == min(scores, key=scores.get) and len(row["test"]) == 1
     assert [line.split()[0] for line in done.stdout.splitlines() if " lr " in line] == ["AdamW", "MuonAdamW"]
+    alone = run_script("compare_optimizers.py", *options, "--only=AdamW")  # what is trained is not trained again
+    assert [line.split()[0] for line in alone.stdout.splitlines() if " lr " in line] == ["AdamW"]
     assert "none of AdamW, MuonAdamW, SOAP" in run_script("compare_optimizers.py", "--only=Sgd").stderr
