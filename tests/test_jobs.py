@@ -148,7 +148,7 @@ def test_the_shell_has_a_job_queued_again(tmp_path: Path, monkeypatch: pytest.Mo
         ("--go", "--go: there is no sbatch here"),
         ("--trainer.devices 3", "--trainer.devices follows from the job: give --gpus"),
         ("--ckpt_path=/x.ckpt", "--ckpt_path: a job goes on from the last checkpoint of its own run"),
-        ("--model.optimizer.lrr 3", "there is no such argument"),
+        ("--model.optimizer.lrr 3", "AdamW has no such argument: did you mean lr?"),
         ("--run_dir runs/50%", "SLURM cannot write into a folder with % in its name"),
         ("--script pyproject.toml", "was not written by ddpm submit"),
         ("--job_name bash", "--job_name bash is what Lightning takes for a shell"),

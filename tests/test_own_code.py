@@ -413,7 +413,7 @@ def test_functions_are_kept_as_they_are_named(folder: Path, monkeypatch: pytest.
         (["--model.lr_scheduler", "own_schedules.wrong"], "--model.lr_scheduler makes a int"),
         (
             ["--model.lr_scheduler={class_path: own_schedules.warmup, init_args: {step: 3}}"],
-            "--model.lr_scheduler.step: there is no such argument",
+            "--model.lr_scheduler.step: warmup has no such argument: did you mean steps?",
         ),
         (
             ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.lr_scheduler.mode", "max"],

@@ -279,7 +279,7 @@ def test_classifiers_that_there_are_not(tmp_path: Path) -> None:
     for name in ("imagenet", str(plain), __file__):
         with pytest.raises(InputError, match="neither mnist nor digits"):
             load_classifier(name)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="width = 0 must be 1 or more"):
         FeatureClassifier(width=0)
 
 

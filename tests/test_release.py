@@ -68,7 +68,9 @@ def source(clone: tuple[Path, set[str]], tmp_path_factory: pytest.TempPathFactor
     packed = build("sdist", clone[0], tmp_path_factory.mktemp("source"))
     assert packed.name == f"ddpm_lightning-{VERSION}.tar.gz"
     with tarfile.open(packed) as file:
-        file.extractall(packed.parent, filter="data")
+        file.extractall(
+            packed.parent, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+        )  # from 3.11.4 on
     return packed.parent / f"ddpm_lightning-{VERSION}"
 
 
