@@ -11,6 +11,7 @@ import tomllib
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -67,10 +68,9 @@ def source(clone: tuple[Path, set[str]], tmp_path_factory: pytest.TempPathFactor
     """The source distribution, unpacked."""
     packed = build("sdist", clone[0], tmp_path_factory.mktemp("source"))
     assert packed.name == f"ddpm_lightning-{VERSION}.tar.gz"
+    safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 has it
     with tarfile.open(packed) as file:
-        file.extractall(
-            packed.parent, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
-        )  # from 3.11.4 on
+        file.extractall(packed.parent, **safely)
     return packed.parent / f"ddpm_lightning-{VERSION}"
 
 
