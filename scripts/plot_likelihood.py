@@ -9,7 +9,6 @@ error]; those of a line belong to one training, all others to a training each.
 
 import json
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -32,11 +31,10 @@ def main(out: Path, table: Path = Path("docs/likelihood.json")) -> None:
     try:
         for model in json.loads(table.read_text()):
             pflop, bits, errors = zip(*model["points"], strict=True)
-            style: dict[str, Any] = (
-                {"lw": 1, "color": "0.4"} if model.get("line") else {"marker": "o", "ms": 4, "ls": ""}
-            )
-            where = f"; {model['where']}" if model.get("line") else ""
-            axes.errorbar(pflop, bits, None if where else errors, label=model["model"] + where, capsize=2, **style)
+            if model.get("line"):
+                axes.plot(pflop, bits, label=f"{model['model']}; {model['where']}", lw=1, color="0.4")
+            else:
+                axes.errorbar(pflop, bits, errors, label=model["model"], marker="o", ms=4, capsize=2, ls="none")
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"--table {table} is no list of {{model, where, points}}: {error}") from None
     axes.set(xscale="log", xlabel="PFLOP of training (forward and backward)", ylabel="bits/dim")

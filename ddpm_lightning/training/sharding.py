@@ -74,11 +74,11 @@ class ShardedStrategy(ModelParallelStrategy):
     load_checkpoint = Strategy.load_checkpoint
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = _whole(Strategy.lightning_module_state_dict(self))
+        state: dict[str, Any] = _whole_on_cpu(Strategy.lightning_module_state_dict(self))
         return state if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state: dict[str, Any] = _whole(Strategy.optimizer_state(self, optimizer))
+        state: dict[str, Any] = _whole_on_cpu(Strategy.optimizer_state(self, optimizer))
         return state if self.is_global_zero else {}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -123,9 +123,9 @@ def check_shardable(module: nn.Module, schedule: str, channels_last: object, com
 
 
 @torch.no_grad()
-def _whole(value: Any) -> Any:
+def _whole_on_cpu(value: Any) -> Any:
     """A nest of containers with its sharded tensors put together, on the CPU. All processes must call it."""
-    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), value)
+    return tree_map_only(DTensor, lambda tensor: whole(tensor).cpu(), value)
 
 
 def whole(tensor: Tensor) -> Tensor:
