@@ -187,10 +187,9 @@ def observable_curves(spectra: Mapping[str, Spectrum], magnetisation: Mapping[st
 
 
 def _two_axes() -> tuple[Figure, Axes, Axes]:
-    """A figure and two axes side by side, at fixed places: to find them by the labels takes longer."""
-    figure = Figure(figsize=(9, 3.6))
-    places = {"left": 0.09, "right": 0.98, "bottom": 0.14, "top": 0.96, "wspace": 0.24}
-    left, right = figure.subplots(1, 2, gridspec_kw=places)
+    """A figure and two axes side by side, with room for labels of any width."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     return figure, left, right
 
 

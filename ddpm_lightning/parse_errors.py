@@ -10,13 +10,13 @@ from ddpm_lightning.checkpoints.descriptions import parameters_of
 
 __all__ = ["sentence"]
 
-_OURS = ("schedules", "networks", "process", "objectives", "samplers", "data", "callbacks", "training")
-_ROOMS = (
-    *(f"ddpm_lightning.{room}" for room in _OURS),
-    "torch.optim",
-    "torch.optim.lr_scheduler",
-    "lightning.pytorch.callbacks",
-)
+_ROOMS = ("schedules", "networks", "process", "objectives", "samplers", "data", "callbacks", "training.optimizers")
+_LIBRARIES = {
+    "optimizer": "torch.optim",
+    "lr_scheduler": "torch.optim.lr_scheduler",
+    "callbacks": "lightning.pytorch.callbacks",
+}
+"""Where classes for an option are, beside those of this package."""
 
 
 def sentence(message: str, options: Iterable[str], command: str) -> str:
@@ -37,8 +37,8 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
         if "data" in missing and len(missing) > 2:
             return f"nothing says what to work on: ddpm {command} -c configs/mnist.yaml, or ddpm {command} RUN"
         return "missing: " + ", ".join(f"--{name}" for name in missing)
-    if found := re.match(r"argument (\S+): ignored explicit argument '(.*)'", text):
-        return f"{found[1]} takes no value: leave out ={found[2]}"
+    if found := re.match(r"""argument (\S+): ignored explicit argument ['"](.*)['"]""", text):
+        return f"{found[1]} takes no value"
     if not (found := re.match(r'Parser key "([^"]+)":', text)):
         return text
     option, reasons = f"--{found[1]}", text[found.end() :].strip()
@@ -57,9 +57,10 @@ def sentence(message: str, options: Iterable[str], command: str) -> str:
     if wrong := re.search(r"Subtypes: \[(<class '(?:int|float)'>.*?)\] Errors: .*? Given value: (.*)", reasons):
         return f"{option} {wrong[2]} cannot be read as {_types(wrong[1])}"
     if wrong := re.search(r"Expected a dot import path string: (\S+)", reasons):
-        if wrong[1] in _classes():
+        known = _classes(option)
+        if wrong[1] in known:
             return f"{option} {wrong[1]}: {wrong[1]} is no class for this option"
-        return f"{option} {wrong[1]}: there is no such class{_meant(wrong[1], _classes())}"
+        return f"{option} {wrong[1]}: there is no such class{_meant(wrong[1], known)}"
     if wrong := re.search(r"class_path '([^']+)':? ?(.*?)(?: Given value| Got value|$)", reasons):
         return f"{option} {wrong[1]}: {wrong[2] or reasons}"
     if wrong := re.match(r"Does not validate .*?Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", reasons):
@@ -74,12 +75,16 @@ def _types(listed: str) -> str:
 
 
 def _meant(word: str, known: Iterable[str]) -> str:
-    near = get_close_matches(word, list(known), 1)
-    return f": did you mean {near[0]}?" if near else ""
+    """The known word that is nearest, whatever its capitals."""
+    words = {each.lower(): each for each in known}
+    near = get_close_matches(word.lower(), list(words), 1)
+    return f": did you mean {words[near[0]]}?" if near else ""
 
 
-def _classes() -> list[str]:
-    rooms = map(import_module, _ROOMS)
+def _classes(option: str) -> list[str]:
+    """Names of this package's classes, and of a library's where it has some for this option."""
+    library = _LIBRARIES.get(option.rpartition(".")[2])
+    rooms = map(import_module, [*(f"ddpm_lightning.{room}" for room in _ROOMS), *([library] if library else [])])
     return [name for room in rooms for name in room.__all__ if isinstance(getattr(room, name), type)]
 
 

@@ -483,9 +483,10 @@ class Results:
     def __init__(self, out: Path, facts: Record) -> None:
         self.run, self.facts = Run(out), facts
         self.run.folder.mkdir(parents=True, exist_ok=True)
-        old = self.read()["facts"]
-        if different := [f"{key} {old[key]}" for key in facts if old[key] != facts[key]]:
-            raise InputError(f"--out {out} holds rows of {', '.join(different)}: give another folder")
+        with self.changed() as record:  # so that another process finds these facts
+            old = record["facts"]
+            if different := [f"{key} {old[key]}" for key in facts if old[key] != facts[key]]:
+                raise InputError(f"--out {out} holds rows of {', '.join(different)}: give another folder")
 
     def read(self) -> Record:
         path = self.run.folder / "quality.json"

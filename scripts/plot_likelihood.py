@@ -24,6 +24,8 @@ def main(out: Path, table: Path = Path("docs/likelihood.json")) -> None:
         out: picture, a PNG
         table: JSON file, a list of {model, where, points}
     """
+    if out.suffix != ".png":
+        raise InputError(f"--out {out} must end in .png")
     if not table.is_file():
         raise InputError(f"--table {table} is no file: give one such as docs/likelihood.json")
     figure = Figure(figsize=(8, 5.6), dpi=110, layout="constrained")

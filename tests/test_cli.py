@@ -370,7 +370,10 @@ class TestBadInput:
                 ["--trainer.precision fp8 cannot be read as auto or 32-true or ", "16 or bf16"],
             ),
             (["--model.optimizer=Adaam"], ["--model.optimizer Adaam: there is no such class: did you mean Adam?"]),
-            (["--dry_run=yes"], ["--dry_run takes no value: leave out =yes\n"]),
+            (["--model.optimizer=adamw"], ["did you mean AdamW?"]),
+            (["--model.optimizer=MuonAdamWW"], ["did you mean MuonAdamW?"]),
+            (["--model.network=MuonAdamW"], ["--model.network MuonAdamW: MuonAdamW is no class for this option"]),
+            (["--dry_run=yes"], ["--dry_run takes no value\n"]),
         ],
     )
     def test_arguments(
